@@ -1,0 +1,137 @@
+"""A checkpoint as a library user meets it: open, look, edit, save. Nothing here imports torch early."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ckptfix import edits, formats, wrappers
+from ckptfix.diagnose import diagnose
+from ckptfix.document import Document
+from ckptfix.limits import DEFAULT, Limits
+from ckptfix.state_dicts import choose, choose_all, find
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from ckptfix.compare import Report
+    from ckptfix.findings import Finding
+    from ckptfix.state_dicts import StateDict
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The structure of a checkpoint. Edits return another one over the same bytes.
+
+    Nothing is loaded and nothing is run: tensors are descriptions, objects of other classes are inert.
+    """
+
+    document: Document
+
+    @property
+    def container(self) -> str:
+        """How its bytes are wrapped: `torch zip`, `torch legacy`, `safetensors`, …"""
+        return self.document.container
+
+    @property
+    def state_dicts(self) -> list[StateDict]:
+        """The state dicts in it, and those of optimizers, in order."""
+        return find(self.document.root)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What is worth knowing about it, each with the command that mends it."""
+        return diagnose(self.document)
+
+    def strip_prefix(
+        self, prefix: str | None = None, *, partial: bool = False, select: Sequence[str] = ()
+    ) -> Checkpoint:
+        """Without wrapper components (or `prefix`) in the keys of its state dicts, or of `select`.
+
+        Raises:
+            SelectionError: there is no such state dict.
+            PartialPrefixError: only some keys carry `prefix`.
+            KeyCollisionError: two keys would become one.
+        """
+        states = choose_all(self.document, select)
+        return self._renamed(
+            (state, wrappers.strip(state.mapping, prefix=prefix, partial=partial)) for state in states
+        )
+
+    def add_prefix(self, prefix: str = "module.", *, select: str | None = None) -> Checkpoint:
+        """With `prefix` before every key of its state dict. Raises `SelectionError`."""
+        state = choose(self.document, select)
+        return self._renamed([(state, wrappers.add(state.mapping, prefix))])
+
+    def _renamed(self, renamings: Any) -> Checkpoint:
+        return Checkpoint(edits.rename(self.document, renamings))
+
+    def to_cpu(self) -> Checkpoint:
+        """With every storage tagged `cpu`."""
+        return Checkpoint(edits.to_cpu(self.document)[0])
+
+    def select(self, path: str | None = None) -> Checkpoint:
+        """Reduced to the state dict at `path`, or to the only one. Raises `SelectionError`."""
+        return Checkpoint(edits.only(self.document, choose(self.document, path)).document)
+
+    def check(self, model: nn.Module, *, select: str | None = None) -> Report:
+        """How its keys, shapes and dtypes compare with a model's, as they stand."""
+        from ckptfix import target
+
+        return target.report(choose(self.document, select), target.of_module(model))
+
+    def save(
+        self, path: str | os.PathLike[str], *, select: str | None = None, force: bool = False
+    ) -> list[tuple[str, str]]:
+        """Write it to a file, whose extension names the container, and read it back.
+
+        Returns:
+            Path and kind of each thing that the container cannot hold and that was left out.
+
+        Raises:
+            OutputExistsError: the file is there already, and `force` is not set.
+            UnsupportedError: the container cannot hold one of the tensors.
+            WriteError: the file cannot be written; nothing is left behind.
+        """
+        fitted = edits.fit(self.document, path, select)
+        formats.write(fitted.document, path, force=force)
+        return fitted.left_out
+
+
+def open(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Checkpoint:  # noqa: A001
+    """The structure of a checkpoint, in any container that ckptfix reads; the extension plays no part.
+
+    Raises:
+        ReadError: the file is no checkpoint, is damaged, unsafe or unsupported.
+    """
+    return Checkpoint(formats.read(path, limits))
+
+
+def check(
+    path: str | os.PathLike[str], model: nn.Module, *, select: str | None = None
+) -> Report:
+    """How the keys, shapes and dtypes in a checkpoint compare with a model's, as they stand.
+
+    Raises:
+        ReadError: the file cannot be read.
+        SelectionError: there is no state dict, or more than one could be meant.
+    """
+    return open(path).check(model, select=select)
+
+
+def save(
+    value: Any, path: str | os.PathLike[str], *, select: str | None = None, force: bool = False
+) -> list[tuple[str, str]]:
+    """Write a `Checkpoint`, or what a program holds: tensors, containers and plain values.
+
+    Arguments, return value and errors are those of `Checkpoint.save`; objects of classes other than
+    torch's and Python's plain ones raise `UnsupportedError`.
+    """
+    if not isinstance(value, Checkpoint):
+        from ckptfix.materialize import described
+
+        value = Checkpoint(Document(described(value), "memory"))
+    return value.save(path, select=select, force=force)

@@ -1,0 +1,40 @@
+"""`ckptfix add-prefix`."""
+
+from __future__ import annotations
+
+import click
+
+from ckptfix import edits, wrappers
+from ckptfix.cli import options
+from ckptfix.cli.strip_prefix import write_renamed
+from ckptfix.cli.writing import Job
+from ckptfix.state_dicts import choose
+
+
+@click.command("add-prefix")
+@options.writes
+@options.select
+@click.option("--prefix", metavar="TEXT", default="module.", show_default=True, help="What to add.")
+def command(
+    source: str, target: str, force: bool, dry_run: bool, select: str | None, prefix: str
+) -> int:
+    """Put `module.` or another prefix before every key of a state dict.
+
+    For a model that is wrapped in DataParallel or DDP before the checkpoint is loaded. Everything
+    else in IN is carried along. The extension of OUT names its container.
+
+    \b
+    Example:
+      ckptfix add-prefix plain.pt ddp.pt
+
+    \b
+    Exit codes:
+      0  OUT was written
+      2  IN cannot be read, or holds several state dicts (name one with
+         --select), or OUT cannot be written; nothing was written
+    """
+    job = Job("add-prefix", source, target, force, dry_run)
+    document = job.open()
+    state = choose(document, select)
+    changes = [(state, wrappers.add(state.mapping, prefix))]
+    return write_renamed(job, edits.rename(document, changes), changes)

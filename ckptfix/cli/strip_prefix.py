@@ -1,0 +1,95 @@
+"""`ckptfix strip-prefix`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ckptfix import edits, wrappers
+from ckptfix.cli import options, output
+from ckptfix.cli.writing import Job
+from ckptfix.errors import KeyCollisionError, PartialPrefixError
+from ckptfix.state_dicts import choose_all
+
+if TYPE_CHECKING:
+    from ckptfix.state_dicts import StateDict
+    from ckptfix.wrappers import Renaming
+
+
+@click.command("strip-prefix")
+@options.writes
+@options.select_many
+@click.option("--prefix", metavar="TEXT", help="Remove this prefix instead, such as model.")
+@click.option("--partial", is_flag=True, help="Strip the keys that have it, though others do not.")
+def command(
+    source: str,
+    target: str,
+    force: bool,
+    dry_run: bool,
+    select: tuple[str, ...],
+    prefix: str | None,
+    partial: bool,
+) -> int:
+    """Remove what DataParallel and other wrappers put before keys.
+
+    `module.` goes where every key of a state dict begins with it; `_orig_mod`,
+    `_fsdp_wrapped_module`, `_checkpoint_wrapped_module` and `_forward_module` go wherever they
+    stand. Everything else in IN is carried along: optimizer, epoch, objects of any class. The
+    extension of OUT names its container.
+
+    \b
+    Example:
+      ckptfix strip-prefix ddp.pt plain.pt
+
+    \b
+    Exit codes:
+      0  OUT was written
+      1  there is nothing to strip; nothing was written
+      2  IN cannot be read, or only some keys carry the prefix, or two keys
+         would become one, or OUT cannot be written; nothing was written
+    """
+    job = Job("strip-prefix", source, target, force, dry_run)
+    document = job.open()
+    states = choose_all(document, select)
+    found = [
+        (state, wrappers.strip(state.mapping, prefix=prefix, partial=partial)) for state in states
+    ]
+    changes = [(state, renaming) for state, renaming in found if renaming.changed]
+    if not changes:
+        if prefix is None and not partial:
+            _explain(states)
+        what = f"no key begins with {prefix!r}" if prefix else "no key has a wrapper's prefix"
+        return job.nothing(what)
+    return write_renamed(job, edits.rename(document, changes), changes)
+
+
+def _explain(states: list[StateDict]) -> None:
+    """Refuse, where wrappers are there and cannot be stripped: silence would hide them."""
+    for state in states:
+        seen = wrappers.detect(state.mapping)
+        if seen.collision is not None:
+            first, second = seen.collision
+            raise KeyCollisionError(first, second, second.removeprefix("module."))
+        if seen.own_child:
+            raise PartialPrefixError("module.", seen.carrying, seen.lacking)
+
+
+def write_renamed(
+    job: Job, document: edits.Document, changes: list[tuple[StateDict, Renaming]]
+) -> int:
+    """Write a document with renamed keys, and say which were renamed."""
+    total = sum(renaming.changed for _, renaming in changes)
+    labels = ", ".join(dict.fromkeys(renaming.label for _, renaming in changes))
+    where = ", ".join(state.path for state, _ in changes if state.path != "/")
+    done = f"{output.plural(total, 'key')} renamed ({labels})" + (f" in {where}" if where else "")
+    rows = [
+        {
+            "path": state.path,
+            "removed": renaming.removed,
+            "added": renaming.added,
+            "keys": {old: new for old, new in renaming.keys.items() if old != new},
+        }
+        for state, renaming in changes
+    ]
+    return job.write(document, done, {"renamed": rows})

@@ -1,0 +1,36 @@
+"""`ckptfix to-cpu`."""
+
+from __future__ import annotations
+
+import click
+
+from ckptfix import edits
+from ckptfix.cli import options, output
+from ckptfix.cli.writing import Job
+
+
+@click.command("to-cpu")
+@options.writes
+def command(source: str, target: str, force: bool, dry_run: bool) -> int:
+    """Tag every storage `cpu`, so that it loads where there is no GPU.
+
+    Only the tags change: keys, values and everything else in IN are carried along, `torch.device`
+    values among hyper-parameters too. The extension of OUT names its container.
+
+    \b
+    Example:
+      ckptfix to-cpu gpu.pt cpu.pt
+
+    \b
+    Exit codes:
+      0  OUT was written
+      1  every storage is on the CPU already; nothing was written
+      2  IN cannot be read, or OUT cannot be written; nothing was written
+    """
+    job = Job("to-cpu", source, target, force, dry_run)
+    document, tags = edits.to_cpu(job.open())
+    if not tags:
+        return job.nothing("every storage is on the CPU already")
+    moved = ", ".join(f"{count} from {tag}" for tag, count in tags.items())
+    done = f"{output.plural(tags.total(), 'storage')} tagged cpu ({moved})"
+    return job.write(document, done, {"retagged": dict(tags)})

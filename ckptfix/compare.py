@@ -1,0 +1,132 @@
+"""Keys, shapes and dtypes held against a target, as `nn.Module.load_state_dict` would find them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from ckptfix.document import as_tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from ckptfix.document import Node, Tensor
+
+
+class Spec(NamedTuple):
+    """What a target wants under a key. A value that is no tensor has neither shape nor dtype."""
+
+    shape: tuple[int, ...] | None
+    dtype: str | None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape) if self.shape is not None else 0
+
+
+class Difference(NamedTuple):
+    """One key whose shape or dtype is not the target's."""
+
+    key: str
+    found: Spec
+    wanted: Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How a state dict compares with a target. Keys stand in the order of the side that has them."""
+
+    matched: list[str]
+    """Keys that are in both with equal shapes."""
+    missing: list[str]
+    """Keys that only the target has; with `strict=False` they stay as they were initialised."""
+    unexpected: list[str]
+    """Keys that only the state dict has."""
+    shape_mismatch: list[Difference]
+    dtype_difference: list[Difference]
+    """Keys of `matched` whose dtypes differ; torch casts them without a word."""
+    target_numel: int
+    """Elements that the target wants."""
+    random_numel: int
+    """Elements that `strict=False` would leave at random: missing and mismatching ones."""
+
+    @property
+    def loads(self) -> bool:
+        """Whether `load_state_dict(strict=True)` would succeed."""
+        return not (self.missing or self.unexpected or self.shape_mismatch)
+
+    @property
+    def identical(self) -> bool:
+        """Whether it would succeed without casting anything."""
+        return self.loads and not self.dtype_difference
+
+    @property
+    def share(self) -> float:
+        """The share of the target's elements that would be loaded, from 0 to 1."""
+        if not self.target_numel:
+            return float(self.loads)
+        return 1 - self.random_numel / self.target_numel
+
+
+def specs(mapping: Mapping[str, Node]) -> dict[str, Spec]:
+    """What a state dict holds under each key."""
+    return {key: _spec(as_tensor(node)) for key, node in mapping.items()}
+
+
+def _spec(tensor: Tensor | None) -> Spec:
+    return Spec(None, None) if tensor is None else Spec(tensor.shape, tensor.dtype.name)
+
+
+def compare(found: Mapping[str, Spec], wanted: Mapping[str, Spec]) -> Report:
+    """Hold what a state dict has against what a target wants."""
+    common = [key for key in found if key in wanted]
+    shapes = [
+        Difference(key, found[key], wanted[key]) for key in common if not _fits(key, found, wanted)
+    ]
+    mismatching = {difference.key for difference in shapes}
+    matched = [key for key in common if key not in mismatching]
+    missing = [key for key in wanted if key not in found]
+    return Report(
+        matched,
+        missing,
+        [key for key in found if key not in wanted],
+        shapes,
+        [Difference(key, found[key], wanted[key]) for key in matched if _casts(key, found, wanted)],
+        sum(spec.numel for spec in wanted.values()),
+        sum(wanted[key].numel for key in (*missing, *mismatching)),
+    )
+
+
+def _fits(key: str, found: Mapping[str, Spec], wanted: Mapping[str, Spec]) -> bool:
+    return None in (found[key].shape, wanted[key].shape) or found[key].shape == wanted[key].shape
+
+
+def _casts(key: str, found: Mapping[str, Spec], wanted: Mapping[str, Spec]) -> bool:
+    return found[key].dtype is not None and wanted[key].dtype not in (None, found[key].dtype)
+
+
+def describe(report: Report, limit: int = 10) -> str:
+    """A report as lines of text, as a diff would have them: at most `limit` keys of each kind."""
+    total = len(report.matched) + len(report.missing) + len(report.shape_mismatch)
+    lines = [f"{len(report.matched)} of {total} keys match ({report.share:.1%} of the elements)"]
+    shapes = [
+        f"{row.key}: {shape(row.found)}, the target has {shape(row.wanted)}"
+        for row in report.shape_mismatch
+    ]
+    lines += _listed("- missing", report.missing, limit)
+    lines += _listed("+ unexpected", report.unexpected, limit)
+    lines += _listed("! shape", shapes, limit)
+    return "\n".join(lines)
+
+
+def shape(spec: Spec) -> str:
+    """A shape as torch prints it: `[2, 3]`."""
+    return "no tensor" if spec.shape is None else str(list(spec.shape))
+
+
+def _listed(label: str, rows: Sequence[str], limit: int) -> Iterator[str]:
+    yield from (f"  {label} {row}" for row in rows[:limit])
+    if len(rows) > limit:
+        yield f"  {label}: {len(rows) - limit} more"

@@ -1,0 +1,255 @@
+"""Writing files: bytes copied inside the kernel, and a file that is there whole or not at all.
+
+A new file is written beside its final place under a temporary name, synced, read back by whoever
+wrote it, and then renamed over the old one; the folder is synced last. Until the rename the old file is
+untouched, and whatever goes wrong, the temporary file is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from isal import isal_zlib
+
+from ckptfix.errors import CkptfixError, DamagedError, OutputExistsError, WriteError
+from ckptfix.spans import CHUNK, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    Progress = Callable[[int], None]
+
+_COPY = 64 << 20
+"""Bytes that the kernel is asked to copy at once: small enough for progress to be seen."""
+
+_NO_KERNEL_COPY = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+
+
+class Sink:
+    """A file being written in order. Everything that writers need, and nothing that reads."""
+
+    def __init__(self, descriptor: int, name: str, progress: Progress | None = None) -> None:
+        self._descriptor = descriptor
+        self._name = name
+        self._progress = progress
+        self._buffer = bytearray()
+        self._flushed = 0
+        self._kernel_copy = hasattr(os, "copy_file_range")
+
+    @property
+    def position(self) -> int:
+        """Bytes written so far."""
+        return self._flushed + len(self._buffer)
+
+    def write(self, data: bytes) -> None:
+        """Write bytes at the end."""
+        self._buffer += data
+        if len(self._buffer) >= CHUNK:
+            self.flush()
+
+    def patch(self, offset: int, data: bytes) -> None:
+        """Write bytes over earlier ones."""
+        self.flush()
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
+        _write_all(self._descriptor, data)
+        os.lseek(self._descriptor, self._flushed, os.SEEK_SET)
+
+    def flush(self) -> None:
+        """Hand what is buffered to the system."""
+        if self._buffer:
+            _write_all(self._descriptor, self._buffer)
+            self._flushed += len(self._buffer)
+            self._buffer = bytearray()
+
+    def copy(self, part: Span | bytes) -> None:
+        """Copy a span to the end; inside the kernel where it lies in a file."""
+        if isinstance(part, bytes):
+            self.write(part)
+            return
+        descriptor = part.source.fileno()
+        done = self._copy_in_kernel(descriptor, part) if descriptor is not None else 0
+        if done < part.length:
+            for chunk in part.slice(done, part.length - done).chunks():
+                self.write(chunk)
+                self._advance(len(chunk))
+
+    def copy_summed(self, parts: Sequence[Span | bytes]) -> int:
+        """Copy spans to the end and return the CRC-32 of all their bytes."""
+        crc = 0
+        for part in parts:
+            if isinstance(part, bytes):
+                self.write(part)
+                crc = isal_zlib.crc32(part, crc)
+            elif part.source.fileno() is not None:
+                self.copy(part)
+                crc = crc32(part, crc)
+            else:
+                for chunk in part.chunks():
+                    self.write(chunk)
+                    crc = isal_zlib.crc32(chunk, crc)
+                    self._advance(len(chunk))
+        return crc
+
+    def _copy_in_kernel(self, descriptor: int, span: Span) -> int:
+        """Bytes copied before the end of the span, or before the system said it cannot."""
+        self.flush()
+        done = 0
+        while self._kernel_copy and done < span.length:
+            wanted = min(_COPY, span.length - done)
+            try:
+                copied = os.copy_file_range(
+                    descriptor, self._descriptor, wanted, span.offset + done
+                )
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+                self._kernel_copy = False
+                break
+            if not copied:
+                raise DamagedError(f"{span.source.name}: became shorter while it was read")
+            done += copied
+            self._flushed += copied
+            self._advance(copied)
+        return done
+
+    def _advance(self, count: int) -> None:
+        if self._progress is not None:
+            self._progress(count)
+
+    def sync(self) -> None:
+        """Return once everything written is on the disk."""
+        self.flush()
+        os.fsync(self._descriptor)
+
+
+def crc32(span: Span, value: int = 0) -> int:
+    """The CRC-32 of a span, continuing `value`; a file is mapped rather than read into memory."""
+    descriptor = span.source.fileno()
+    if descriptor is None or span.length < CHUNK:
+        for chunk in span.chunks():
+            value = isal_zlib.crc32(chunk, value)
+        return value
+    start = span.offset - span.offset % mmap.ALLOCATIONGRANULARITY
+    if span.offset + span.length > span.source.size:
+        raise DamagedError(f"{span.source.name}: ends before byte {span.offset + span.length}")
+    with (
+        mmap.mmap(
+            descriptor, span.offset + span.length - start, access=mmap.ACCESS_READ, offset=start
+        ) as mapped,
+        memoryview(mapped) as view,
+        view[span.offset - start :] as data,
+    ):
+        return isal_zlib.crc32(data, value)
+
+
+@contextlib.contextmanager
+def replacing(
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    verify: Callable[[str], None] | None = None,
+) -> Iterator[Sink]:
+    """A sink whose contents become `path`, whole or not at all.
+
+    `verify` is called with the temporary file's path once it is on the disk, and stops everything by
+    raising. A symbolic link is followed. An existing file keeps its mode; without `force` it is an
+    error (`OutputExistsError`), also where it appears in the meantime. Raises `WriteError`.
+    """
+    target = Path(os.path.realpath(path))
+    check_output(path, force=force)
+    descriptor, temporary = _create_beside(target, path)
+    try:
+        try:
+            sink = Sink(descriptor, os.fspath(path), progress)
+            yield sink
+            sink.sync()
+            _copy_mode(target, descriptor)
+        finally:
+            os.close(descriptor)
+        if verify is not None:
+            verify(temporary)
+        _publish(temporary, target, path, force)
+    except OSError as error:
+        raise _write_error(path, error) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    _sync_folder(target.parent)
+
+
+def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
+    """Refuse early what could not be written later. Raises `WriteError`."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise WriteError(f"{path}: is a folder", hint=f"give a file name: {Path(path) / 'out.pt'}")
+    if not target.parent.is_dir():
+        raise WriteError(
+            f"{path}: the folder {target.parent} does not exist",
+            hint=f"make it first: mkdir -p {target.parent}",
+        )
+    if target.exists() and not force:
+        raise OutputExistsError(f"{path}: is there already", hint="replace it: add --force")
+
+
+def _create_beside(target: Path, path: str | os.PathLike[str]) -> tuple[int, str]:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    for _ in range(100):
+        name = f".{target.name}.{next(tempfile._get_candidate_names())}.tmp"  # type: ignore[attr-defined]
+        try:
+            return os.open(target.parent / name, flags, 0o666), os.fspath(target.parent / name)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _write_error(path, error) from None
+    raise WriteError(f"{path}: no name is free for a temporary file beside it")
+
+
+def _copy_mode(target: Path, descriptor: int) -> None:
+    if target.exists() and hasattr(os, "fchmod"):
+        os.fchmod(descriptor, stat.S_IMODE(target.stat().st_mode))
+
+
+def _publish(temporary: str, target: Path, path: str | os.PathLike[str], force: bool) -> None:
+    """Give the finished file its name: in place of an old one only where that was asked for."""
+    if not force:
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            raise OutputExistsError(f"{path}: is there already", hint="replace it: add --force") from None
+        except OSError:  # a file system without hard links
+            check_output(path, force=False)
+        else:
+            return
+    os.replace(temporary, target)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last; systems that cannot sync a folder do without."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes | bytearray) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _write_error(path: str | os.PathLike[str], error: OSError) -> CkptfixError:
+    reason = (error.strerror or str(error)).lower()
+    hint = None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = f"nothing was written; see what is free: df -h {Path(path).parent}"
+    return WriteError(f"{path}: cannot be written: {reason}", hint=hint)

@@ -1,0 +1,243 @@
+"""The safetensors container.
+
+    8 bytes    length N of the header, unsigned, little-endian
+    N bytes    JSON object, may be padded with spaces:
+               {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …,
+                "__metadata__": {"key": "text", …}}
+    the rest   tensor bytes, row-major, little-endian; offsets count from here
+
+The tensors cover the rest exactly: no holes, no overlaps, nothing left over. Keys are unique and the
+header has at most 100 MB. Source: the safetensors README and `tensor.rs` (0.8).
+
+safetensors knows neither ties nor attributes: of names that share one tensor the first is written, and
+`__metadata__` keeps `dropped name: kept name`, as transformers does. The module versions of a state dict
+(`_metadata`) are kept there as JSON, so that they come back when the file is turned into a .pt again.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from ckptfix.document import Document, Node, OrderedMap, Storage, Tensor, as_tensor, contiguous_stride
+from ckptfix.dtypes import BY_SAFETENSORS
+from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
+from ckptfix.limits import DEFAULT, Limits
+from ckptfix.spans import Source, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ckptfix.files import Sink
+
+NAME = "safetensors"
+EXTENSIONS = (".safetensors",)
+VERSIONS = "ckptfix.module_versions"
+"""The key of `__metadata__` under which `_metadata` is kept."""
+
+_ALIGNMENT = 8
+_MAX_SIZE = 1 << 63
+
+
+def matches(head: bytes, size: int) -> bool:
+    """Whether a file of `size` bytes that begins with `head` is meant to be safetensors."""
+    return len(head) >= 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _MAX_SIZE
+
+
+def read(source: Source, limits: Limits = DEFAULT) -> Document:
+    """The document in a safetensors file: a mapping of names to tensors. Reads the header only."""
+    header, start = _header(source, limits)
+    metadata = header.pop("__metadata__", {})
+    if not _is_metadata(metadata):
+        raise DamagedError(f"{source.name}: __metadata__ does not map text to text")
+    entries = {name: _entry(name, entry, source) for name, entry in header.items()}
+    _check_layout(entries, source.size - start, source.name)
+    root = OrderedMap(
+        (name, _tensor(name, dtype, shape, Span(source, start + begin, end - begin)))
+        for name, (dtype, shape, begin, end) in entries.items()
+    )
+    root.attributes = _attributes(metadata)
+    _restore_ties(root, metadata)
+    return Document(root, NAME, source.name, source.size, metadata=metadata)
+
+
+def _header(source: Source, limits: Limits) -> tuple[dict[str, Any], int]:
+    length = int.from_bytes(source.read(0, 8), "little")
+    if length > limits.header_bytes:
+        raise UnsafeError(
+            f"{source.name}: announces a header of {length} bytes; more than "
+            f"{limits.header_bytes} are refused"
+        )
+    if length > source.size - 8:
+        raise DamagedError(
+            f"{source.name}: the header of {length} bytes is cut short at {source.size - 8}",
+            hint="copy or download it again",
+        )
+    try:
+        header = json.loads(source.read(8, length), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{source.name}: the header is no JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise DamagedError(f"{source.name}: the header is no JSON object")
+    return header, 8 + length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UnsafeError(f"the safetensors header holds the key {twice!r} twice")
+    return found
+
+
+def _is_metadata(metadata: Any) -> bool:
+    return isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+
+
+Entry = tuple[str, tuple[int, ...], int, int]
+
+
+def _entry(name: str, entry: Any, source: Source) -> Entry:
+    """dtype, shape, begin and end of one tensor, each of the right type and range."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise DamagedError(f"{source.name}: the header describes {name!r} wrongly") from None
+    for number in (*shape, begin, end):
+        if type(number) is not int or not 0 <= number < _MAX_SIZE:
+            raise DamagedError(f"{source.name}: the header gives {name!r} the number {number!r}")
+    if not isinstance(dtype, str) or dtype not in BY_SAFETENSORS:
+        raise UnsupportedError(f"{source.name}: {name!r} has the unknown dtype {dtype!r}")
+    return dtype, shape, begin, end
+
+
+def _check_layout(entries: Mapping[str, Entry], size: int, source: str) -> None:
+    """Tensors follow one another from the first byte of the data to the last."""
+    order = sorted(entries, key=lambda name: entries[name][2:])
+    position, previous = 0, "the header"
+    for name in order:
+        _, _, begin, end = entries[name]
+        if begin != position:
+            how = "overlaps" if begin < position else "leaves a hole after"
+            raise UnsafeError(f"{source}: {name!r} {how} {previous}")
+        position, previous = max(end, begin), repr(name)
+    if position > size:
+        raise DamagedError(
+            f"{source}: {size} of {position} bytes of tensors are there",
+            hint="the file is cut short: copy or download it again",
+        )
+    if position < size:
+        raise UnsafeError(f"{source}: {size - position} bytes follow the last tensor")
+
+
+def _tensor(name: str, dtype_name: str, shape: tuple[int, ...], span: Span) -> Tensor:
+    dtype = BY_SAFETENSORS[dtype_name]
+    if dtype.packed > 1:
+        if not shape or shape[-1] % dtype.packed:
+            raise DamagedError(f"{name!r} of {dtype_name} does not fill whole bytes")
+        shape = (*shape[:-1], shape[-1] // dtype.packed)
+    tensor = Tensor(Storage(dtype, 0, "cpu", (span,), name), dtype, shape, contiguous_stride(shape))
+    if tensor.nbytes != span.length:
+        raise DamagedError(
+            f"{span.source.name}: {name!r} of {dtype_name} and shape {list(shape)} has "
+            f"{span.length} bytes instead of {tensor.nbytes}"
+        )
+    tensor.storage.numel = tensor.numel
+    return tensor
+
+
+def _attributes(metadata: Mapping[str, str]) -> Node:
+    try:
+        versions = json.loads(metadata[VERSIONS])
+    except (KeyError, ValueError, RecursionError):
+        return None
+    if not isinstance(versions, dict):
+        return None
+    return {"_metadata": OrderedMap(versions)}
+
+
+def _restore_ties(root: OrderedMap, metadata: Mapping[str, str]) -> None:
+    for alias, kept in metadata.items():
+        if alias not in root and isinstance(root.get(kept), Tensor):
+            root[alias] = root[kept]
+
+
+# --- writing
+
+
+def write(document: Document, sink: Sink) -> None:
+    """Write a state dict as safetensors.
+
+    Every value of the root is a contiguous tensor that begins where its storage's span says (see
+    `edits.flatten`). Larger alignments come first, then names, as the safetensors library orders them.
+    """
+    tensors, aliases = _without_ties(document.root)
+    metadata = {"format": "pt", **document.metadata, **aliases, **_versions(document.root)}
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for name in order:
+        tensor = tensors[name]
+        header[name] = _description(tensor, position)
+        position += tensor.nbytes
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    encoded += b" " * (-len(encoded) % _ALIGNMENT)
+    sink.write(len(encoded).to_bytes(8, "little") + encoded)
+    for name in order:
+        tensor = tensors[name]
+        begin, remaining = tensor.offset * tensor.dtype.itemsize, tensor.nbytes
+        for span in tensor.storage.spans:
+            if begin < span.length and remaining:
+                length = min(remaining, span.length - begin)
+                sink.copy(span.slice(begin, length))
+                remaining -= length
+            begin = max(begin - span.length, 0)
+
+
+def _without_ties(root: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, each once, and for each further name of one the name that is kept."""
+    kept: dict[Any, str] = {}
+    tensors, aliases = {}, {}
+    for name, node in root.items():
+        tensor = as_tensor(node)
+        if tensor is None:
+            raise UnsupportedError(f"{name!r} is no tensor, and safetensors holds nothing else")
+        first = kept.setdefault(tensor.view, name) if tensor.numel else name
+        if first == name:
+            tensors[name] = tensor
+        else:
+            aliases[name] = first
+    return tensors, aliases
+
+
+def _versions(root: Node) -> dict[str, str]:
+    versions = root.metadata if isinstance(root, OrderedMap) else None
+    return {} if versions is None else {VERSIONS: json.dumps(versions)}
+
+
+def _description(tensor: Tensor, position: int) -> dict[str, Any]:
+    shape = list(tensor.shape)
+    if tensor.dtype.packed > 1:
+        shape[-1] *= tensor.dtype.packed
+    return {
+        "dtype": tensor.dtype.safetensors,
+        "shape": shape,
+        "data_offsets": [position, position + tensor.nbytes],
+    }
+
+
+
+def difference(document: Document, found: Document) -> str | None:
+    """Where a written file differs from the document it was made of: a key, or None.
+
+    Names of one tensor, of one shape and dtype, have to be there; the file has no checksums to compare.
+    """
+    for key, node in document.root.items():
+        meant, read_back = as_tensor(node), found.root.get(key)
+        if meant is None or not isinstance(read_back, Tensor):
+            return str(key)
+        if (meant.dtype, meant.shape) != (read_back.dtype, read_back.shape):
+            return str(key)
+    surplus = [str(key) for key in found.root if key not in document.root]
+    return surplus[0] if surplus else None

@@ -1,0 +1,133 @@
+"""torch's container before 1.6: pickles one after another, then the bytes of the storages.
+
+    pickle     magic number 0x1950A86A20F9469CFC6C
+    pickle     protocol version 1001
+    pickle     {"protocol_version": 1001, "little_endian": …, "type_sizes": …}
+    pickle     the tree; storages are persistent ids
+               ("storage", class, key, location, numel, view), where view is None or
+               (key of the view, offset, numel): a stretch of the storage, in elements
+    pickle     list of the storages' keys, in the order in which their bytes follow
+    for each   8 bytes: number of elements, signed, in the byte order of the file; then the elements
+
+Some files have another persistent id, ("module", class, source file, source text): a class of the model,
+with its source. Source: `torch.serialization._legacy_save` and `_legacy_load`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import TYPE_CHECKING, Literal
+
+from ckptfix import pickles
+from ckptfix.document import Document, Global, Node, Storage
+from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
+from ckptfix.findings import Finding
+from ckptfix.formats.torch_zip import parse_persistent_id
+from ckptfix.limits import DEFAULT, Limits
+from ckptfix.spans import Source, Span
+
+if TYPE_CHECKING:
+    from ckptfix.pickles.reader import Data
+
+NAME = "torch legacy"
+MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
+PROTOCOL_VERSION = 1001
+
+_MAGIC = b"\x8a\n" + MAGIC_NUMBER.to_bytes(10, "little")
+_COUNT = 8
+
+
+def matches(head: bytes) -> bool:
+    """Whether a file that begins with `head` is one of these (an optional PROTO, then the number)."""
+    return head.startswith(_MAGIC) or (head[:1] == b"\x80" and head[2:].startswith(_MAGIC))
+
+
+def read(source: Source, limits: Limits = DEFAULT) -> Document:
+    """The document in a legacy file. Reads the pickles and the length of each storage."""
+    data = _mapped(source)
+    storages: dict[str, Storage] = {}
+    label, position = source.name, 0
+    headers = []
+    for _ in range(3):
+        header, position = pickles.read(
+            data, _refuse, name=label, start=position, limits=limits
+        )
+        headers.append(header)
+    byteorder = _check_headers(headers, label)
+    root, position = pickles.read(
+        data, _loader(storages), name=label, start=position, limits=limits
+    )
+    keys, position = pickles.read(data, _refuse, name=label, start=position, limits=limits)
+    end = _place(storages, keys, source, position, byteorder)
+    surplus = source.size - end
+    notes = (Finding("trailing-bytes", f"{surplus} bytes follow the last storage"),)
+    return Document(
+        root, NAME, label, source.size, byteorder, notes=notes if surplus else ()
+    )
+
+
+def _mapped(source: Source) -> Data:
+    """The file as memory that the system fills as it is read; weights are never touched."""
+    descriptor = source.fileno()
+    if descriptor is None:
+        return source.read(0, source.size)
+    return mmap.mmap(descriptor, source.size, access=mmap.ACCESS_READ)
+
+
+def _refuse(pid: Node) -> Node:
+    raise UnsafeError("a persistent id stands where torch writes none")
+
+
+def _check_headers(headers: list[Node], name: str) -> Literal["little", "big"]:
+    magic, version, system = headers
+    if magic != MAGIC_NUMBER:
+        raise DamagedError(f"{name}: does not begin as torch's legacy files do")
+    if version != PROTOCOL_VERSION:
+        raise UnsupportedError(f"{name}: version {version!r} of the legacy format is not known")
+    little = system.get("little_endian", True) if isinstance(system, dict) else True
+    return "little" if little else "big"
+
+
+def _loader(storages: dict[str, Storage]) -> pickles.reader.Persistent:
+    def load(pid: Node) -> Node:
+        if type(pid) is tuple and len(pid) == 4 and pid[0] == "module" and type(pid[1]) is Global:
+            return pid[1]
+        if type(pid) is not tuple or len(pid) != 6 or pid[5] is not None:
+            raise UnsupportedError("a storage that is a view of another is not read here")
+        storage = parse_persistent_id(pid[:5])
+        known = storages.setdefault(storage.key, storage)
+        if (known.dtype, known.numel) != (storage.dtype, storage.numel):
+            raise UnsafeError(f"storage {storage.key!r} is described in two ways")
+        return known
+
+    return load
+
+
+def _place(
+    storages: dict[str, Storage],
+    keys: Node,
+    source: Source,
+    position: int,
+    byteorder: Literal["little", "big"],
+) -> int:
+    """Give each storage its span, in the order of `keys`; returns where the last one ends."""
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+        raise DamagedError(f"{source.name}: the list of storages does not fit the tree")
+    for key in keys:
+        storage = storages[key]
+        count = int.from_bytes(source.read(position, _COUNT), byteorder, signed=True)
+        if count != storage.numel:
+            raise UnsafeError(
+                f"{source.name}: storage {key!r} has {count} elements where the tree says "
+                f"{storage.numel}"
+            )
+        position += _COUNT
+        if position + storage.nbytes > source.size:
+            raise DamagedError(
+                f"{source.name}: ends inside storage {key!r}, at byte {source.size} of "
+                f"{position + storage.nbytes} or more",
+                hint="the file is cut short: copy or download it again",
+            )
+        storage.spans = (Span(source, position, storage.nbytes),)
+        position += storage.nbytes
+    return position

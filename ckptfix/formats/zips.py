@@ -1,0 +1,335 @@
+"""Zip archives, read strictly and written so that their contents can be memory-mapped.
+
+A zip is a row of records (a local header of 30 bytes, the name, an extra field, the data and, where
+flag bit 3 is set, a data descriptor of 12 to 24 bytes with CRC and sizes), then the central directory
+that repeats name, CRC, sizes and place of each record, then an end record that says where the
+directory is. Sizes and places past 32 bits stand in extra fields and a second, 64-bit end record.
+
+Readers that trust different copies of the same facts can be made to read different files, so an archive
+is refused where the copies disagree, where names repeat, where records overlap or leave room for
+something between them, and where the archive does not begin at byte 0. Bytes after the end are
+reported and accepted. Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 to 4.5.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
+from ckptfix.limits import DEFAULT, Limits
+from ckptfix.spans import InflatedSource, Source, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ckptfix.files import Sink
+
+LOCAL = struct.Struct("<4s5H3I2H")
+CENTRAL = struct.Struct("<4s6H3I5H2I")
+END = struct.Struct("<4s4H2IH")
+END64 = struct.Struct("<4sQ2H2I4Q")
+LOCATOR = struct.Struct("<4sIQI")
+
+_LOCAL_MAGIC, _CENTRAL_MAGIC, _END_MAGIC = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
+_END64_MAGIC, _LOCATOR_MAGIC, _DESCRIPTOR_MAGIC = b"PK\x06\x06", b"PK\x06\x07", b"PK\x07\x08"
+_MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
+_ENCRYPTED, _DESCRIBED, _UTF8 = 0x0001, 0x0008, 0x0800
+_DESCRIPTOR_SIZES = (0, 12, 16, 20, 24)
+_STORED, _DEFLATED = 0, 8
+_RETRY = "the archive is cut short or damaged: copy or download it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of an archive. Offsets and sizes are in bytes; `size` is what it unpacks to."""
+
+    name: str
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    size: int
+    header: int
+    """Where its local header begins."""
+    data: int = 0
+    """Where its data begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """The records of an archive in the order in which they lie, and where its parts end."""
+
+    source: Source
+    records: dict[str, Record]
+    directory: int
+    """Where the central directory begins."""
+    end: int
+    """Where the archive ends; the file may go on."""
+
+    def span(self, name: str) -> Span:
+        """The bytes of a record, inflated where it is deflated."""
+        record = self.records[name]
+        stored = Span(self.source, record.data, record.packed, record.crc)
+        if record.method == _STORED:
+            return stored
+        return Span(InflatedSource(stored, record.size), 0, record.size, record.crc)
+
+
+def read(source: Source, limits: Limits = DEFAULT) -> Archive:
+    """Read the directory of an archive and hold it against the local headers.
+
+    Raises `DamagedError` where it is cut short or its parts do not fit, `UnsafeError` where readers
+    would disagree about it, `UnsupportedError` for encryption and for methods other than deflate.
+    """
+    directory, size, count, end = _find_directory(source)
+    if count > limits.records or size > source.size:
+        raise UnsafeError(f"{source.name}: the archive announces {count} records")
+    entries = _central_entries(source.read(directory, size), count, source.name)
+    entries.sort(key=lambda entry: entry.header)
+    records = [_with_data(source, entry, directory) for entry in entries]
+    _check_layout(records, directory, source)
+    _check_names(records, source.name)
+    kept = {record.name: record for record in records if not record.name.endswith("/")}
+    return Archive(source, kept, directory, end)
+
+
+def _find_directory(source: Source) -> tuple[int, int, int, int]:
+    """Offset, size and count of the central directory, and where the archive ends."""
+    window = min(source.size, END.size + _MAX16 + (1 << 12))
+    tail = source.read(source.size - window, window)
+    found = tail.rfind(_END_MAGIC)
+    while found >= 0 and len(tail) - found >= END.size:
+        place = source.size - window + found
+        fields = END.unpack_from(tail, found)
+        located = _locate(source, place, fields)
+        if located is not None:
+            return (*located, place + END.size + fields[7])
+        found = tail.rfind(_END_MAGIC, 0, found)
+    raise DamagedError(f"{source.name}: the zip archive has no end record", hint=_RETRY)
+
+
+def _locate(source: Source, place: int, fields: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """What the end record at `place` says of the directory; None where it is no end record."""
+    _, disk, start_disk, here, count, size, offset, comment = fields
+    if place + END.size + comment > source.size:
+        return None
+    limit = place
+    wide = _end64(source, place)
+    if wide is not None:
+        limit, (count64, size64, offset64) = wide
+        for narrow, full, top in (
+            (count, count64, _MAX16),
+            (size, size64, _MAX32),
+            (offset, offset64, _MAX32),
+        ):
+            if narrow not in (full, top):
+                raise UnsafeError(f"{source.name}: the two end records of the archive disagree")
+        here = count = count64
+        size, offset = size64, offset64
+    if disk or start_disk or here != count:
+        raise UnsupportedError(f"{source.name}: the archive is one part of several")
+    if offset + size > limit:
+        raise DamagedError(f"{source.name}: the directory lies outside the archive", hint=_RETRY)
+    if offset + size < limit:
+        raise UnsafeError(
+            f"{source.name}: {limit - offset - size} bytes lie before the archive or inside it",
+            hint="unpack it and pack it again, or save the checkpoint anew",
+        )
+    return offset, size, count
+
+
+def _end64(source: Source, place: int) -> tuple[int, tuple[int, int, int]] | None:
+    """Place of the 64-bit end record, and the directory's count, size and offset in it."""
+    if place < LOCATOR.size:
+        return None
+    magic, _, offset, _ = LOCATOR.unpack(source.read(place - LOCATOR.size, LOCATOR.size))
+    if magic != _LOCATOR_MAGIC:
+        return None
+    if offset + END64.size > place:
+        raise DamagedError(f"{source.name}: the archive's end record is damaged", hint=_RETRY)
+    fields = END64.unpack(source.read(offset, END64.size))
+    if fields[0] != _END64_MAGIC or offset + 12 + fields[1] + LOCATOR.size != place:
+        raise DamagedError(f"{source.name}: the archive's end record is damaged", hint=_RETRY)
+    return offset, (fields[7], fields[8], fields[9])
+
+
+def _central_entries(directory: bytes, count: int, name: str) -> list[Record]:
+    entries, position = [], 0
+    try:
+        for _ in range(count):
+            entry, position = _central_entry(directory, position, name)
+            entries.append(entry)
+    except struct.error:
+        raise DamagedError(f"{name}: the archive's directory is cut short", hint=_RETRY) from None
+    if position != len(directory):
+        raise UnsafeError(f"{name}: the archive's directory holds more than its {count} records")
+    return entries
+
+
+def _central_entry(directory: bytes, position: int, name: str) -> tuple[Record, int]:
+    fields = CENTRAL.unpack_from(directory, position)
+    magic, _, _, flags, method, _, _, crc, packed, size, named, extra, comment = fields[:13]
+    offset = fields[16]
+    if magic != _CENTRAL_MAGIC:
+        raise DamagedError(f"{name}: the archive's directory is damaged", hint=_RETRY)
+    start = position + CENTRAL.size
+    end = start + named + extra + comment
+    if end > len(directory):
+        raise struct.error
+    label = _decode(directory[start : start + named], flags)
+    if _MAX32 in (packed, size, offset):
+        wide = _zip64_values(directory[start + named : start + named + extra])
+        size = wide.pop(0) if size == _MAX32 and wide else size
+        packed = wide.pop(0) if packed == _MAX32 and wide else packed
+        offset = wide.pop(0) if offset == _MAX32 and wide else offset
+    if flags & _ENCRYPTED:
+        raise UnsupportedError(f"{name}: {label!r} is encrypted")
+    if method not in (_STORED, _DEFLATED) or (method == _STORED and packed != size):
+        raise UnsupportedError(f"{name}: {label!r} is packed with method {method}")
+    return Record(label, flags, method, crc, packed, size, offset), end
+
+
+def _decode(label: bytes, flags: int) -> str:
+    return label.decode("utf-8" if flags & _UTF8 else "cp437", "backslashreplace")
+
+
+def _zip64_values(extra: bytes) -> list[int]:
+    """The 64-bit numbers of the zip64 extra field, in the order in which it keeps them."""
+    position = 0
+    while position + 4 <= len(extra):
+        kind, size = struct.unpack_from("<2H", extra, position)
+        if kind == 1:
+            field = extra[position + 4 : position + 4 + size]
+            return [value for (value,) in struct.iter_unpack("<Q", field[: size - size % 8])]
+        position += 4 + size
+    return []
+
+
+def _with_data(source: Source, entry: Record, directory: int) -> Record:
+    """The record with the place of its data, once its local header agrees with the directory."""
+    if entry.header + LOCAL.size > directory:
+        raise DamagedError(f"{source.name}: {entry.name!r} lies outside the archive", hint=_RETRY)
+    header = source.read(entry.header, min(LOCAL.size + 256, directory - entry.header))
+    fields = LOCAL.unpack_from(header)
+    magic, _, flags, method, _, _, crc, packed, size, named, extra = fields
+    label = header[LOCAL.size : LOCAL.size + named]
+    if len(label) < named:
+        label = source.read(entry.header + LOCAL.size, named)
+    if magic != _LOCAL_MAGIC:
+        raise DamagedError(f"{source.name}: {entry.name!r} has no header", hint=_RETRY)
+    described = flags & _DESCRIBED and crc == packed == size == 0
+    wide = _MAX32 in (packed, size)  # then the extra field has them, and the directory is believed
+    same = described or (crc == entry.crc and (wide or (packed, size) == (entry.packed, entry.size)))
+    if not same or method != entry.method or _decode(label, flags) != entry.name:
+        raise UnsafeError(
+            f"{source.name}: header and directory of the archive disagree about {entry.name!r}"
+        )
+    data = entry.header + LOCAL.size + named + extra
+    return Record(
+        entry.name, flags, method, entry.crc, entry.packed, entry.size, entry.header, data
+    )
+
+
+def _check_layout(records: Sequence[Record], directory: int, source: Source) -> None:
+    """Records lie one after another from byte 0, with room for nothing but data descriptors."""
+    position, earlier, described = 0, "the beginning", False
+    for record in records:
+        _check_gap(record.header - position, described, earlier, source)
+        position, earlier = record.data + record.packed, repr(record.name)
+        described = bool(record.flags & _DESCRIBED)
+        if position > directory:
+            raise DamagedError(f"{source.name}: {record.name!r} lies outside the archive", hint=_RETRY)
+    _check_gap(directory - position, described, earlier, source)
+
+
+def _check_gap(gap: int, described: bool, earlier: str, source: Source) -> None:
+    if gap < 0:
+        raise UnsafeError(f"{source.name}: a record of the archive overlaps {earlier}")
+    if gap not in (_DESCRIPTOR_SIZES if described else (0,)):
+        raise UnsafeError(f"{source.name}: {gap} bytes after {earlier} belong to no record")
+
+
+def _check_names(records: Iterable[Record], name: str) -> None:
+    seen: dict[str, str] = {}
+    for record in records:
+        folded = record.name.casefold()
+        if folded in seen:
+            how = "twice" if seen[folded] == record.name else f"beside {seen[folded]!r}"
+            raise UnsafeError(f"{name}: the archive holds {record.name!r} {how}")
+        seen[folded] = record.name
+
+
+class Writer:
+    """Writes records one after another; each one's data begins at a multiple of `alignment`.
+
+    CRC and sizes stand in the local header, so that no data descriptors are needed; where the CRC
+    is not known before the data has passed, the header is corrected afterwards.
+    """
+
+    def __init__(self, sink: Sink, alignment: int = 64) -> None:
+        self._sink = sink
+        self._alignment = alignment
+        self._directory: list[bytes] = []
+        self.crcs: list[int] = []
+
+    def add(self, name: str, parts: Sequence[Span | bytes]) -> None:
+        """Add a record made of `parts` in order."""
+        offset = self._sink.position
+        size = sum(len(part) if isinstance(part, bytes) else part.length for part in parts)
+        known = parts[0].crc if len(parts) == 1 and isinstance(parts[0], Span) else None
+        header = self._local_header(name, known or 0, size, offset)
+        self._sink.write(header)
+        crc = known
+        if crc is None:
+            crc = self._sink.copy_summed(parts)
+            self._sink.patch(offset + 14, struct.pack("<I", crc))
+        else:
+            self._sink.copy(parts[0])
+        self.crcs.append(crc)
+        self._directory.append(_central_header(name, crc, size, offset))
+
+    def _local_header(self, name: str, crc: int, size: int, offset: int) -> bytes:
+        label = name.encode()
+        wide = struct.pack("<2H2Q", 1, 16, size, size) if size >= _MAX32 else b""
+        start = offset + LOCAL.size + len(label) + len(wide) + 4
+        padding = -start % self._alignment
+        extra = wide + struct.pack("<2s H", b"FB", padding) + b"Z" * padding
+        narrow = min(size, _MAX32)
+        version = 45 if wide else 20
+        fixed = LOCAL.pack(
+            _LOCAL_MAGIC, version, _UTF8, 0, 0, _DOS_EPOCH, crc, narrow, narrow, len(label), len(extra)
+        )
+        return fixed + label + extra
+
+    def finish(self) -> None:
+        """Write the directory and the end records."""
+        start = self._sink.position
+        for header in self._directory:
+            self._sink.write(header)
+        count, size = len(self._directory), self._sink.position - start
+        if count >= _MAX16 or start >= _MAX32 or size >= _MAX32:
+            place = self._sink.position
+            self._sink.write(
+                END64.pack(_END64_MAGIC, END64.size - 12, 45, 45, 0, 0, count, count, size, start)
+            )
+            self._sink.write(LOCATOR.pack(_LOCATOR_MAGIC, 0, place, 1))
+        count, size, start = min(count, _MAX16), min(size, _MAX32), min(start, _MAX32)
+        self._sink.write(END.pack(_END_MAGIC, 0, 0, count, count, size, start, 0))
+
+
+_DOS_EPOCH = 0x21  # 1 January 1980, the earliest date a zip can hold: equal inputs give equal files
+
+
+def _central_header(name: str, crc: int, size: int, offset: int) -> bytes:
+    label = name.encode()
+    values = ([size, size] if size >= _MAX32 else []) + ([offset] if offset >= _MAX32 else [])
+    extra = struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
+    narrow, place = min(size, _MAX32), min(offset, _MAX32)
+    version = 45 if extra else 20
+    fixed = CENTRAL.pack(
+        _CENTRAL_MAGIC, version, version, _UTF8, 0, 0, _DOS_EPOCH, crc, narrow, narrow,
+        len(label), len(extra), 0, 0, 0, 0, place,
+    )  # fmt: skip
+    return fixed + label + extra

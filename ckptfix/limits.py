@@ -1,0 +1,38 @@
+"""How much a file may ask for before it is refused.
+
+Checkpoints come from strangers, and a few bytes can ask for terabytes. These caps sit far above any
+checkpoint seen in practice; whoever needs more passes another `Limits` to `ckptfix.open`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Caps on what one file may ask for."""
+
+    pickle_bytes: int = 4 << 30
+    """Bytes of one pickle that lies in memory while it is read (weights are never part of it)."""
+
+    header_bytes: int = 100_000_000
+    """Bytes of a safetensors header: the cap that the safetensors library itself sets."""
+
+    long_bytes: int = 1 << 16
+    """Bytes of one pickled integer; decoding it costs time that grows with the square."""
+
+    text_digits: int = 4096
+    """Digits of one integer that is pickled as text."""
+
+    key_nodes: int = 1000
+    """Values inside one tuple that serves as a dict key (hashing visits each of them)."""
+
+    tensor_bytes: int = 1 << 50
+    """Bytes that one tensor may claim through strides of zero."""
+
+    records: int = 10_000_000
+    """Records of one zip archive."""
+
+
+DEFAULT = Limits()

@@ -1,0 +1,201 @@
+"""Checkpoints loaded into programs: state dicts with torch tensors, keyed as a model expects them.
+
+Nothing here prints, and nothing from the file is run.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from ckptfix import formats, materialize, target, wrappers
+from ckptfix.compare import Report, describe
+from ckptfix.errors import KeyMismatchError, RenameError, SelectionError
+from ckptfix.state_dicts import StateDict, choose, find, of_models
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from ckptfix.document import Document
+    from ckptfix.materialize import MapLocation
+    from ckptfix.target import Target
+    from ckptfix.wrappers import Renaming
+
+
+def load(path: str | os.PathLike[str], *, map_location: MapLocation = "cpu") -> Any:
+    """Everything in a checkpoint, as `torch.load` gives it, without running anything from the file.
+
+    Tensors have the shapes, strides, dtypes and sharing that were saved; they lie over a private memory
+    map of the file until they are written to. Objects of unknown classes come back inert (`Inert`).
+
+    Args:
+        path: a file in any container that ckptfix reads.
+        map_location: where tensors go: a device, a mapping of saved tags to devices, or a callable, as in
+            `torch.load`; `"auto"` is the visible GPU with the most free memory, the CPU if there is none.
+
+    Raises:
+        ReadError: the file is no checkpoint, is damaged, unsafe or unsupported.
+    """
+    document = formats.read(path)
+    return materialize.tree(document.root, _materializer(document, map_location))
+
+
+def load_state_dict(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    select: str | None = None,
+    strict: bool = True,
+    map_location: MapLocation = "cpu",
+) -> OrderedDict[str, Tensor]:
+    """The state dict in a checkpoint, keyed as `model` expects it.
+
+    Wrapper prefixes are stripped or added as the model wants them. Without a model the keys stay as they
+    are saved. `_metadata` comes along.
+
+    Args:
+        path: a file in any container that ckptfix reads.
+        model: what the keys have to fit; it is not changed.
+        select: the path of the state dict inside the checkpoint, where it holds several.
+        strict: whether every key and shape has to match; otherwise the nearest names are taken.
+        map_location: as in `load`.
+
+    Raises:
+        ReadError: the file cannot be read.
+        SelectionError: there is no state dict, or more than one could be meant.
+        RenameError: the keys fit in two ways.
+        KeyMismatchError: with `strict`, the keys or shapes do not fit; carries the `Report`.
+    """
+    document = formats.read(path)
+    wanted = target.of_module(model) if model is not None else None
+    state, renaming = fit(document, wanted, select)
+    if wanted is not None and strict:
+        _insist(target.report(state, wanted, renaming), document, wanted)
+    return _loaded(document, state, renaming, map_location)
+
+
+def load_into(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    select: str | None = None,
+    strict: bool = True,
+) -> Report:
+    """Load a checkpoint into a model, wherever the model's parameters live.
+
+    Args:
+        model: the module to load into; unchanged where this raises.
+        path: a file in any container that ckptfix reads.
+        select: the path of the state dict inside the checkpoint, where it holds several.
+        strict: whether every key has to match. Shapes have to match where keys do, as in torch.
+
+    Returns:
+        How the keys compared: with `strict=False`, `missing` are those that kept their values.
+
+    Raises:
+        KeyMismatchError: the keys or shapes do not fit; carries the `Report`, and prints as a list.
+        ReadError, SelectionError, RenameError: as in `load_state_dict`.
+    """
+    document = formats.read(path)
+    wanted = target.of_module(model)
+    state, renaming = fit(document, wanted, select)
+    report = target.report(state, wanted, renaming)
+    if strict or report.shape_mismatch:
+        _insist(report, document, wanted)
+    model.load_state_dict(_loaded(document, state, renaming, "cpu"), strict=strict)
+    return report
+
+
+def fit(
+    document: Document, wanted: Target | None, select: str | None = None
+) -> tuple[StateDict, Renaming | None]:
+    """The state dict that is meant, and the renaming under which it fits the target best.
+
+    Raises `SelectionError` or, where it fits in two ways, `RenameError`.
+    """
+    if wanted is None:
+        return choose(document, select), None
+    state = _choose_fitting(document, wanted, select)
+    ways = wrappers.fits(state.mapping, wanted.specs)
+    if len(ways) > 1:
+        listed = "; ".join(way.label for way in ways)
+        raise RenameError(
+            f"{document.name}: the keys fit {wanted.name} in {len(ways)} ways: {listed}",
+            hint="choose one: ckptfix strip-prefix --prefix PREFIX IN OUT",
+            code="ambiguous-prefix",
+        )
+    return state, ways[0] if ways else wrappers.closest(state.mapping, wanted.specs)
+
+
+def _choose_fitting(document: Document, wanted: Target, select: str | None) -> StateDict:
+    """As `choose`; where several could be meant, the only one that fits the target wholly."""
+    try:
+        return choose(document, select)
+    except SelectionError as error:
+        states = of_models(find(document.root)) if select is None else []
+        fitting = [state for state in states if _fits(state, wanted)]
+        if len(fitting) != 1:
+            raise error from None
+        return fitting[0]
+
+
+def _fits(state: StateDict, wanted: Target) -> bool:
+    ways = wrappers.fits(state.mapping, wanted.specs)
+    return any(target.report(state, wanted, way).loads for way in ways)
+
+
+def _insist(report: Report, document: Document, wanted: Target) -> None:
+    if not report.loads:
+        message = f"{document.name} does not match {wanted.name}\n{describe(report)}"
+        raise KeyMismatchError(report, message)
+
+
+def _materializer(document: Document, map_location: MapLocation) -> materialize.Materializer:
+    place = materialize.placement(map_location)
+    return materialize.Materializer(place, document.byteorder)
+
+
+def _loaded(
+    document: Document, state: StateDict, renaming: Renaming | None, map_location: MapLocation
+) -> OrderedDict[str, Any]:
+    made = materialize.tree(state.mapping, _materializer(document, map_location))
+    return renamed(made, renaming) if renaming is not None else OrderedDict(made)
+
+
+# --- plain dicts
+
+
+def strip_prefix(
+    state_dict: Mapping[str, Any], prefix: str | None = None, *, partial: bool = False
+) -> OrderedDict[str, Any]:
+    """A state dict without wrapper components, or without the prefix that is named.
+
+    The values are the same objects; `state_dict` is not changed. `_metadata` is renamed with the keys.
+
+    Args:
+        state_dict: what `torch.load` or `nn.Module.state_dict` gave.
+        prefix: such as `module.`; None removes what wrappers (DataParallel, torch.compile, FSDP, …) added.
+        partial: whether to strip the keys that have the prefix even where others do not.
+
+    Raises:
+        PartialPrefixError: only some keys carry `prefix`.
+        KeyCollisionError: two keys would become one.
+    """
+    return renamed(state_dict, wrappers.strip(state_dict, prefix=prefix, partial=partial))
+
+
+def add_prefix(state_dict: Mapping[str, Any], prefix: str = "module.") -> OrderedDict[str, Any]:
+    """A state dict with a prefix before every key; otherwise as `strip_prefix`."""
+    return renamed(state_dict, wrappers.add(state_dict, prefix))
+
+
+def renamed(state_dict: Mapping[str, Any], renaming: Renaming) -> OrderedDict[str, Any]:
+    """A plain state dict under new keys, its `_metadata` under new paths."""
+    made = OrderedDict((renaming.keys[key], value) for key, value in state_dict.items())
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is not None:
+        made._metadata = OrderedDict(renaming.metadata(metadata))  # type: ignore[attr-defined]
+    return made

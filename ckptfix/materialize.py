@@ -1,0 +1,315 @@
+"""Described tensors made into torch tensors, over a private memory map of their file.
+
+Nothing is copied until it is written to: the system fills the map from the file, and a page that a
+program changes becomes its own. Only bytes that lie where their dtype cannot be read (old containers
+do not align them), that are computed, or that are in another byte order, are copied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.serialization import default_restore_location
+
+from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor, as_tensor
+from ckptfix.dtypes import BY_NAME
+from ckptfix.errors import UnsupportedError
+from ckptfix.spans import ComputedSource, Span
+from ckptfix.trees import rebuild
+
+if TYPE_CHECKING:
+    from ckptfix.dtypes import DType
+    from ckptfix.spans import Source
+
+
+Place = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
+MapLocation = str | torch.device | Mapping[str, str] | Callable[[torch.UntypedStorage, str], Any] | None
+"""As in `torch.load`, and `"auto"`."""
+
+
+class Materializer:
+    """Makes tensors of one document. Tensors that share a storage there share memory here.
+
+    `place` puts a storage from the CPU where it belongs, given the tag it was saved with;
+    `byteorder` is the document's.
+    """
+
+    def __init__(self, place: Place | None = None, byteorder: str = "little") -> None:
+        self._place = place
+        self._swap = byteorder != sys.byteorder
+        self._maps: dict[int, tuple[Source, mmap.mmap]] = {}
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._kept: list[Storage] = []
+
+    def tensor(self, tensor: Tensor, *, stay: bool = False) -> torch.Tensor:
+        """The tensor that `tensor` describes; with `stay` on the CPU, wherever the others go."""
+        dtype: torch.dtype = getattr(torch, tensor.dtype.name)
+        storage = self._storage(tensor.storage, tensor.dtype, stay)
+        made = torch.empty(0, dtype=dtype, device=storage.device)
+        made.set_(storage, tensor.offset, tensor.shape, tensor.stride)  # type: ignore[call-overload]
+        for name, value in (tensor.metadata or {}).items():
+            if value and name in ("conj", "neg"):
+                torch._C._set_conj(made, True) if name == "conj" else torch._C._set_neg(made, True)
+        return made.requires_grad_(tensor.requires_grad)
+
+    def _storage(self, storage: Storage, dtype: DType, stay: bool) -> torch.UntypedStorage:
+        known = self._storages.get(id(storage))
+        if known is None:
+            known = self._on_cpu(storage, dtype)
+            if self._place is not None and not stay:
+                known = self._place(known, storage.device)
+            self._storages[id(storage)] = known
+            self._kept.append(storage)
+        return known
+
+    def _on_cpu(self, storage: Storage, dtype: DType) -> torch.UntypedStorage:
+        if not storage.nbytes:
+            return torch.UntypedStorage(0)
+        span = storage.spans[0]
+        aligned = span.offset % _word(dtype) == 0
+        if len(storage.spans) == 1 and aligned and not self._swap and span.source.fileno() is not None:
+            return _flat(self._map(span.source), span.offset, span.length)
+        copied = bytearray(b"".join(part.read() for part in storage.spans))
+        if self._swap:
+            _swap_bytes(copied, _word(storage.dtype))
+        return _flat(copied, 0, len(copied))
+
+    def _map(self, source: Source) -> mmap.mmap:
+        known = self._maps.get(id(source))
+        if known is None:
+            descriptor = source.fileno()
+            assert descriptor is not None
+            mapped = mmap.mmap(descriptor, source.size, access=mmap.ACCESS_COPY)
+            known = self._maps[id(source)] = (source, mapped)
+        return known[1]
+
+
+def _flat(data: mmap.mmap | bytearray, offset: int, length: int) -> torch.UntypedStorage:
+    flat = torch.frombuffer(data, dtype=torch.uint8, count=length, offset=offset)
+    return flat.untyped_storage()
+
+
+def placement(map_location: MapLocation) -> Place | None:
+    """What `map_location` means, as in `torch.load`; None leaves everything on the CPU."""
+    if map_location == "auto":
+        map_location = _freest_device()
+    if isinstance(map_location, torch.device):
+        map_location = str(map_location)
+    if map_location == "cpu":
+        return None
+
+    def place(storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
+        if callable(map_location):
+            found = map_location(storage, tag)
+            return default_restore_location(storage, tag) if found is None else found
+        where = map_location.get(tag, tag) if isinstance(map_location, Mapping) else map_location
+        placed: torch.UntypedStorage = default_restore_location(storage, where or tag)
+        return placed
+
+    return place
+
+
+def _freest_device() -> str:
+    """The visible GPU with the most free memory, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    return f"cuda:{free.index(max(free))}"
+
+
+def _word(dtype: DType) -> int:
+    """Bytes of the numbers that an element is made of: a complex number is two."""
+    return dtype.itemsize // 2 if dtype.name.startswith("complex") else dtype.itemsize
+
+
+def _swap_bytes(data: bytearray, word: int) -> None:
+    for byte in range(word // 2):
+        other = word - 1 - byte
+        data[byte::word], data[other::word] = data[other::word], data[byte::word]
+
+
+def contiguous_bytes(tensor: Tensor, byteorder: str = "little") -> bytes:
+    """The elements of a tensor in row-major order, as little-endian bytes."""
+    return _bytes_of(Materializer(byteorder=byteorder).tensor(tensor).detach())
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    dense = tensor.resolve_conj().resolve_neg().contiguous()
+    data = bytearray(ctypes.string_at(dense.data_ptr(), dense.nbytes))
+    if sys.byteorder != "little":
+        _swap_bytes(data, dense.element_size())
+    return bytes(data)
+
+
+# --- whole trees
+
+
+def tree(root: Node, materializer: Materializer) -> Any:
+    """A tree with its tensors made, and the plain objects that torch checkpoints hold.
+
+    Devices, dtypes, sizes, sets, complex numbers and parameters become what they were; objects of
+    other classes stay `Inert`. RNG states stay on the CPU, where torch wants them.
+    """
+    rng = {id(node.storage) for node in _rng_states(root)}
+
+    def change(node: Node) -> Any:
+        if isinstance(node, Tensor):
+            return materializer.tensor(node, stay=id(node.storage) in rng)
+        if isinstance(node, OrderedMap):
+            return OrderedDict(node)
+        if isinstance(node, Storage):
+            raise UnsupportedError("a bare storage cannot be loaded")
+        if isinstance(node, Inert):
+            tensor = as_tensor(node)
+            if tensor is not None:
+                made = materializer.tensor(tensor)
+                return torch.nn.Parameter(made.detach(), requires_grad=node.args[1] is True)
+            return _revived(node)
+        return _dtype(node) if type(node) is Global else node
+
+    return rebuild(root, change, _keep_metadata)
+
+
+def _keep_metadata(node: Node, made: Any) -> None:
+    if isinstance(node, OrderedMap) and node.metadata is not None:
+        made._metadata = OrderedDict(node.metadata)
+
+
+def _dtype(node: Global) -> Any:
+    found = getattr(torch, node.name, None) if node.module == "torch" else None
+    return found if isinstance(found, torch.dtype) else node
+
+
+_SCALARS = (str, int, float, bool, type(None), bytes)
+
+
+def _revived(node: Inert) -> Any:
+    """What an inert object of a few harmless classes stands for; others as they are."""
+    make = _HARMLESS.get(str(node.function))
+    if make is None or node.has_state or node.items or node.pairs or node.how != "reduce":
+        return node
+    parts = node.args[0] if len(node.args) == 1 else node.args
+    if not all(isinstance(part, _SCALARS) for part in (parts if _is_row(parts) else [parts])):
+        return node
+    try:
+        return make(*node.args)
+    except (TypeError, ValueError, RuntimeError):
+        return node
+
+
+def _is_row(node: Node) -> bool:
+    return isinstance(node, (list, tuple))
+
+
+_HARMLESS: dict[str, Callable[..., Any]] = {
+    "torch.device": torch.device,
+    "torch.Size": torch.Size,
+    **{f"{module}.set": set for module in ("builtins", "__builtin__")},
+    **{f"{module}.frozenset": frozenset for module in ("builtins", "__builtin__")},
+    **{f"{module}.complex": complex for module in ("builtins", "__builtin__")},
+}
+
+
+def _rng_states(root: Node) -> list[Tensor]:
+    """Byte tensors that stand under a key which says `rng`."""
+    found, seen = [], set()
+    pending: list[tuple[bool, Node]] = [(False, root)]
+    while pending:
+        inside, node = pending.pop()
+        if isinstance(node, Tensor) and inside and node.dtype.name == "uint8":
+            found.append(node)
+        if isinstance(node, (dict, list, tuple)) and id(node) not in seen:
+            seen.add(id(node))
+            items = node.items() if isinstance(node, dict) else enumerate(node)
+            pending.extend((inside or "rng" in str(key).lower(), value) for key, value in items)
+    return found
+
+
+# --- and back
+
+
+def described(value: Any) -> Node:
+    """A tree for what a program holds: tensors, containers and plain values, the inverse of `tree`.
+
+    Raises `UnsupportedError` for objects of other classes, which only `torch.save` can pickle.
+    """
+    return _Describer().tree(value)
+
+
+class _Describer:
+    """Turns torch's objects into nodes; storages that share memory become one."""
+
+    def __init__(self) -> None:
+        self._storages: dict[tuple[int, str], Storage] = {}
+
+    def tree(self, value: Any) -> Node:
+        return rebuild(value, self._node, self._attach)
+
+    def _node(self, value: Any) -> Node:
+        if isinstance(value, torch.nn.Parameter):
+            return Inert(_PARAMETER, (self._tensor(value.detach()), value.requires_grad, OrderedMap()))
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if isinstance(value, OrderedDict):
+            return OrderedMap(value)
+        if isinstance(value, (set, frozenset)):
+            return Inert(Global("builtins", type(value).__name__), (list(value),))
+        if isinstance(value, torch.Size):
+            return Inert(Global("torch", "Size"), (tuple(value),))
+        if isinstance(value, torch.dtype):
+            return Global("torch", str(value).removeprefix("torch."))
+        if isinstance(value, torch.device):
+            index = () if value.index is None else (value.index,)
+            return Inert(Global("torch", "device"), (value.type, *index))
+        if isinstance(value, complex):
+            return Inert(Global("builtins", "complex"), (value.real, value.imag))
+        if type(value) in _PLAIN:
+            return value
+        raise UnsupportedError(
+            f"a {type(value).__module__}.{type(value).__qualname__} cannot be written by ckptfix",
+            hint="save it with torch.save, or leave it out",
+        )
+
+    def _attach(self, value: Any, node: Node) -> None:
+        metadata = getattr(value, "_metadata", None)
+        if isinstance(node, OrderedMap) and metadata is not None:
+            node.attributes = {"_metadata": OrderedMap(metadata)}
+
+    def _tensor(self, value: torch.Tensor) -> Tensor:
+        dtype = BY_NAME.get(str(value.dtype).removeprefix("torch."))
+        if dtype is None or value.layout != torch.strided or value.is_quantized:
+            raise UnsupportedError(
+                f"a {value.layout} tensor of {value.dtype} cannot be written by ckptfix",
+                hint="save it with torch.save",
+            )
+        value = value.detach()
+        bits = {name: True for name in ("conj", "neg") if getattr(value, f"is_{name}")()}
+        storage = self._storage(value.untyped_storage(), dtype)
+        shape, stride = tuple(value.shape), value.stride()
+        offset = value.storage_offset()
+        return Tensor(storage, dtype, shape, stride, offset, metadata=bits or None)
+
+    def _storage(self, storage: torch.UntypedStorage, dtype: DType) -> Storage:
+        key = (storage.data_ptr() or id(storage), str(storage.device))
+        if key not in self._storages:
+            size = storage.nbytes()
+            source = ComputedSource(size, lambda: _memory(storage), "a tensor in memory")
+            span = Span(source, 0, size)
+            numel = size // dtype.itemsize
+            self._storages[key] = Storage(dtype, numel, str(storage.device), (span,))
+        return self._storages[key]
+
+
+def _memory(storage: torch.UntypedStorage) -> bytes:
+    on_cpu = storage.cpu()
+    return ctypes.string_at(on_cpu.data_ptr(), on_cpu.nbytes()) if on_cpu.nbytes() else b""
+
+
+_PARAMETER = Global("torch._utils", "_rebuild_parameter")
+_PLAIN = (dict, list, tuple, OrderedMap, Inert, Tensor, Storage, Global)

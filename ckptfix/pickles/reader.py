@@ -1,0 +1,566 @@
+"""A pickle machine that builds a tree and imports nothing.
+
+It follows the opcodes of `pickletools` (protocols 0 to 5, and the string opcodes of Python 2). Where
+Python's machine would look up a class or call something, this one makes an `Inert` object or a `Global`
+and goes on; `torch_objects` lists the few calls that it understands. Memory stays in proportion to the
+pickle: the memo is a dict, every length is held against the bytes that remain, nothing recurses.
+"""
+
+from __future__ import annotations
+
+import codecs
+import struct
+from typing import TYPE_CHECKING, NoReturn
+
+from ckptfix.document import Global, How, Inert, Node, OrderedMap
+from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedError
+from ckptfix.limits import DEFAULT, Limits
+from ckptfix.pickles.torch_objects import BUILDERS, hashable
+
+if TYPE_CHECKING:
+    import mmap
+    from collections.abc import Callable
+
+    Data = bytes | mmap.mmap
+    Persistent = Callable[[Node], Node]
+    Operation = Callable[["_Machine", int], int]
+
+
+def read(
+    data: Data,
+    persistent: Persistent,
+    *,
+    name: str,
+    start: int = 0,
+    limits: Limits = DEFAULT,
+) -> tuple[Node, int]:
+    """Read one pickle from `data` at `start`; returns its tree and the position after its STOP.
+
+    `persistent` turns a persistent id into a node, as torch uses them for storages. `name` is what
+    messages call the pickle. Raises `DamagedError` where the bytes are no pickle or end too soon, and
+    `UnsafeError` or `UnsupportedError` where they ask for what ckptfix refuses.
+    """
+    machine = _Machine(data, persistent, limits)
+    position = start
+    operations = _OPERATIONS
+    try:
+        while True:
+            position = operations[data[position]](machine, position + 1)
+    except _Stop as stop:
+        return stop.root, stop.position
+    except CkptfixError as error:
+        error.args = (f"{name}: byte {position}: {error.message}",)
+        error.message = error.args[0]
+        raise
+    except IndexError:
+        what = "the pickle ends too soon" if position >= len(data) - 16 else "stack underflow"
+        raise DamagedError(f"{name}: byte {position}: {what}", hint=_RETRY) from None
+    except KeyError as error:
+        raise DamagedError(f"{name}: byte {position}: nothing is memoized as {error}") from None
+    except (ValueError, TypeError, struct.error) as error:
+        raise DamagedError(f"{name}: byte {position}: {error}", hint=_RETRY) from None
+
+
+_RETRY = "the file is damaged: copy or download it again"
+
+
+class _Stop(Exception):
+    """Carries the result out of the loop."""
+
+    def __init__(self, root: Node, position: int) -> None:
+        self.root, self.position = root, position
+
+
+class _Machine:
+    """The state that opcodes act on; `stack` is what lies above the topmost mark."""
+
+    __slots__ = ("data", "framed", "globals", "limits", "marks", "memo", "persistent", "stack")
+
+    def __init__(self, data: Data, persistent: Persistent, limits: Limits) -> None:
+        self.data = data
+        self.persistent = persistent
+        self.limits = limits
+        self.stack: list[Node] = []
+        self.marks: list[list[Node]] = []
+        self.memo: dict[int, Node] = {}
+        self.globals: dict[Global, Global] = {}
+        self.framed = False
+
+    def pop_mark(self) -> list[Node]:
+        items = self.stack
+        self.stack = self.marks.pop()
+        return items
+
+    def take(self, position: int, length: int) -> bytes:
+        if not 0 <= length <= len(self.data) - position:
+            raise DamagedError(f"{length} bytes are announced, {len(self.data) - position} remain")
+        return self.data[position : position + length]
+
+    def unpack(self, position: int, layout: struct.Struct) -> int:
+        found: int = layout.unpack(self.take(position, layout.size))[0]
+        return found
+
+    def line(self, position: int) -> tuple[bytes, int]:
+        end = self.data.find(b"\n", position)
+        if end < 0:
+            raise DamagedError("a line does not end")
+        return self.data[position:end], end + 1
+
+    def name(self, module: str, name: str) -> Global:
+        found = Global(module, name)
+        return self.globals.setdefault(found, found)
+
+    def call(self, function: Node, args: Node, how: How = "reduce", kwargs: Node = None) -> Node:
+        if type(args) is not tuple:
+            raise DamagedError(f"the arguments of {function} are no tuple")
+        builder = BUILDERS.get(function) if type(function) is Global and how == "reduce" else None
+        built = builder(args, self.limits) if builder else None
+        if built is None:
+            if not isinstance(function, (Global, Inert)):
+                raise UnsafeError(f"a {type(function).__name__} is called")
+            built = Inert(function, args, kwargs, how)
+        return built
+
+    def check_key(self, key: Node) -> None:
+        if type(key) not in _SCALARS:
+            hashable(key, self.limits)
+
+
+_SCALARS = frozenset({str, int, float, bool, bytes, type(None), Inert, Global})
+_U1, _U2, _U4, _U8 = (struct.Struct(layout) for layout in ("<B", "<H", "<I", "<Q"))
+_I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
+
+
+# --- the stack and the memo
+
+
+def _mark(m: _Machine, at: int) -> int:
+    m.marks.append(m.stack)
+    m.stack = []
+    return at
+
+
+def _stop(m: _Machine, at: int) -> NoReturn:
+    if m.marks or len(m.stack) != 1:
+        raise DamagedError(f"it stops with {len(m.stack)} values and {len(m.marks)} marks left")
+    raise _Stop(m.stack[0], at)
+
+
+def _pop(m: _Machine, at: int) -> int:
+    if m.stack:
+        del m.stack[-1]
+    else:
+        m.pop_mark()
+    return at
+
+
+def _pop_mark(m: _Machine, at: int) -> int:
+    m.pop_mark()
+    return at
+
+
+def _dup(m: _Machine, at: int) -> int:
+    m.stack.append(m.stack[-1])
+    return at
+
+
+def _proto(m: _Machine, at: int) -> int:
+    if m.data[at] > 5:
+        raise UnsupportedError(f"pickle protocol {m.data[at]} is not known")
+    return at + 1
+
+
+def _frame(m: _Machine, at: int) -> int:
+    """Run the opcodes of one frame; they must end where it ends, and none may open another."""
+    if m.framed:
+        raise UnsafeError("a frame opens inside a frame")
+    position = at + 8
+    end = position + m.unpack(at, _U8)
+    if end > len(m.data):
+        raise DamagedError(f"a frame of {end - position} bytes is announced")
+    m.framed = True
+    while position < end:
+        position = _OPERATIONS[m.data[position]](m, position + 1)
+    if position > end:
+        raise UnsafeError("an opcode straddles the end of its frame")
+    m.framed = False
+    return position
+
+
+def _binput(m: _Machine, at: int) -> int:
+    m.memo[m.data[at]] = m.stack[-1]
+    return at + 1
+
+
+def _long_binput(m: _Machine, at: int) -> int:
+    m.memo[m.unpack(at, _U4)] = m.stack[-1]
+    return at + 4
+
+
+def _put(m: _Machine, at: int) -> int:
+    index, at = _decimal(m, at)
+    m.memo[index] = m.stack[-1]
+    return at
+
+
+def _memoize(m: _Machine, at: int) -> int:
+    m.memo[len(m.memo)] = m.stack[-1]
+    return at
+
+
+def _binget(m: _Machine, at: int) -> int:
+    m.stack.append(m.memo[m.data[at]])
+    return at + 1
+
+
+def _long_binget(m: _Machine, at: int) -> int:
+    m.stack.append(m.memo[m.unpack(at, _U4)])
+    return at + 4
+
+
+def _get(m: _Machine, at: int) -> int:
+    index, at = _decimal(m, at)
+    m.stack.append(m.memo[index])
+    return at
+
+
+# --- scalars
+
+
+def _constant(value: bool | None) -> Operation:
+    def push(m: _Machine, at: int) -> int:
+        m.stack.append(value)
+        return at
+
+    return push
+
+
+def _binint1(m: _Machine, at: int) -> int:
+    m.stack.append(m.data[at])
+    return at + 1
+
+
+def _fixed(layout: struct.Struct) -> Operation:
+    def push(m: _Machine, at: int) -> int:
+        m.stack.append(m.unpack(at, layout))
+        return at + layout.size
+
+    return push
+
+
+def _decimal(m: _Machine, at: int) -> tuple[int, int]:
+    digits, at = m.line(at)
+    if len(digits) > m.limits.text_digits:
+        raise UnsafeError(f"an integer of {len(digits)} digits")
+    return int(digits.rstrip(b"L")), at
+
+
+def _int(m: _Machine, at: int) -> int:
+    if m.data[at : at + 3] in (b"00\n", b"01\n"):  # how protocol 0 spells False and True
+        m.stack.append(m.data[at + 1] == 0x31)
+        return at + 3
+    value, at = _decimal(m, at)
+    m.stack.append(value)
+    return at
+
+
+def _long(layout: struct.Struct) -> Operation:
+    def push(m: _Machine, at: int) -> int:
+        length = m.unpack(at, layout)
+        if length > m.limits.long_bytes:
+            raise UnsafeError(f"an integer of {length} bytes")
+        at += layout.size
+        m.stack.append(int.from_bytes(m.take(at, length), "little", signed=True))
+        return at + length
+
+    return push
+
+
+def _float(m: _Machine, at: int) -> int:
+    digits, at = m.line(at)
+    m.stack.append(float(digits))
+    return at
+
+
+# --- text and bytes
+
+
+def _text(layout: struct.Struct) -> Operation:
+    def push(m: _Machine, at: int) -> int:
+        length = m.unpack(at, layout)
+        at += layout.size
+        m.stack.append(m.take(at, length).decode("utf-8", "surrogatepass"))
+        return at + length
+
+    return push
+
+
+def _unicode(m: _Machine, at: int) -> int:
+    escaped, at = m.line(at)
+    m.stack.append(escaped.decode("raw-unicode-escape"))
+    return at
+
+
+def _bytes(layout: struct.Struct) -> Operation:
+    def push(m: _Machine, at: int) -> int:
+        length = m.unpack(at, layout)
+        at += layout.size
+        m.stack.append(m.take(at, length))
+        return at + length
+
+    return push
+
+
+def _bytearray(m: _Machine, at: int) -> int:
+    at = _OPERATIONS[_BINBYTES8](m, at)
+    m.stack[-1] = bytearray(m.stack[-1])
+    return at
+
+
+def _python2_text(data: bytes) -> str | bytes:
+    """Python 2 has one type for both: text where it is UTF-8, as `torch.load` takes it."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data
+
+
+def _python2_str(layout: struct.Struct) -> Operation:
+    def push(m: _Machine, at: int) -> int:
+        length = m.unpack(at, layout)
+        at += layout.size
+        m.stack.append(_python2_text(m.take(at, length)))
+        return at + length
+
+    return push
+
+
+def _string(m: _Machine, at: int) -> int:
+    quoted, at = m.line(at)
+    quoted = quoted.rstrip()
+    if len(quoted) < 2 or quoted[:1] not in (b"'", b'"') or quoted[-1:] != quoted[:1]:
+        raise DamagedError("a string is not quoted")
+    m.stack.append(_python2_text(codecs.escape_decode(quoted[1:-1])[0]))
+    return at
+
+
+# --- containers
+
+
+def _tuple(m: _Machine, at: int) -> int:
+    items = m.pop_mark()
+    m.stack.append(tuple(items))
+    return at
+
+
+def _short_tuple(length: int) -> Operation:
+    def push(m: _Machine, at: int) -> int:
+        if len(m.stack) < length:
+            raise IndexError
+        m.stack[-length:] = (tuple(m.stack[-length:]),)
+        return at
+
+    return push
+
+
+def _empty(make: Callable[[], Node]) -> Operation:
+    def push(m: _Machine, at: int) -> int:
+        m.stack.append(make())
+        return at
+
+    return push
+
+
+def _list(m: _Machine, at: int) -> int:
+    items = m.pop_mark()
+    m.stack.append(items)
+    return at
+
+
+def _dict(m: _Machine, at: int) -> int:
+    items = m.pop_mark()
+    m.stack.append({})
+    _set_items(m, m.stack[-1], items)
+    return at
+
+
+def _empty_set(m: _Machine, at: int) -> int:
+    m.stack.append(Inert(_SET, ([],)))
+    return at
+
+
+def _frozenset(m: _Machine, at: int) -> int:
+    items = m.pop_mark()
+    m.stack.append(Inert(_FROZENSET, (items,)))
+    return at
+
+
+def _append(m: _Machine, at: int) -> int:
+    item = m.stack.pop()
+    _extend(m.stack[-1], [item])
+    return at
+
+
+def _appends(m: _Machine, at: int) -> int:
+    items = m.pop_mark()
+    _extend(m.stack[-1], items)
+    return at
+
+
+def _extend(target: Node, items: list[Node]) -> None:
+    if isinstance(target, list):
+        target.extend(items)
+    elif isinstance(target, Inert):
+        target.items.extend(items)
+    else:
+        raise UnsafeError(f"something is appended to a {type(target).__name__}")
+
+
+def _additems(m: _Machine, at: int) -> int:
+    items = m.pop_mark()
+    target = m.stack[-1]
+    if not isinstance(target, Inert) or target.function != _SET:
+        raise UnsafeError(f"something is added to a {type(target).__name__}")
+    target.args[0].extend(items)
+    return at
+
+
+def _setitem(m: _Machine, at: int) -> int:
+    value, key = m.stack.pop(), m.stack.pop()
+    _set_items(m, m.stack[-1], [key, value])
+    return at
+
+
+def _setitems(m: _Machine, at: int) -> int:
+    items = m.pop_mark()
+    _set_items(m, m.stack[-1], items)
+    return at
+
+
+def _set_items(m: _Machine, target: Node, items: list[Node]) -> None:
+    if len(items) % 2:
+        raise DamagedError("a key has no value")
+    pairs = zip(items[::2], items[1::2], strict=True)
+    if isinstance(target, dict):
+        for key, value in pairs:
+            if type(key) is not str:
+                m.check_key(key)
+            target[key] = value
+    elif isinstance(target, Inert):
+        target.pairs.extend(pairs)
+    else:
+        raise UnsafeError(f"an item of a {type(target).__name__} is set")
+
+
+# --- names, calls, objects: all inert
+
+
+def _global(m: _Machine, at: int) -> int:
+    module, at = m.line(at)
+    name, at = m.line(at)
+    m.stack.append(m.name(module.decode("utf-8"), name.decode("utf-8")))
+    return at
+
+
+def _stack_global(m: _Machine, at: int) -> int:
+    name, module = m.stack.pop(), m.stack.pop()
+    if type(name) is not str or type(module) is not str:
+        raise UnsafeError("a class is named by something other than text")
+    m.stack.append(m.name(module, name))
+    return at
+
+
+def _reduce(m: _Machine, at: int) -> int:
+    args = m.stack.pop()
+    m.stack[-1] = m.call(m.stack[-1], args)
+    return at
+
+
+def _newobj(m: _Machine, at: int) -> int:
+    args = m.stack.pop()
+    m.stack[-1] = m.call(m.stack[-1], args, "newobj")
+    return at
+
+
+def _newobj_ex(m: _Machine, at: int) -> int:
+    kwargs, args = m.stack.pop(), m.stack.pop()
+    m.stack[-1] = m.call(m.stack[-1], args, "newobj_ex", kwargs)
+    return at
+
+
+def _inst(m: _Machine, at: int) -> int:
+    at = _global(m, at)
+    cls = m.stack.pop()
+    args = tuple(m.pop_mark())
+    m.stack.append(m.call(cls, args, "obj"))
+    return at
+
+
+def _obj(m: _Machine, at: int) -> int:
+    cls, *args = m.pop_mark()
+    m.stack.append(m.call(cls, tuple(args), "obj"))
+    return at
+
+
+def _build(m: _Machine, at: int) -> int:
+    state = m.stack.pop()
+    target = m.stack[-1]
+    if isinstance(target, Inert) and not target.has_state:
+        target.has_state, target.state = True, state
+    elif isinstance(target, OrderedMap) and target.attributes is None:
+        target.attributes = state
+    else:
+        raise UnsafeError(f"a {type(target).__name__} is given state that it cannot have")
+    return at
+
+
+def _binpersid(m: _Machine, at: int) -> int:
+    m.stack[-1] = m.persistent(m.stack[-1])
+    return at
+
+
+def _persid(m: _Machine, at: int) -> int:
+    text, at = m.line(at)
+    m.stack.append(m.persistent(text.decode("utf-8")))
+    return at
+
+
+def _extension(m: _Machine, at: int) -> NoReturn:
+    raise UnsafeError("a class is named by an extension code, which means nothing outside its program")
+
+
+def _out_of_band(m: _Machine, at: int) -> NoReturn:
+    raise UnsupportedError("its buffers were pickled out of band and are not in the file")
+
+
+def _unknown(m: _Machine, at: int) -> NoReturn:
+    raise DamagedError(f"there is no pickle opcode 0x{m.data[at - 1]:02x}", hint=_RETRY)
+
+
+_BINBYTES8 = 0x8E
+_SET, _FROZENSET = Global("builtins", "set"), Global("builtins", "frozenset")
+
+_TABLE: dict[bytes, Operation] = {
+    b"(": _mark, b".": _stop, b"0": _pop, b"1": _pop_mark, b"2": _dup,
+    b"\x80": _proto, b"\x95": _frame,
+    b"p": _put, b"q": _binput, b"r": _long_binput, b"\x94": _memoize,
+    b"g": _get, b"h": _binget, b"j": _long_binget,
+    b"N": _constant(None), b"\x88": _constant(True), b"\x89": _constant(False),
+    b"I": _int, b"J": _fixed(_I4), b"K": _binint1, b"M": _fixed(_U2),
+    b"L": _int, b"\x8a": _long(_U1), b"\x8b": _long(_I4),
+    b"F": _float, b"G": _fixed(_F8),
+    b"V": _unicode, b"\x8c": _text(_U1), b"X": _text(_U4), b"\x8d": _text(_U8),
+    b"S": _string, b"U": _python2_str(_U1), b"T": _python2_str(_I4),
+    b"C": _bytes(_U1), b"B": _bytes(_U4), b"\x8e": _bytes(_U8), b"\x96": _bytearray,
+    b")": _empty(tuple), b"\x85": _short_tuple(1), b"\x86": _short_tuple(2),
+    b"\x87": _short_tuple(3), b"t": _tuple,
+    b"]": _empty(list), b"l": _list, b"a": _append, b"e": _appends,
+    b"}": _empty(dict), b"d": _dict, b"s": _setitem, b"u": _setitems,
+    b"\x8f": _empty_set, b"\x90": _additems, b"\x91": _frozenset,
+    b"c": _global, b"\x93": _stack_global, b"R": _reduce, b"b": _build,
+    b"\x81": _newobj, b"\x92": _newobj_ex, b"i": _inst, b"o": _obj,
+    b"P": _persid, b"Q": _binpersid,
+    b"\x82": _extension, b"\x83": _extension, b"\x84": _extension,
+    b"\x97": _out_of_band, b"\x98": _out_of_band,
+}  # fmt: skip
+_OPERATIONS = [_TABLE.get(bytes([code]), _unknown) for code in range(256)]

@@ -1,0 +1,180 @@
+"""The few calls in a pickle that ckptfix understands: torch's tensors, and spellings of plain values.
+
+Sources: `torch._utils._rebuild_tensor*`; how `pickle` spells OrderedDict, bytes, nested classes and
+keyword arguments in protocol 2. Everything else stays an inert object, and so do these when their
+arguments are not the usual ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
+from ckptfix.dtypes import BY_NAME, DType
+from ckptfix.errors import UnsafeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ckptfix.limits import Limits
+
+Arguments = tuple[Node, ...]
+
+
+def ordered_dict(args: Arguments, limits: Limits) -> Node | None:
+    """`OrderedDict()`, or `OrderedDict([[key, value], …])` as Python 2 writes it."""
+    if not args:
+        return OrderedMap()
+    pairs = args[0] if len(args) == 1 and isinstance(args[0], list) else [None]
+    if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        try:
+            return OrderedMap((key, value) for key, value in pairs if hashable(key, limits))
+        except TypeError:
+            return None
+    return None
+
+
+def encode(args: Arguments, limits: Limits) -> bytes | None:
+    """`_codecs.encode("…", "latin1")`: bytes in protocol 2."""
+    if len(args) == 2 and type(args[0]) is str and args[1] in ("latin1", "latin-1"):
+        return args[0].encode("latin-1")
+    return None
+
+
+def byte_array(args: Arguments, limits: Limits) -> bytearray | None:
+    """`bytearray("…", "latin-1")` in protocol 2, `bytearray(b"…")` in protocols 3 and 4."""
+    if len(args) == 1 and type(args[0]) is bytes:
+        return bytearray(args[0])
+    data = encode(args, limits)
+    return None if data is None else bytearray(data)
+
+
+def empty_bytes(args: Arguments, limits: Limits) -> bytes | None:
+    """`bytes()`: empty bytes in protocol 2."""
+    return None if args else b""
+
+
+def nested_class(args: Arguments, limits: Limits) -> Global | None:
+    """`getattr(Outer, "Inner")`: a nested class in protocols before 4."""
+    if len(args) == 2 and type(args[0]) is Global and type(args[1]) is str:
+        return Global(args[0].module, f"{args[0].name}.{args[1]}")
+    return None
+
+
+def new_with_keywords(args: Arguments, limits: Limits) -> Inert | None:
+    """`copyreg.__newobj_ex__(cls, args, kwargs)`: the opcode NEWOBJ_EX in protocols before 4."""
+    if len(args) == 3 and type(args[0]) is Global and type(args[1]) is tuple:
+        return Inert(args[0], args[1], args[2], "newobj_ex")
+    return None
+
+
+def tensor_v1(args: Arguments, limits: Limits) -> Tensor | None:
+    """`(storage, offset, size, stride)`: torch before 0.4."""
+    if len(args) != 4 or not isinstance(args[0], Storage):
+        return None
+    return tensor(args[0], args[0].dtype, args[1:4], limits)
+
+
+def tensor_v2(args: Arguments, limits: Limits) -> Tensor | None:
+    """`(storage, offset, size, stride, requires_grad, backward_hooks[, metadata])`."""
+    if not 6 <= len(args) <= 7 or not isinstance(args[0], Storage):
+        return None
+    return tensor(args[0], args[0].dtype, args[1:4], limits, args[4], args[5], *args[6:])
+
+
+def tensor_v3(args: Arguments, limits: Limits) -> Tensor | None:
+    """As v2 over untyped storage, the dtype given after the hooks."""
+    if not 7 <= len(args) <= 8 or not isinstance(args[0], Storage):
+        return None
+    named = args[6]
+    dtype = BY_NAME.get(named.name) if type(named) is Global and named.module == "torch" else None
+    if dtype is None:
+        return None
+    return tensor(args[0], dtype, args[1:4], limits, args[4], args[5], *args[7:])
+
+
+def tensor(
+    storage: Storage,
+    dtype: DType,
+    layout: Arguments,
+    limits: Limits,
+    requires_grad: Node = False,
+    hooks: Node = None,
+    metadata: Node = None,
+) -> Tensor | None:
+    """The tensor at `layout` (offset, shape, stride) of a storage; `UnsafeError` where it leaves it."""
+    offset, shape, stride = layout[0], _sizes(layout[1]), _sizes(layout[2])
+    if type(offset) is not int or shape is None or stride is None or len(shape) != len(stride):
+        return None
+    _check_bounds(storage, dtype, offset, shape, stride, limits)
+    if type(hooks) is OrderedMap and not hooks and hooks.attributes is None:
+        hooks = None
+    return Tensor(storage, dtype, shape, stride, offset, requires_grad is True, hooks, metadata)
+
+
+def _sizes(node: Node) -> tuple[int, ...] | None:
+    if type(node) is Inert and node.function == Global("torch", "Size") and len(node.args) == 1:
+        node = node.args[0]
+    if type(node) is not tuple:
+        return None
+    for size in node:
+        if type(size) is not int:
+            return None
+    return node
+
+
+def _check_bounds(
+    storage: Storage,
+    dtype: DType,
+    offset: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    limits: Limits,
+) -> None:
+    """What torch checks when a tensor is set on a storage, before anything is allocated."""
+    last, count = offset, dtype.itemsize
+    negative = offset < 0
+    for size, step in zip(shape, stride, strict=True):
+        negative = negative or size < 0 or step < 0
+        count *= size
+        last += (size - 1) * step
+    if negative:
+        raise UnsafeError(f"a tensor of shape {shape}, stride {stride}, offset {offset} is negative")
+    if count and (last + 1) * dtype.itemsize > storage.nbytes:
+        raise UnsafeError(
+            f"a tensor of shape {shape}, stride {stride}, offset {offset} reaches outside its storage "
+            f"{storage.key!r} of {storage.numel} elements"
+        )
+    if count > limits.tensor_bytes and count > storage.nbytes:
+        raise UnsafeError(f"a tensor of shape {shape} would expand to {count} bytes")
+
+
+def hashable(key: Node, limits: Limits) -> bool:
+    """True where hashing `key` is sure to be quick; raises TypeError or `UnsafeError` otherwise.
+
+    Hashing a tuple recurses in C, without a limit, and visits shared parts again and again.
+    """
+    pending, visited = [key], 0
+    while pending:
+        node = pending.pop()
+        visited += 1
+        if visited > limits.key_nodes:
+            raise UnsafeError(f"a dict key holds more than {limits.key_nodes} values")
+        if isinstance(node, tuple):
+            pending.extend(node)
+        elif isinstance(node, (dict, list, bytearray)):
+            raise TypeError(f"a {type(node).__name__} cannot be a dict key")
+    return True
+
+
+BUILDERS: dict[Global, Callable[[Arguments, Limits], Node | None]] = {
+    Global("collections", "OrderedDict"): ordered_dict,
+    Global("_codecs", "encode"): encode,
+    **{Global(module, "bytes"): empty_bytes for module in ("builtins", "__builtin__")},
+    **{Global(module, "bytearray"): byte_array for module in ("builtins", "__builtin__")},
+    **{Global(module, "getattr"): nested_class for module in ("builtins", "__builtin__")},
+    **{Global(module, "__newobj_ex__"): new_with_keywords for module in ("copyreg", "copy_reg")},
+    Global("torch._utils", "_rebuild_tensor"): tensor_v1,
+    Global("torch._utils", "_rebuild_tensor_v2"): tensor_v2,
+    Global("torch._utils", "_rebuild_tensor_v3"): tensor_v3,
+}

@@ -1,0 +1,326 @@
+"""A tree as a pickle of protocol 2: what `torch.save` writes and `weights_only=True` reads.
+
+Shared nodes are written once and referred to, cycles included. An object gets a memo number when it
+is referred to for the first time (its PUT is put into a place kept free for it), so that the pickle
+is no longer than the one that it replaces. Every container is a generator that yields its children,
+which keeps the writer off Python's stack.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
+from ckptfix.dtypes import UNTYPED
+from ckptfix.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Hashable, Iterable
+
+    Frame = Generator[Node, None, None]
+
+
+def write(root: Node) -> tuple[bytes, list[Storage]]:
+    """The pickle of a tree, and its storages: the n-th is the one that the pickle calls `str(n)`.
+
+    Raises `UnsupportedError` for a node that no tree may hold.
+    """
+    return _Writer().run(root)
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.chunks: list[bytes] = [b"\x80\x02"]
+        self.emit = self.chunks.append
+        self.places: dict[Hashable, int] = {}
+        self.references: dict[Hashable, bytes] = {}
+        self.kept: list[Node] = []  # tuples made here: an id is taken only while its object lives
+        self.storages: list[Storage] = []
+
+    def run(self, root: Node) -> tuple[bytes, list[Storage]]:
+        frames: list[Iterable[Node]] = [iter((root,))]
+        while frames:
+            for node in frames[-1]:
+                frame = self.write_node(node)
+                if frame is not None:
+                    frames.append(frame)
+                    break
+            else:
+                frames.pop()
+        self.emit(b".")
+        return b"".join(self.chunks), self.storages
+
+    def write_node(self, node: Node) -> Frame | None:
+        """Write a leaf or a reference; for a container, return the generator that writes it."""
+        write = _WRITERS.get(type(node))
+        if write is None:
+            raise UnsupportedError(f"a {type(node).__name__} cannot be pickled here")
+        return write(self, node)
+
+    def remember(self, key: Hashable) -> None:
+        """Keep a place for the PUT of what was just written."""
+        self.places[key] = len(self.chunks)
+        self.emit(b"")
+
+    def refer(self, key: Hashable) -> bool:
+        """Write a reference to what `key` stands for, if it was written."""
+        reference = self.references.get(key)
+        if reference is None:
+            place = self.places.get(key)
+            if place is None:
+                return False
+            number = len(self.references)
+            short = number < 256
+            self.chunks[place] = b"q%c" % number if short else b"r" + _U4.pack(number)
+            reference = b"h%c" % number if short else b"j" + _U4.pack(number)
+            self.references[key] = reference
+        self.emit(reference)
+        return True
+
+    # --- leaves
+
+    def write_none(self, _: None) -> None:
+        self.emit(b"N")
+
+    def write_bool(self, value: bool) -> None:
+        self.emit(b"\x88" if value else b"\x89")
+
+    def write_int(self, value: int) -> None:
+        self.emit(_integer(value))
+
+    def write_float(self, value: float) -> None:
+        self.emit(b"G" + _F8.pack(value))
+
+    def write_str(self, value: str) -> None:
+        if not self.refer(value):
+            text = value.encode("utf-8", "surrogatepass")
+            self.emit(b"X" + _U4.pack(len(text)) + text)
+            self.remember(value)
+
+    def write_global(self, value: Global) -> Frame | None:
+        if self.refer(value):
+            return None
+        outer, _, inner = value.name.rpartition(".")
+        if outer:  # protocol 2 cannot name a nested class: getattr(Outer, "Inner"), as Python does
+            return self.reduce(value, _GETATTR, (Global(value.module, outer), inner))
+        self.emit(f"c{value.module}\n{value.name}\n".encode())
+        self.remember(value)
+        return None
+
+    def write_bytes(self, value: bytes) -> Frame | None:
+        if not value:
+            return self.shared(value, _BYTES, ())
+        return self.shared(value, _ENCODE, (value.decode("latin-1"), "latin1"))
+
+    def write_bytearray(self, value: bytearray) -> Frame | None:
+        return self.shared(value, _BYTEARRAY, (value.decode("latin-1"), "latin-1"))
+
+    # --- containers
+
+    def shared(self, node: Node, function: Global, args: tuple[Node, ...]) -> Frame | None:
+        return None if self.refer(id(node)) else self.reduce(id(node), function, args)
+
+    def reduce(self, key: Hashable, function: Global, args: tuple[Node, ...]) -> Frame:
+        self.kept.append(args)
+        yield function
+        yield args
+        self.emit(b"R")
+        self.remember(key)
+
+    def write_tuple(self, node: tuple[Node, ...]) -> Frame | None:
+        if not node:
+            self.emit(b")")
+            return None
+        return None if self.refer(id(node)) else self.tuple_frame(node)
+
+    def tuple_frame(self, node: tuple[Node, ...]) -> Frame:
+        length = len(node)
+        if length > 3:
+            self.emit(b"(")
+        yield from node
+        if id(node) in self.places:  # it holds itself, and was completed from inside
+            self.emit(b"1" if length > 3 else b"0" * length)
+            self.refer(id(node))
+        else:
+            self.emit((b"t", b"\x85", b"\x86", b"\x87")[length if length <= 3 else 0])
+            self.remember(id(node))
+
+    def write_list(self, node: list[Node]) -> Frame | None:
+        return None if self.refer(id(node)) else self.list_frame(node)
+
+    def list_frame(self, node: list[Node]) -> Frame:
+        self.emit(b"]")
+        self.remember(id(node))
+        yield from self.items(node)
+
+    def write_dict(self, node: dict[Node, Node]) -> Frame | None:
+        return None if self.refer(id(node)) else self.dict_frame(node)
+
+    def dict_frame(self, node: dict[Node, Node]) -> Frame:
+        self.emit(b"}")
+        self.remember(id(node))
+        yield from self.pairs(node.items())
+
+    def write_ordered(self, node: OrderedMap) -> Frame | None:
+        return None if self.refer(id(node)) else self.ordered_frame(node)
+
+    def ordered_frame(self, node: OrderedMap) -> Frame:
+        yield _ORDERED_DICT
+        self.emit(b")R")
+        self.remember(id(node))
+        yield from self.pairs(node.items())
+        if node.attributes is not None:
+            yield node.attributes
+            self.emit(b"b")
+
+    def items(self, items: Iterable[Node]) -> Frame:
+        if items:
+            self.emit(b"(")
+            yield from items
+            self.emit(b"e")
+
+    def pairs(self, pairs: Iterable[tuple[Node, Node]]) -> Frame:
+        if pairs:
+            self.emit(b"(")
+            for key, value in pairs:
+                yield key
+                yield value
+            self.emit(b"u")
+
+    # --- objects
+
+    def write_inert(self, node: Inert) -> Frame | None:
+        return None if self.refer(id(node)) else self.inert_frame(node)
+
+    def inert_frame(self, node: Inert) -> Frame:
+        yield from _CALLS[node.how](self, node)
+        if id(node) in self.places:  # its arguments hold it, and it was completed from inside
+            self.emit(b"0")
+            self.refer(id(node))
+            return
+        self.remember(id(node))
+        yield from self.items(node.items)
+        yield from self.pairs(node.pairs)
+        if node.has_state:
+            yield node.state
+            self.emit(b"b")
+
+    def call_reduce(self, node: Inert) -> Frame:
+        yield node.function
+        yield node.args
+        self.emit(b"R")
+
+    def call_newobj(self, node: Inert) -> Frame:
+        yield node.function
+        yield node.args
+        self.emit(b"\x81")
+
+    def call_newobj_ex(self, node: Inert) -> Frame:
+        args = (node.function, node.args, node.kwargs)
+        self.kept.append(args)
+        yield _NEWOBJ_EX
+        yield args
+        self.emit(b"R")
+
+    def call_obj(self, node: Inert) -> Frame:
+        self.emit(b"(")
+        yield node.function
+        yield from node.args
+        self.emit(b"o")
+
+    # --- tensors
+
+    def write_storage(self, node: Storage) -> None:
+        if self.refer(id(node)):
+            return
+        typed = node.dtype.storage is not None
+        self.emit(b"(")
+        self.write_str("storage")
+        self.write_global(Global("torch", node.dtype.storage or UNTYPED.storage or ""))
+        self.write_str(str(len(self.storages)))
+        self.write_str(node.device)
+        self.emit(_integer(node.numel if typed else node.nbytes) + b"tQ")
+        self.remember(id(node))
+        self.storages.append(node)
+
+    def write_tensor(self, node: Tensor) -> Frame | None:
+        return None if self.refer(id(node)) else self.tensor_frame(node)
+
+    def tensor_frame(self, node: Tensor) -> Frame:
+        plain = node.dtype is node.storage.dtype and node.dtype.storage is not None
+        self.write_global(_TENSOR_V2 if plain else _TENSOR_V3)
+        self.emit(b"(")
+        self.write_storage(node.storage)
+        self.emit(_integer(node.offset))
+        self.emit(_integers(node.shape))
+        self.emit(_integers(node.stride))
+        self.write_bool(node.requires_grad)
+        if node.hooks is None:
+            self.write_global(_ORDERED_DICT)
+            self.emit(b")R")
+        else:
+            yield node.hooks
+        if not plain:
+            self.write_global(Global("torch", node.dtype.name))
+        if node.metadata is not None:
+            yield node.metadata
+        self.emit(b"tR")
+        self.remember(id(node))
+
+
+_U4, _F8 = struct.Struct("<I"), struct.Struct(">d")
+
+_GETATTR = Global("__builtin__", "getattr")
+_BYTES = Global("__builtin__", "bytes")
+_BYTEARRAY = Global("__builtin__", "bytearray")
+_ENCODE = Global("_codecs", "encode")
+_NEWOBJ_EX = Global("copy_reg", "__newobj_ex__")
+_ORDERED_DICT = Global("collections", "OrderedDict")
+_TENSOR_V2 = Global("torch._utils", "_rebuild_tensor_v2")
+_TENSOR_V3 = Global("torch._utils", "_rebuild_tensor_v3")
+
+
+def _integer(value: int) -> bytes:
+    if 0 <= value < 1 << 8:
+        return b"K%c" % value
+    if 0 <= value < 1 << 16:
+        return b"M" + value.to_bytes(2, "little")
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + value.to_bytes(4, "little", signed=True)
+    length = value.bit_length() // 8 + 1
+    size = b"\x8a%c" % length if length < 256 else b"\x8b" + _U4.pack(length)
+    return size + value.to_bytes(length, "little", signed=True)
+
+
+def _integers(values: tuple[int, ...]) -> bytes:
+    body = b"".join(map(_integer, values))
+    if len(values) > 3:
+        return b"(" + body + b"t"
+    return body + (b")", b"\x85", b"\x86", b"\x87")[len(values)]
+
+
+_CALLS = {
+    "reduce": _Writer.call_reduce,
+    "newobj": _Writer.call_newobj,
+    "newobj_ex": _Writer.call_newobj_ex,
+    "obj": _Writer.call_obj,
+}
+
+_WRITERS: dict[type, Callable[[_Writer, Node], Frame | None]] = {
+    type(None): _Writer.write_none,
+    bool: _Writer.write_bool,
+    int: _Writer.write_int,
+    float: _Writer.write_float,
+    str: _Writer.write_str,
+    bytes: _Writer.write_bytes,
+    bytearray: _Writer.write_bytearray,
+    Global: _Writer.write_global,
+    tuple: _Writer.write_tuple,
+    list: _Writer.write_list,
+    dict: _Writer.write_dict,
+    OrderedMap: _Writer.write_ordered,
+    Inert: _Writer.write_inert,
+    Storage: _Writer.write_storage,
+    Tensor: _Writer.write_tensor,
+}

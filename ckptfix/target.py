@@ -1,0 +1,191 @@
+"""Targets: what keys are held against. A model, another checkpoint, or a list of keys.
+
+A model is built on torch's meta device, so that it takes no memory however large it is. Building one
+runs its code: that is the user's own code, named by the user, never anything from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptfix import formats
+from ckptfix.compare import Report, Spec, compare, specs
+from ckptfix.errors import CkptfixError, TargetError
+from ckptfix.state_dicts import choose
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+    from types import ModuleType
+
+    from torch import nn
+
+    from ckptfix.document import Document
+    from ckptfix.state_dicts import StateDict
+    from ckptfix.wrappers import Renaming
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a state dict is held against: its keys in order, and what to call it."""
+
+    name: str
+    specs: Mapping[str, Spec]
+
+
+def of_module(module: nn.Module, name: str | None = None) -> Target:
+    """The target that a model is, wherever it lives."""
+    found = {}
+    for key, value in module.state_dict().items():
+        is_tensor = hasattr(value, "dtype") and hasattr(value, "shape")
+        dtype = str(value.dtype).removeprefix("torch.") if is_tensor else None
+        found[key] = Spec(tuple(value.shape) if is_tensor else None, dtype)
+    return Target(name or type(module).__name__, found)
+
+
+def of_document(document: Document, select: str | None = None) -> Target:
+    """The target that another checkpoint is."""
+    return Target(document.name, specs(choose(document, select).mapping))
+
+
+def of_file(path: str | os.PathLike[str]) -> Target:
+    """The target in a file: a checkpoint, or the JSON of `ckptfix inspect --json`."""
+    listed = _listed_keys(Path(path))
+    if listed is not None:
+        return Target(str(path), listed)
+    try:
+        return of_document(formats.read(path))
+    except CkptfixError as error:
+        raise TargetError(f"cannot compare with {error.message}", hint=error.hint) from None
+
+
+def report(state: StateDict, wanted: Target, renaming: Renaming | None = None) -> Report:
+    """How a state dict compares with a target, once it is renamed."""
+    found = specs(state.mapping)
+    if renaming is not None:
+        found = {renaming.keys[key]: spec for key, spec in found.items()}
+    return compare(found, wanted.specs)
+
+
+def _listed_keys(path: Path) -> dict[str, Spec] | None:
+    """Keys of a JSON report; None where the file is no such report."""
+    try:
+        with path.open("rb") as file:
+            if not file.read(64).lstrip().startswith(b"{"):
+                return None
+        listing = json.loads(path.read_bytes())
+        states = [state for state in listing["state_dicts"] if state["role"] != "optimizer"]
+        tensors = states[0]["tensors"] if len(states) == 1 else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if tensors is None:
+        listed = ", ".join(state["path"] for state in states)
+        raise TargetError(f"{path}: lists {len(states)} state dicts: {listed or 'none'}")
+    return {entry["key"]: Spec(tuple(entry["shape"]), entry["dtype"]) for entry in tensors}
+
+
+def of_reference(reference: str, init: str | None = None) -> Target:
+    """The model that `FILE.py:NAME` or `package.module:NAME` names, built on the meta device.
+
+    `init` is JSON: an object gives keyword arguments, an array positional ones. The current folder can be imported
+    from. `NAME` is an `nn.Module` class, a function that returns a model, or a model. Raises `TargetError`.
+    """
+    where, _, name = reference.rpartition(":")
+    if not where or not name:
+        raise TargetError(
+            f"--model {reference}: is not of the form FILE.py:NAME or package.module:NAME",
+            hint="for example: --model models/foonet.py:FooNet",
+        )
+    arguments, keywords = _arguments(init)
+    found = _attribute(_import(where, reference), name, reference)
+    return of_module(_build(found, arguments, keywords, reference), reference)
+
+
+def _arguments(init: str | None) -> tuple[list[Any], dict[str, Any]]:
+    try:
+        given = json.loads(init) if init else {}
+    except ValueError as error:
+        raise TargetError(
+            f"--init {init}: is no JSON ({error})", hint="for example: --init '{\"layers\": 3}'"
+        ) from None
+    if isinstance(given, dict):
+        return [], given
+    if isinstance(given, list):
+        return given, {}
+    raise TargetError(f"--init {init}: is neither a JSON object nor an array")
+
+
+def _import(where: str, reference: str) -> ModuleType:
+    for folder in (str(Path.cwd()), str(Path(where).resolve().parent) if _is_file(where) else ""):
+        if folder and folder not in sys.path:
+            sys.path.insert(0, folder)
+    try:
+        return _import_file(where) if _is_file(where) else importlib.import_module(where)
+    except Exception as error:
+        raise TargetError(
+            f"--model {reference}: cannot be imported: {_describe(error)}",
+            hint=f"try it: {Path(sys.executable).name} {shlex.quote(where)}"
+            if _is_file(where)
+            else None,
+        ) from error
+
+
+def _is_file(where: str) -> bool:
+    return where.endswith(".py")
+
+
+def _import_file(where: str) -> ModuleType:
+    path = Path(where)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {where}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{where} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _attribute(module: ModuleType, name: str, reference: str) -> Any:
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        models = [key for key, value in vars(module).items() if _is_model_class(value, module)]
+        hint = f"it defines {', '.join(models)}" if models else None
+        raise TargetError(f"--model {reference}: there is no {name!r} in it", hint=hint)
+    return found
+
+
+def _is_model_class(value: Any, module: ModuleType) -> bool:
+    return isinstance(value, type) and value.__module__ == module.__name__
+
+
+def _build(
+    found: Any, arguments: list[Any], keywords: dict[str, Any], reference: str
+) -> nn.Module:
+    import torch
+
+    try:
+        with torch.device("meta"):
+            model = found if isinstance(found, torch.nn.Module) else found(*arguments, **keywords)
+    except Exception as error:
+        raise TargetError(
+            f"--model {reference}: cannot be built: {_describe(error)}",
+            hint="give its arguments as JSON: --init '{\"name\": value}'",
+        ) from error
+    if not isinstance(model, torch.nn.Module):
+        raise TargetError(f"--model {reference}: gives a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

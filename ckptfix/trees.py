@@ -1,0 +1,214 @@
+"""Trees: what a node holds, walking, copying with changes, comparing. Nothing recurses.
+
+A tree is what `document` describes. Its nodes may be shared and may contain themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
+
+_LEAVES = frozenset({str, int, float, bool, type(None), bytes, bytearray})
+
+
+def children(node: Node) -> Iterator[tuple[str, Node]]:
+    """What a node holds, each with the path component that names it. Leaves hold nothing."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if type(key) not in _LEAVES:
+                yield "<key>", key
+            yield str(key) if type(key) in _LEAVES else f"<{type(key).__name__}>", value
+        if isinstance(node, OrderedMap) and node.attributes is not None:
+            yield "<attributes>", node.attributes
+    elif isinstance(node, (list, tuple)) and type(node) is not Global:
+        for index, value in enumerate(node):
+            yield str(index), value
+    elif isinstance(node, Inert):
+        yield from _inert_children(node)
+    elif isinstance(node, Tensor):
+        yield from (("<hooks>", node.hooks), ("<metadata>", node.metadata))
+
+
+def _inert_children(node: Inert) -> Iterator[tuple[str, Node]]:
+    yield "<function>", node.function
+    yield "<args>", node.args
+    if node.kwargs is not None:
+        yield "<kwargs>", node.kwargs
+    if isinstance(node.state, dict):
+        yield from children(node.state)
+    else:
+        yield "<state>", node.state
+    for index, value in enumerate(node.items):
+        yield str(index), value
+    for key, value in node.pairs:
+        yield "<key>", key
+        yield str(key) if type(key) in _LEAVES else f"<{type(key).__name__}>", value
+
+
+Path = tuple[str, ...]
+
+
+def walk(root: Node, descend: Callable[[Node], bool] | None = None) -> Iterator[tuple[Path, Node]]:
+    """Every node but leaves, once, parents first and in order, with the path it is first found at.
+
+    `descend` may hold the walk back from what lies below a node.
+    """
+    seen: set[int] = set()
+    pending: list[tuple[Path, Node]] = [((), root)]
+    while pending:
+        path, node = pending.pop()
+        if type(node) in _LEAVES or id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield path, node
+        if descend is None or descend(node):
+            pending.extend(reversed([((*path, name), child) for name, child in children(node)]))
+
+
+def storages(root: Node) -> Iterator[Storage]:
+    """Every storage of a tree, once, in the order in which a writer meets them."""
+    seen: set[int] = set()
+    for _, node in walk(root):
+        storage = node.storage if isinstance(node, Tensor) else node
+        if isinstance(storage, Storage) and id(storage) not in seen:
+            seen.add(id(storage))
+            yield storage
+
+
+def rebuild(
+    root: Node,
+    change: Callable[[Node], Node],
+    finish: Callable[[Node, Node], None] | None = None,
+) -> Node:
+    """A copy of a tree in which each node is what `change` makes of it.
+
+    `change` is called once with each node that is no leaf, before its children are visited, and
+    returns the node itself where it stays; what it returns is visited in its stead. `finish` is called
+    with a container and its filled copy. Sharing and cycles are kept.
+    """
+    return _Rebuilder(change, finish).run(root)
+
+
+class _Rebuilder:
+    """Post-order copy with a stack of its own; containers are entered in `done` before they are filled."""
+
+    def __init__(
+        self, change: Callable[[Node], Node], finish: Callable[[Node, Node], None] | None
+    ) -> None:
+        self.change = change
+        self.finish = finish
+        self.done: dict[int, Node] = {}
+        self.kept: list[Node] = []  # ids stay taken only while their objects live
+        self.pending: list[Callable[[], None]] = []
+
+    def run(self, root: Node) -> Node:
+        self.visit(root)
+        while self.pending:
+            self.pending.pop()()
+        return self.get(root)
+
+    def get(self, node: Node) -> Node:
+        return node if type(node) in _LEAVES else self.done[id(node)]
+
+    def visit(self, node: Node) -> None:
+        if type(node) in _LEAVES or id(node) in self.done:
+            return
+        new = self.change(node)
+        self.kept.append(node)
+        if new is not node:
+            self.kept.append(new)
+        if isinstance(new, (dict, list, Inert)):
+            self._open(node, new)
+        elif type(new) is tuple:
+            self._later(lambda: self._close(node, new), new)
+        else:
+            self.done[id(node)] = new
+
+    def _later(self, action: Callable[[], None], *parents: Node) -> None:
+        """Run `action` once all that `parents` hold has been visited."""
+        self.pending.append(action)
+        for parent in parents:
+            for child in [child for _, child in children(parent)][::-1]:
+                if type(child) not in _LEAVES:
+                    self.pending.append(lambda child=child: self.visit(child))  # type: ignore[misc]
+
+    def _open(self, node: Node, new: Node) -> None:
+        """A container may hold itself, so an empty one stands in for it until it is filled."""
+        shell = Inert(None) if isinstance(new, Inert) else type(new)()
+        self.done[id(node)] = shell
+        parts = (new.function, new.args, new.kwargs, new.state) if isinstance(new, Inert) else ()
+        self._later(lambda: self._fill(node, shell, new), new)
+        self.pending.extend((lambda part=part: self.visit(part)) for part in parts)  # type: ignore[misc]
+
+    def _fill(self, node: Node, shell: Node, new: Node) -> None:
+        if isinstance(new, dict):
+            shell.update((self.get(key), self.get(value)) for key, value in new.items())
+            if isinstance(new, OrderedMap):
+                shell.attributes = self.get(new.attributes)
+        elif isinstance(new, list):
+            shell.extend(map(self.get, new))
+        else:
+            self._fill_inert(shell, new)
+        if self.finish is not None:
+            self.finish(node, shell)
+
+    def _fill_inert(self, shell: Inert, new: Inert) -> None:
+        shell.function, shell.args = self.get(new.function), self.get(new.args)
+        shell.kwargs, shell.how = self.get(new.kwargs), new.how
+        shell.has_state, shell.state = new.has_state, self.get(new.state)
+        shell.items = [self.get(item) for item in new.items]
+        shell.pairs = [(self.get(key), self.get(value)) for key, value in new.pairs]
+
+    def _close(self, node: Node, new: Node) -> None:
+        if id(node) not in self.done:  # a tuple that holds itself was closed from inside
+            self.done[id(node)] = tuple(map(self.get, new))
+
+
+def difference(left: Node, right: Node) -> str | None:
+    """Where two trees first differ, as a path, or None where they are the same.
+
+    The same means: equal values of equal types in equal order, the same sharing of storages, tensors
+    of equal layout, storages of equal dtype, length, device and (where both are known) CRC.
+    """
+    partner: dict[int, int] = {}
+    pending: list[tuple[str, Node, Node]] = [("", left, right)]
+    while pending:
+        path, one, other = pending.pop()
+        if type(one) in _LEAVES:
+            if type(one) is not type(other) or (one != other and not (one != one and other != other)):
+                return path or "/"
+            continue
+        known = partner.get(id(one))
+        if known is not None and (known == id(other)) and type(one) is not Storage:
+            continue
+        if type(one) is not type(other) or _shallow(one) != _shallow(other):
+            return path or "/"
+        if type(one) is Storage and known not in (None, id(other)):
+            return f"{path} (a shared storage)"
+        partner[id(one)] = id(other)
+        below = zip(_parts(one), _parts(other), strict=True)
+        pending.extend((f"{path}/{name}", a, b) for (name, a), (_, b) in below)
+    return None
+
+
+def _parts(node: Node) -> list[tuple[str, Node]]:
+    parts = list(children(node))
+    if isinstance(node, Tensor):
+        parts.append(("<storage>", node.storage))
+    return parts
+
+
+def _shallow(node: Node) -> Node:
+    """What a node is, apart from what it holds."""
+    if isinstance(node, Tensor):
+        return (node.dtype, node.shape, node.stride, node.offset, node.requires_grad)
+    if isinstance(node, Storage):
+        return (node.dtype.itemsize, node.nbytes, node.device)
+    if isinstance(node, Inert):
+        state = list(node.state) if isinstance(node.state, dict) else type(node.state)
+        return (node.how, node.has_state, state, len(node.items), len(node.pairs))
+    if isinstance(node, dict):
+        attributes = isinstance(node, OrderedMap) and node.attributes is not None
+        return ([key for key in node if type(key) in _LEAVES], len(node), attributes)
+    return node if type(node) is Global else len(node)
