@@ -1,4 +1,4 @@
-"""A checkpoint as a library user meets it: open, look, edit, save. Nothing here imports torch early."""
+"""A checkpoint as a library user meets it: open, look, edit, save."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ if TYPE_CHECKING:
 class Checkpoint:
     """The structure of a checkpoint. Edits return another one over the same bytes.
 
-    Nothing is loaded and nothing is run: tensors are descriptions, objects of other classes are inert.
+    Nothing is loaded and nothing is run: tensors are descriptions, objects of other classes are
+    inert.
     """
 
     document: Document
 
     @property
     def container(self) -> str:
-        """How its bytes are wrapped: `torch zip`, `torch legacy`, `safetensors`, …"""
+        """How its bytes are wrapped: `torch zip`, `torch legacy`, `safetensors` and others."""
         return self.document.container
 
     @property
@@ -58,7 +59,8 @@ class Checkpoint:
         """
         states = choose_all(self.document, select)
         return self._renamed(
-            (state, wrappers.strip(state.mapping, prefix=prefix, partial=partial)) for state in states
+            (state, wrappers.strip(state.mapping, prefix=prefix, partial=partial))
+            for state in states
         )
 
     def add_prefix(self, prefix: str = "module.", *, select: str | None = None) -> Checkpoint:
@@ -102,7 +104,7 @@ class Checkpoint:
 
 
 def open(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Checkpoint:  # noqa: A001
-    """The structure of a checkpoint, in any container that ckptfix reads; the extension plays no part.
+    """The structure of a checkpoint, in any container that ckptfix reads, whatever its extension.
 
     Raises:
         ReadError: the file is no checkpoint, is damaged, unsafe or unsupported.
@@ -110,9 +112,7 @@ def open(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Checkpoin
     return Checkpoint(formats.read(path, limits))
 
 
-def check(
-    path: str | os.PathLike[str], model: nn.Module, *, select: str | None = None
-) -> Report:
+def check(path: str | os.PathLike[str], model: nn.Module, *, select: str | None = None) -> Report:
     """How the keys, shapes and dtypes in a checkpoint compare with a model's, as they stand.
 
     Raises:
@@ -131,7 +131,8 @@ def save(
     torch's and Python's plain ones raise `UnsupportedError`.
     """
     if not isinstance(value, Checkpoint):
-        from ckptfix.materialize import described
+        from ckptfix.describe import describe
 
-        value = Checkpoint(Document(described(value), "memory"))
-    return value.save(path, select=select, force=force)
+        value = Checkpoint(Document(describe(value), "memory"))
+    checkpoint: Checkpoint = value
+    return checkpoint.save(path, select=select, force=force)

@@ -36,7 +36,7 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How a state dict compares with a target. Keys stand in the order of the side that has them."""
+    """How a state dict compares with a target. Keys are in the order of the side that has them."""
 
     matched: list[str]
     """Keys that are in both with equal shapes."""

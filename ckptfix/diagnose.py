@@ -162,7 +162,7 @@ def _globals(document: Document) -> Iterator[Finding]:
         shown = ", ".join(refused[:5]) + (f", and {len(refused) - 5} more" if refused[5:] else "")
         yield Finding(
             "blocked-globals",
-            f"torch.load(weights_only=True) refuses {shown}; ckptfix reads them without running them",
+            f"torch.load(weights_only=True) refuses {shown}; ckptfix reads without running them",
         )
 
 
@@ -228,7 +228,9 @@ def remedy(document: Document, state: StateDict, wanted: Target) -> Remedy | Non
     select = () if state.path == "/" else ("--select", state.path)
     found = _command_for(ways[0], document, state, select)
     if found is None:
-        message = f"They match once renamed ({ways[0].label}): ckptfix.load_into(model, path) does it."
+        message = (
+            f"They match once renamed ({ways[0].label}): ckptfix.load_into(model, path) does it."
+        )
         return Remedy(message, None)
     return Remedy(f"They match once renamed ({ways[0].label}):", found)
 
@@ -242,9 +244,7 @@ def _command_for(
         if wrappers.strip(keys).keys == way.keys:
             return command("strip-prefix", document, "stripped", *select)
         if way.removed and wrappers.strip(keys, prefix=way.removed).keys == way.keys:
-            return command(
-                "strip-prefix", document, "stripped", "--prefix", way.removed, *select
-            )
+            return command("strip-prefix", document, "stripped", "--prefix", way.removed, *select)
     if way.added and wrappers.add(keys, way.added).keys == way.keys:
         return command("add-prefix", document, "prefixed", "--prefix", way.added, *select)
     return None

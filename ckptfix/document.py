@@ -1,19 +1,21 @@
 """What a checkpoint holds, without the weights: a plain Python tree over described tensors.
 
-A `Document` is a tree of dict, list, tuple, str, bytes, bytearray, int, float, bool and None, and of the
-five classes below (sets are inert objects too: to build one is to hash what a stranger chose). Tensors are descriptions of where bytes lie; objects of other
-classes are kept inert. Trees may share nodes and may contain themselves, so nothing here recurses.
-Nodes are not changed once they are read: an edit makes a new tree over the same spans.
+A `Document` is a tree of dict, list, tuple, str, bytes, bytearray, int, float, bool and None, and
+of the five classes below (sets are inert objects too: to build one is to hash what a stranger
+chose). Tensors are descriptions of where bytes lie; objects of other classes are kept inert.
+Trees may share nodes and may contain themselves, so nothing here recurses. Nodes are not changed
+once they are read: an edit makes a new tree over the same spans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from ckptfix.dtypes import DType
     from ckptfix.findings import Finding
     from ckptfix.spans import Span
@@ -35,8 +37,8 @@ class Global(NamedTuple):
 class OrderedMap(dict[Any, Any]):
     """A `collections.OrderedDict` and the attributes pickled with it.
 
-    torch keeps the version of each module in the attribute `_metadata` of a state dict; a plain dict
-    has no place for it.
+    torch keeps the version of each module in the attribute `_metadata` of a state dict; a plain
+    dict has no place for it.
     """
 
     __slots__ = ("attributes",)
@@ -116,7 +118,7 @@ class Tensor:
 
 
 How = Literal["reduce", "newobj", "newobj_ex", "obj"]
-"""Which opcode makes an object: a call, `cls.__new__`, the same with keywords, Python 2's instance."""
+"""How an object is made: a call, `cls.__new__`, the same with keywords, Python 2's instance."""
 
 
 @dataclass(eq=False, slots=True)
@@ -150,7 +152,9 @@ class Inert:
         return dict(_attributes(self.state))
 
 
-_CONSTRUCTORS = frozenset({"copy_reg._reconstructor", "copyreg._reconstructor", "copyreg.__newobj__"})
+_CONSTRUCTORS = frozenset(
+    {"copy_reg._reconstructor", "copyreg._reconstructor", "copyreg.__newobj__"}
+)
 
 
 def _attributes(state: Node) -> Iterator[tuple[Any, Node]]:
@@ -184,7 +188,7 @@ class Document:
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The row-major strides of a shape, in elements, as torch gives them (sizes of 0 count as 1)."""
+    """The row-major strides of a shape, in elements; sizes of 0 count as 1, as in torch."""
     strides = [1]
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * max(size, 1))

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) -> Document:
     """The document with the keys of some of its state dicts renamed.
 
-    Order stays. `_metadata` is renamed with the keys. So is an optimizer that is keyed by the names of the
-    parameters (FSDP, `param_names`); one that is keyed by position needs nothing.
+    Order stays. `_metadata` is renamed with the keys. So is an optimizer that is keyed by the
+    names of the parameters (FSDP, `param_names`); one that is keyed by position needs nothing.
     """
     renamed: dict[int, Node] = {}
     names: dict[str, str] = {}
@@ -50,11 +50,10 @@ def _renamed_mapping(mapping: dict[str, Node], renaming: Renaming) -> dict[str, 
     items = {renaming.keys.get(key, key): value for key, value in mapping.items()}
     if not isinstance(mapping, OrderedMap):
         return items
-    attributes = mapping.attributes
-    if mapping.metadata is not None:
-        versions = OrderedMap(renaming.metadata(mapping.metadata))
-        attributes = {**attributes, "_metadata": versions}
-    return OrderedMap(items, attributes)
+    if mapping.metadata is None:
+        return OrderedMap(items, mapping.attributes)
+    versions = OrderedMap(renaming.metadata(mapping.metadata))
+    return OrderedMap(items, {**mapping.attributes, "_metadata": versions})
 
 
 def _is_keyed_by_name(optimizer: dict[str, Node], names: Mapping[str, str]) -> bool:
@@ -148,13 +147,13 @@ def only(document: Document, state: StateDict) -> Fitted:
 def flatten(document: Document, state: StateDict) -> Fitted:
     """The document as safetensors holds it: one state dict, every value a dense row-major tensor.
 
-    What is no tensor is left out. Tensors of another layout are made row-major when they are written, one
-    at a time. Raises `UnsupportedError` for tensors that safetensors cannot hold: to leave one of those out
-    would be to lose weights.
+    What is no tensor is left out. Tensors of another layout are made row-major when they are
+    written, one at a time. Raises `UnsupportedError` for tensors that safetensors cannot hold: to
+    leave one of those out would be to lose weights.
     """
     fitted = only(document, state)
     left_out = fitted.left_out
-    flat = OrderedMap(attributes=state.mapping.attributes if state.metadata is not None else None)
+    flat = OrderedMap(attributes=state.metadata and {"_metadata": state.metadata})
     dense: dict[Hashable, Tensor] = {}  # tied tensors stay one
     for key, node in state.mapping.items():
         tensor = as_tensor(node)
@@ -219,7 +218,9 @@ def _beside(root: Node, kept: Node) -> list[tuple[str, str]]:
     left: list[tuple[str, str]] = []
     above = "/"
     for step in way:
-        left += [(_below(above, name), kind(child)) for name, child in children(root) if name != step]
+        left += [
+            (_below(above, name), kind(child)) for name, child in children(root) if name != step
+        ]
         root = dict(children(root))[step]
         above = _below(above, step)
     return left

@@ -1,8 +1,8 @@
 """Writing files: bytes copied inside the kernel, and a file that is there whole or not at all.
 
 A new file is written beside its final place under a temporary name, synced, read back by whoever
-wrote it, and then renamed over the old one; the folder is synced last. Until the rename the old file is
-untouched, and whatever goes wrong, the temporary file is removed.
+wrote it, and then renamed over the old one; the folder is synced last. Until the rename the old
+file is untouched, and whatever goes wrong, the temporary file is removed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 _COPY = 64 << 20
 """Bytes that the kernel is asked to copy at once: small enough for progress to be seen."""
 
-_NO_KERNEL_COPY = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+_NO_KERNEL_COPY = {
+    errno.ENOSYS,
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.EBADF,
+    errno.EPERM,
+}
 
 
 class Sink:
@@ -159,9 +166,9 @@ def replacing(
 ) -> Iterator[Sink]:
     """A sink whose contents become `path`, whole or not at all.
 
-    `verify` is called with the temporary file's path once it is on the disk, and stops everything by
-    raising. A symbolic link is followed. An existing file keeps its mode; without `force` it is an
-    error (`OutputExistsError`), also where it appears in the meantime. Raises `WriteError`.
+    `verify` is called with the temporary file's path once it is on the disk, and stops everything
+    by raising. A symbolic link is followed. An existing file keeps its mode; without `force` it
+    is an error (`OutputExistsError`), also where it appears in the meantime. Raises `WriteError`.
     """
     target = Path(os.path.realpath(path))
     check_output(path, force=force)
@@ -223,7 +230,9 @@ def _publish(temporary: str, target: Path, path: str | os.PathLike[str], force: 
         try:
             os.link(temporary, target)
         except FileExistsError:
-            raise OutputExistsError(f"{path}: is there already", hint="replace it: add --force") from None
+            raise OutputExistsError(
+                f"{path}: is there already", hint="replace it: add --force"
+            ) from None
         except OSError:  # a file system without hard links
             check_output(path, force=False)
         else:

@@ -24,7 +24,10 @@ CODES: dict[str, tuple[Severity, str]] = {
     "wrapper-inside": (Severity.WARNING, "keys hold a wrapper's name further inside"),
     "swa-layout": (Severity.NOTE, "averaged weights: `module.*` beside `n_averaged`"),
     "device-tag": (Severity.ERROR, "storages are tagged with a device other than the CPU"),
-    "blocked-globals": (Severity.WARNING, "`weights_only=True` refuses classes that the file names"),
+    "blocked-globals": (
+        Severity.WARNING,
+        "`weights_only=True` refuses classes that the file names",
+    ),
     "view-bloat": (Severity.WARNING, "storages are larger than the tensors that use them"),
     "tied-tensors": (Severity.NOTE, "several names for one tensor"),
     "no-checksums": (Severity.NOTE, "the archive was saved without checksums"),

@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 def load(path: str | os.PathLike[str], *, map_location: MapLocation = "cpu") -> Any:
     """Everything in a checkpoint, as `torch.load` gives it, without running anything from the file.
 
-    Tensors have the shapes, strides, dtypes and sharing that were saved; they lie over a private memory
-    map of the file until they are written to. Objects of unknown classes come back inert (`Inert`).
+    Tensors have the shapes, strides, dtypes and sharing that were saved; they lie over a private
+    memory map of the file until they are written to. Objects of unknown classes come back inert
+    (`Inert`).
 
     Args:
         path: a file in any container that ckptfix reads.
-        map_location: where tensors go: a device, a mapping of saved tags to devices, or a callable, as in
-            `torch.load`; `"auto"` is the visible GPU with the most free memory, the CPU if there is none.
+        map_location: where tensors go: a device, a mapping of saved tags to devices, or a
+            callable, as in `torch.load`; `"auto"` is the visible GPU with the most free memory,
+            the CPU if there is none.
 
     Raises:
         ReadError: the file is no checkpoint, is damaged, unsafe or unsupported.
@@ -53,8 +55,8 @@ def load_state_dict(
 ) -> OrderedDict[str, Tensor]:
     """The state dict in a checkpoint, keyed as `model` expects it.
 
-    Wrapper prefixes are stripped or added as the model wants them. Without a model the keys stay as they
-    are saved. `_metadata` comes along.
+    Wrapper prefixes are stripped or added as the model wants them. Without a model the keys stay
+    as they are saved. `_metadata` comes along.
 
     Args:
         path: a file in any container that ckptfix reads.
@@ -173,11 +175,13 @@ def strip_prefix(
 ) -> OrderedDict[str, Any]:
     """A state dict without wrapper components, or without the prefix that is named.
 
-    The values are the same objects; `state_dict` is not changed. `_metadata` is renamed with the keys.
+    The values are the same objects; `state_dict` is not changed. `_metadata` is renamed with the
+    keys.
 
     Args:
         state_dict: what `torch.load` or `nn.Module.state_dict` gave.
-        prefix: such as `module.`; None removes what wrappers (DataParallel, torch.compile, FSDP, …) added.
+        prefix: such as `module.`; None removes what wrappers (DataParallel, torch.compile, FSDP,
+            …) added.
         partial: whether to strip the keys that have the prefix even where others do not.
 
     Raises:

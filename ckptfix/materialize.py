@@ -1,8 +1,8 @@
 """Described tensors made into torch tensors, over a private memory map of their file.
 
-Nothing is copied until it is written to: the system fills the map from the file, and a page that a
-program changes becomes its own. Only bytes that lie where their dtype cannot be read (old containers
-do not align them), that are computed, or that are in another byte order, are copied.
+Nothing is copied until it is written to: the system fills the map from the file, and a page that
+a program changes becomes its own. Only bytes that lie where their dtype cannot be read (old
+containers do not align them), that are computed, or that are in another byte order, are copied.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import torch
 from torch.serialization import default_restore_location
 
 from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor, as_tensor
-from ckptfix.dtypes import BY_NAME
 from ckptfix.errors import UnsupportedError
-from ckptfix.spans import ComputedSource, Span
 from ckptfix.trees import rebuild
 
 if TYPE_CHECKING:
@@ -29,7 +27,13 @@ if TYPE_CHECKING:
 
 
 Place = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
-MapLocation = str | torch.device | Mapping[str, str] | Callable[[torch.UntypedStorage, str], Any] | None
+MapLocation = (
+    str
+    | torch.device
+    | Mapping[str, str]
+    | Callable[[torch.UntypedStorage, str], torch.UntypedStorage | None]
+    | None
+)
 """As in `torch.load`, and `"auto"`."""
 
 
@@ -52,7 +56,7 @@ class Materializer:
         dtype: torch.dtype = getattr(torch, tensor.dtype.name)
         storage = self._storage(tensor.storage, tensor.dtype, stay)
         made = torch.empty(0, dtype=dtype, device=storage.device)
-        made.set_(storage, tensor.offset, tensor.shape, tensor.stride)  # type: ignore[call-overload]
+        made.set_(storage, tensor.offset, tensor.shape, tensor.stride)
         for name, value in (tensor.metadata or {}).items():
             if value and name in ("conj", "neg"):
                 torch._C._set_conj(made, True) if name == "conj" else torch._C._set_neg(made, True)
@@ -70,10 +74,15 @@ class Materializer:
 
     def _on_cpu(self, storage: Storage, dtype: DType) -> torch.UntypedStorage:
         if not storage.nbytes:
-            return torch.UntypedStorage(0)
+            return torch.empty(0, dtype=torch.uint8).untyped_storage()
         span = storage.spans[0]
         aligned = span.offset % _word(dtype) == 0
-        if len(storage.spans) == 1 and aligned and not self._swap and span.source.fileno() is not None:
+        if (
+            len(storage.spans) == 1
+            and aligned
+            and not self._swap
+            and span.source.fileno() is not None
+        ):
             return _flat(self._map(span.source), span.offset, span.length)
         copied = bytearray(b"".join(part.read() for part in storage.spans))
         if self._swap:
@@ -107,12 +116,17 @@ def placement(map_location: MapLocation) -> Place | None:
     def place(storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
         if callable(map_location):
             found = map_location(storage, tag)
-            return default_restore_location(storage, tag) if found is None else found
+            return _restored(storage, tag) if found is None else found
         where = map_location.get(tag, tag) if isinstance(map_location, Mapping) else map_location
-        placed: torch.UntypedStorage = default_restore_location(storage, where or tag)
-        return placed
+        return _restored(storage, where or tag)
 
     return place
+
+
+def _restored(storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
+    """A storage on the device that a tag names; raises RuntimeError where it is not there."""
+    placed: torch.UntypedStorage = default_restore_location(storage, tag)  # type: ignore[no-untyped-call]
+    return placed
 
 
 def _freest_device() -> str:
@@ -229,87 +243,3 @@ def _rng_states(root: Node) -> list[Tensor]:
             items = node.items() if isinstance(node, dict) else enumerate(node)
             pending.extend((inside or "rng" in str(key).lower(), value) for key, value in items)
     return found
-
-
-# --- and back
-
-
-def described(value: Any) -> Node:
-    """A tree for what a program holds: tensors, containers and plain values, the inverse of `tree`.
-
-    Raises `UnsupportedError` for objects of other classes, which only `torch.save` can pickle.
-    """
-    return _Describer().tree(value)
-
-
-class _Describer:
-    """Turns torch's objects into nodes; storages that share memory become one."""
-
-    def __init__(self) -> None:
-        self._storages: dict[tuple[int, str], Storage] = {}
-
-    def tree(self, value: Any) -> Node:
-        return rebuild(value, self._node, self._attach)
-
-    def _node(self, value: Any) -> Node:
-        if isinstance(value, torch.nn.Parameter):
-            return Inert(_PARAMETER, (self._tensor(value.detach()), value.requires_grad, OrderedMap()))
-        if isinstance(value, torch.Tensor):
-            return self._tensor(value)
-        if isinstance(value, OrderedDict):
-            return OrderedMap(value)
-        if isinstance(value, (set, frozenset)):
-            return Inert(Global("builtins", type(value).__name__), (list(value),))
-        if isinstance(value, torch.Size):
-            return Inert(Global("torch", "Size"), (tuple(value),))
-        if isinstance(value, torch.dtype):
-            return Global("torch", str(value).removeprefix("torch."))
-        if isinstance(value, torch.device):
-            index = () if value.index is None else (value.index,)
-            return Inert(Global("torch", "device"), (value.type, *index))
-        if isinstance(value, complex):
-            return Inert(Global("builtins", "complex"), (value.real, value.imag))
-        if type(value) in _PLAIN:
-            return value
-        raise UnsupportedError(
-            f"a {type(value).__module__}.{type(value).__qualname__} cannot be written by ckptfix",
-            hint="save it with torch.save, or leave it out",
-        )
-
-    def _attach(self, value: Any, node: Node) -> None:
-        metadata = getattr(value, "_metadata", None)
-        if isinstance(node, OrderedMap) and metadata is not None:
-            node.attributes = {"_metadata": OrderedMap(metadata)}
-
-    def _tensor(self, value: torch.Tensor) -> Tensor:
-        dtype = BY_NAME.get(str(value.dtype).removeprefix("torch."))
-        if dtype is None or value.layout != torch.strided or value.is_quantized:
-            raise UnsupportedError(
-                f"a {value.layout} tensor of {value.dtype} cannot be written by ckptfix",
-                hint="save it with torch.save",
-            )
-        value = value.detach()
-        bits = {name: True for name in ("conj", "neg") if getattr(value, f"is_{name}")()}
-        storage = self._storage(value.untyped_storage(), dtype)
-        shape, stride = tuple(value.shape), value.stride()
-        offset = value.storage_offset()
-        return Tensor(storage, dtype, shape, stride, offset, metadata=bits or None)
-
-    def _storage(self, storage: torch.UntypedStorage, dtype: DType) -> Storage:
-        key = (storage.data_ptr() or id(storage), str(storage.device))
-        if key not in self._storages:
-            size = storage.nbytes()
-            source = ComputedSource(size, lambda: _memory(storage), "a tensor in memory")
-            span = Span(source, 0, size)
-            numel = size // dtype.itemsize
-            self._storages[key] = Storage(dtype, numel, str(storage.device), (span,))
-        return self._storages[key]
-
-
-def _memory(storage: torch.UntypedStorage) -> bytes:
-    on_cpu = storage.cpu()
-    return ctypes.string_at(on_cpu.data_ptr(), on_cpu.nbytes()) if on_cpu.nbytes() else b""
-
-
-_PARAMETER = Global("torch._utils", "_rebuild_parameter")
-_PLAIN = (dict, list, tuple, OrderedMap, Inert, Tensor, Storage, Global)

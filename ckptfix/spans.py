@@ -33,7 +33,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`; raises `DamagedError` where the source is shorter."""
+        """Exactly `length` bytes from `offset`; `DamagedError` where the source is shorter."""
 
     def fileno(self) -> int | None:
         """A descriptor that the kernel can copy from, or None."""
@@ -101,8 +101,8 @@ class ComputedSource(Source):
 class InflatedSource(Source):
     """A deflated stretch of another source, unpacked into an unnamed file at the first use.
 
-    `size` is what the container promises; one byte more or fewer is refused, so a bomb costs no more
-    than it declares. `wbits` is zlib's: -15 for a zip member, 31 for a gzip file.
+    `size` is what the container promises; one byte more or fewer is refused, so a bomb costs no
+    more than it declares. `wbits` is zlib's: -15 for a zip member, 31 for a gzip file.
     """
 
     def __init__(self, packed: Span, size: int, wbits: int = -15) -> None:
@@ -150,7 +150,7 @@ class InflatedSource(Source):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`length` bytes of `source` from `offset`; `crc` is the CRC-32 its container records, if any."""
+    """`length` bytes of `source` from `offset`; `crc` is the CRC-32 on record, if any."""
 
     source: Source
     offset: int

@@ -1,9 +1,9 @@
 """Find the state dicts in a tree, say what each is for, and pick the one that is meant.
 
-A state dict is a mapping of names to tensors, at least half of whose values are tensors. Where one lies
-inside another mapping, the inner one counts (`{"model": {…}, "rng_state": tensor}` is no state dict), unless
-most of the outer one's values are tensors themselves. What an optimizer keeps is found, but it is
-no state dict of a model.
+A state dict is a mapping of names to tensors, at least half of whose values are tensors. Where
+one lies inside another mapping, the inner one counts (`{"model": {…}, "rng_state": tensor}` is no
+state dict), unless most of the outer one's values are tensors themselves. What an optimizer keeps
+is found, but it is no state dict of a model.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ _SPECIAL_TENSORS = frozenset(
     Global("torch._utils", f"_rebuild_{kind}")
     for kind in (
         "qtensor", "sparse_tensor", "sparse_csr_tensor", "nested_tensor", "meta_tensor_no_storage",
-        "wrapper_subclass", "device_tensor_from_cpu_tensor", "device_tensor_from_numpy", "xla_tensor",
+        "wrapper_subclass", "device_tensor_from_cpu_tensor", "device_tensor_from_numpy",
+        "xla_tensor",
     )
 ) | {Global("torch._tensor", "_rebuild_from_type_v2")}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class StateDict:
-    """A state dict where it stands in a tree. `path` has its components joined by `/`; `/` is the root."""
+    """A state dict where it stands in a tree: `path` is joined by `/`, and `/` is the root."""
 
     path: str
     mapping: dict[str, Node]

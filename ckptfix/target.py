@@ -1,7 +1,8 @@
 """Targets: what keys are held against. A model, another checkpoint, or a list of keys.
 
-A model is built on torch's meta device, so that it takes no memory however large it is. Building one
-runs its code: that is the user's own code, named by the user, never anything from a checkpoint.
+A model is built on torch's meta device, so that it takes no memory however large it is. Building
+one runs its code: that is the user's own code, named by the user, never anything from a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -94,8 +95,9 @@ def _listed_keys(path: Path) -> dict[str, Spec] | None:
 def of_reference(reference: str, init: str | None = None) -> Target:
     """The model that `FILE.py:NAME` or `package.module:NAME` names, built on the meta device.
 
-    `init` is JSON: an object gives keyword arguments, an array positional ones. The current folder can be imported
-    from. `NAME` is an `nn.Module` class, a function that returns a model, or a model. Raises `TargetError`.
+    `init` is JSON: an object gives keyword arguments, an array positional ones. The current
+    folder can be imported from. `NAME` is an `nn.Module` class, a function that returns a model,
+    or a model. Raises `TargetError`.
     """
     where, _, name = reference.rpartition(":")
     if not where or not name:
@@ -169,9 +171,7 @@ def _is_model_class(value: Any, module: ModuleType) -> bool:
     return isinstance(value, type) and value.__module__ == module.__name__
 
 
-def _build(
-    found: Any, arguments: list[Any], keywords: dict[str, Any], reference: str
-) -> nn.Module:
+def _build(found: Any, arguments: list[Any], keywords: dict[str, Any], reference: str) -> nn.Module:
     import torch
 
     try:

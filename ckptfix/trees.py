@@ -5,9 +5,13 @@ A tree is what `document` describes. Its nodes may be shared and may contain the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
+from ckptfix.dtypes import UNTYPED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 _LEAVES = frozenset({str, int, float, bool, type(None), bytes, bytearray})
 
@@ -84,14 +88,14 @@ def rebuild(
     """A copy of a tree in which each node is what `change` makes of it.
 
     `change` is called once with each node that is no leaf, before its children are visited, and
-    returns the node itself where it stays; what it returns is visited in its stead. `finish` is called
-    with a container and its filled copy. Sharing and cycles are kept.
+    returns the node itself where it stays; what it returns is visited in its stead. `finish` is
+    called with a container and its filled copy. Sharing and cycles are kept.
     """
     return _Rebuilder(change, finish).run(root)
 
 
 class _Rebuilder:
-    """Post-order copy with a stack of its own; containers are entered in `done` before they are filled."""
+    """Post-order copy with a stack of its own; containers are in `done` before they are filled."""
 
     def __init__(
         self, change: Callable[[Node], Node], finish: Callable[[Node, Node], None] | None
@@ -168,15 +172,18 @@ class _Rebuilder:
 def difference(left: Node, right: Node) -> str | None:
     """Where two trees first differ, as a path, or None where they are the same.
 
-    The same means: equal values of equal types in equal order, the same sharing of storages, tensors
-    of equal layout, storages of equal dtype, length, device and (where both are known) CRC.
+    The same means: equal values of equal types in equal order, the same sharing of storages,
+    tensors of equal layout, storages of equal dtype, length, device and (where both are known)
+    CRC.
     """
     partner: dict[int, int] = {}
     pending: list[tuple[str, Node, Node]] = [("", left, right)]
     while pending:
         path, one, other = pending.pop()
         if type(one) in _LEAVES:
-            if type(one) is not type(other) or (one != other and not (one != one and other != other)):
+            if type(one) is not type(other) or (
+                one != other and not (one != one and other != other)
+            ):
                 return path or "/"
             continue
         known = partner.get(id(one))
@@ -204,7 +211,7 @@ def _shallow(node: Node) -> Node:
     if isinstance(node, Tensor):
         return (node.dtype, node.shape, node.stride, node.offset, node.requires_grad)
     if isinstance(node, Storage):
-        return (node.dtype.itemsize, node.nbytes, node.device)
+        return (node.dtype.storage or UNTYPED.storage, node.nbytes, node.device)
     if isinstance(node, Inert):
         state = list(node.state) if isinstance(node.state, dict) else type(node.state)
         return (node.how, node.has_state, state, len(node.items), len(node.pairs))

@@ -16,9 +16,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from functools import cached_property, partial as bind
+from functools import cached_property
+from functools import partial as bind
 from typing import Any, Literal
 
 from ckptfix.errors import KeyCollisionError, PartialPrefixError
@@ -48,7 +49,7 @@ class Renaming:
 
     keys: Mapping[str, str]
     """Every old key, in its order, to its new one; no two new ones are equal."""
-    rule: Rule
+    rule: Rule = field(compare=False, repr=False)
     """What becomes of a module's prefix."""
 
     @cached_property
@@ -89,7 +90,7 @@ class Renaming:
         return {old: new for new, old in winners.items()}
 
     def metadata(self, versions: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of a `_metadata` under their new paths; a wrapper that is added has version 1."""
+        """The entries of a `_metadata` under their new paths; an added wrapper has version 1."""
         paths = self.of_modules(versions)
         kept = {paths[old]: version for old, version in versions.items() if old in paths}
         return kept if "" in kept or "" not in versions else {"": {"version": 1}, **kept}
@@ -164,8 +165,9 @@ def strip(keys: Iterable[str], *, prefix: str | None = None, partial: bool = Fal
         return _rename(keys, _wrapper_rule(keys, partial=partial))
     start = _dotted(prefix)
     carrying = [key for key in keys if _prefix(key).startswith(start)]
-    if carrying and not partial and len(carrying) < len(keys):
-        raise PartialPrefixError(start, carrying, [k for k in keys if k not in set(carrying)])
+    lacking = [key for key in keys if not _prefix(key).startswith(start)]
+    if carrying and lacking and not partial:
+        raise PartialPrefixError(start, carrying, lacking)
     return _rename(keys, _Shift(strip=start))
 
 
@@ -438,30 +440,38 @@ def _module_rules(target: Mapping[str, str], form: Rule) -> Callable[[_Shift], R
     return lambda shift: bind(write, shift)
 
 
-def _shifts(source: Collection[str], target: Collection[str]) -> Iterator[_Shift]:
+def _shifts(source: Iterable[str], target: Iterable[str]) -> Iterator[_Shift]:
     """No shift; and each leading prefix without which, or with which, many keys are the target's.
 
     "Many" is half of the smaller side. Fewer would be chance: most models have an `fc.weight`.
     """
     yield _Shift()
     ours, theirs = set(source), set(target)
-    if ours == theirs:
-        return
-    many = max(1, min(len(ours), len(theirs)) / 2)
-    yield from (_Shift(strip=prefix) for prefix, n in _surplus(ours, theirs) if n >= many)
-    yield from (_Shift(add=prefix) for prefix, n in _surplus(theirs, ours) if n >= many)
+    if ours != theirs:
+        many = min(len(ours), len(theirs)) / 2
+        yield from (_Shift(strip=prefix) for prefix in _surplus(ours, theirs, many))
+        yield from (_Shift(add=prefix) for prefix in _surplus(theirs, ours, many))
 
 
-def _surplus(longer: Iterable[str], shorter: Collection[str]) -> list[tuple[str, int]]:
-    """Prefixes without which keys of one side are keys of the other, and how many, most first."""
+def _surplus(longer: Collection[str], shorter: Collection[str], many: float) -> list[str]:
+    """Prefixes without which many keys of one side are keys of the other, most first.
+
+    Where that is so for every key, one prefix settles it.
+    """
     votes: Counter[str] = Counter()
     for key in longer:
-        start = key.find(".") + 1
-        while start:
-            if key[start:] in shorter:
-                votes[key[:start]] += 1
-            start = key.find(".", start) + 1
-    return sorted(votes.items(), key=lambda vote: (-vote[1], vote[0]))
+        votes.update(prefix for prefix, rest in _splits(key) if rest in shorter)
+    settled = [prefix for prefix, count in votes.items() if count == len(longer)]
+    popular = (prefix for prefix, count in votes.items() if count >= many)
+    return settled or sorted(popular, key=lambda prefix: (-votes[prefix], prefix))
+
+
+def _splits(key: str) -> Iterator[tuple[str, str]]:
+    """Every leading prefix of a key, with what follows it."""
+    start = key.find(".") + 1
+    while start:
+        yield key[:start], key[start:]
+        start = key.find(".", start) + 1
 
 
 def _matched(renaming: Renaming, target: Collection[str]) -> dict[str, str]:

@@ -46,7 +46,7 @@ class _Verbs(click.Group):
 @click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="ckptfix", message="%(prog)s %(version)s")
 def group() -> None:
-    """Convert and repair PyTorch checkpoints, without running or loading them.
+    r"""Convert and repair PyTorch checkpoints, without running or loading them.
 
     \b
       ckptfix inspect model.pt
@@ -59,7 +59,7 @@ def group() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line and exit. Bad input ends in one `error:` and one `hint:`, never a traceback."""
+    """Run the command line and exit. Bad input ends in `error:` and `hint:`, not in a traceback."""
     output.start(sys.argv[1:])
     try:
         code = group.main(prog_name="ckptfix", standalone_mode=False) or 0

@@ -18,7 +18,7 @@ from ckptfix.state_dicts import choose
 def command(
     source: str, target: str, force: bool, dry_run: bool, select: str | None, prefix: str
 ) -> int:
-    """Put `module.` or another prefix before every key of a state dict.
+    r"""Put `module.` or another prefix before every key of a state dict.
 
     For a model that is wrapped in DataParallel or DDP before the checkpoint is loaded. Everything
     else in IN is carried along. The extension of OUT names its container.

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import formats, target as targets
+from ckptfix import formats
+from ckptfix import target as targets
 from ckptfix.cli import options, output
 from ckptfix.compare import Difference, Report, shape
 from ckptfix.diagnose import Remedy, remedy
@@ -34,7 +35,7 @@ _SHOWN = 12
 def command(
     file: str, model: str | None, init: str | None, like: str | None, select: str | None
 ) -> int:
-    """Say whether a checkpoint is sound, and whether it fits a model.
+    r"""Say whether a checkpoint is sound, and whether it fits a model.
 
     With a model or another checkpoint to compare with, keys, shapes and dtypes are held against
     it, as load_state_dict would. The model is built on the meta device and takes no memory; its
@@ -80,9 +81,7 @@ def _target(model: str | None, init: str | None, like: str | None) -> Target | N
     return targets.of_file(like) if like is not None else None
 
 
-def _data(
-    state: StateDict, wanted: Target, report: Report, cure: Remedy | None
-) -> dict[str, Any]:
+def _data(state: StateDict, wanted: Target, report: Report, cure: Remedy | None) -> dict[str, Any]:
     def rows(differences: list[Difference]) -> list[dict[str, Any]]:
         return [
             {"key": row.key, "found": row.found._asdict(), "wanted": row.wanted._asdict()}

@@ -14,7 +14,7 @@ from ckptfix.state_dicts import find
 @options.writes
 @options.select
 def command(source: str, target: str, force: bool, dry_run: bool, select: str | None) -> int:
-    """Write a checkpoint in another container: .pt, .pth, .bin, .ckpt or .safetensors.
+    r"""Write a checkpoint in another container: .pt, .pth, .bin, .ckpt or .safetensors.
 
     A .pt file keeps everything, or only --select. A .safetensors file holds one state dict and
     nothing else: what is left out (optimizer, epoch, values that are no tensors) is named.

@@ -34,7 +34,7 @@ _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE
 @click.option("--all", "everything", is_flag=True, help="Show every tensor and value.")
 @options.as_json
 def command(files: tuple[str, ...], everything: bool) -> int:
-    """Show what is in a checkpoint, and what is wrong with it.
+    r"""Show what is in a checkpoint, and what is wrong with it.
 
     The tree, with each tensor's shape, dtype, bytes and saved device; then what was noticed, each
     with the command that mends it. Only the structure is read, never the weights, and nothing in
@@ -185,7 +185,7 @@ class _Drawing:
 
 
 def _values(node: Node) -> list[tuple[str, Node]]:
-    """What a person wants to see inside a node; how it would be built is left out where it is empty."""
+    """What a person wants to see inside a node; how it would be built only where that tells."""
     if not isinstance(node, Inert):
         return [(name, child) for name, child in children(node) if name != "<attributes>"]
     hidden = ("<function>", "<state>", "<key>") if not node.state else ("<function>", "<key>")
@@ -280,4 +280,6 @@ def _draw_findings(console: Console, findings: list[Finding]) -> None:
         )
         console.print(line)
         if finding.command is not None:
-            console.print(Text(f"        {output.printable(finding.command)}", "cyan"), soft_wrap=True)
+            console.print(
+                Text(f"        {output.printable(finding.command)}", "cyan"), soft_wrap=True
+            )

@@ -14,7 +14,9 @@ _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
 def as_json(function: _Function) -> _Function:
     """`--json`: the answer, and errors too, as JSON."""
-    option = click.option("--json", "_json", is_flag=True, expose_value=False, help="Answer in JSON.")
+    option = click.option(
+        "--json", "_json", is_flag=True, expose_value=False, help="Answer in JSON."
+    )
     return option(function)
 
 
@@ -41,7 +43,9 @@ def writes(function: _Function) -> _Function:
     """`IN OUT --force --dry-run --json`: what every command that writes a file takes."""
     for decorate in (
         as_json,
-        click.option("--dry-run", "-n", is_flag=True, help="Say what would be done; write nothing."),
+        click.option(
+            "--dry-run", "-n", is_flag=True, help="Say what would be done; write nothing."
+        ),
         click.option("--force", "-f", is_flag=True, help="Replace OUT if it is there."),
         click.argument("target", metavar="OUT", type=click.Path()),
         click.argument("source", metavar="IN", type=click.Path()),

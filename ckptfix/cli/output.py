@@ -44,7 +44,7 @@ def printable(text: object) -> str:
 
 
 def answer(data: dict[str, Any], text: str | Callable[[Console], None]) -> None:
-    """Print the answer: `data` under `--json`, otherwise text, or what `text` draws on a console."""
+    """Print the answer: `data` under `--json`, otherwise text or what `text` draws."""
     if _wants_json:
         click.echo(json.dumps({"schema": SCHEMA, **data}, indent=2))
     elif callable(text):
@@ -97,7 +97,13 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None] | None]:
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress("{task.description}", *columns, console=Console(stderr=True), transient=True)
@@ -121,12 +127,8 @@ def size(count: int) -> str:
     """Bytes for people: `192 B`, `4.2 kB`, `1.3 GB`."""
     if count < 1000:
         return f"{count} B"
-    amount, unit = float(count), "B"
-    for unit in ("kB", "MB", "GB", "TB", "PB"):
-        amount /= 1000
-        if amount < 999.95:
-            break
-    return f"{amount:.1f} {unit}"
+    power = min((len(str(count)) - 1) // 3, 5)
+    return f"{count / 1000**power:.1f} {'kMGTP'[power - 1]}B"
 
 
 def plural(count: int, noun: str) -> str:

@@ -13,6 +13,7 @@ from ckptfix.errors import KeyCollisionError, PartialPrefixError
 from ckptfix.state_dicts import choose_all
 
 if TYPE_CHECKING:
+    from ckptfix.document import Document
     from ckptfix.state_dicts import StateDict
     from ckptfix.wrappers import Renaming
 
@@ -31,7 +32,7 @@ def command(
     prefix: str | None,
     partial: bool,
 ) -> int:
-    """Remove what DataParallel and other wrappers put before keys.
+    r"""Remove what DataParallel and other wrappers put before keys.
 
     `module.` goes where every key of a state dict begins with it; `_orig_mod`,
     `_fsdp_wrapped_module`, `_checkpoint_wrapped_module` and `_forward_module` go wherever they
@@ -75,9 +76,7 @@ def _explain(states: list[StateDict]) -> None:
             raise PartialPrefixError("module.", seen.carrying, seen.lacking)
 
 
-def write_renamed(
-    job: Job, document: edits.Document, changes: list[tuple[StateDict, Renaming]]
-) -> int:
+def write_renamed(job: Job, document: Document, changes: list[tuple[StateDict, Renaming]]) -> int:
     """Write a document with renamed keys, and say which were renamed."""
     total = sum(renaming.changed for _, renaming in changes)
     labels = ", ".join(dict.fromkeys(renaming.label for _, renaming in changes))

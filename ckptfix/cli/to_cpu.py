@@ -12,7 +12,7 @@ from ckptfix.cli.writing import Job
 @click.command("to-cpu")
 @options.writes
 def command(source: str, target: str, force: bool, dry_run: bool) -> int:
-    """Tag every storage `cpu`, so that it loads where there is no GPU.
+    r"""Tag every storage `cpu`, so that it loads where there is no GPU.
 
     Only the tags change: keys, values and everything else in IN are carried along, `torch.device`
     values among hyper-parameters too. The extension of OUT names its container.

@@ -31,13 +31,12 @@ class Job:
     def open(self) -> Document:
         """Read the input, once it is sure that the output could be written."""
         formats.writable(self.target)
-        if os.path.exists(self.target) and os.path.exists(self.source):
-            if os.path.samefile(self.source, self.target):
-                raise WriteError(
-                    f"{self.target}: is the input itself",
-                    hint="give another name for the output",
-                    code="same-file",
-                )
+        if _same_file(self.source, self.target):
+            raise WriteError(
+                f"{self.target}: is the input itself",
+                hint="give another name for the output",
+                code="same-file",
+            )
         check_output(self.target, force=self.force)
         return formats.read(self.source)
 
@@ -81,3 +80,7 @@ class Job:
         shown = ", ".join(f"{path} ({kind})" for path, kind in left_out[:_SHOWN])
         more = f", and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
         output.note(f"{output.plural(len(left_out), 'thing')} left out of it: {shown}{more}")
+
+
+def _same_file(source: str, target: str) -> bool:
+    return os.path.exists(source) and os.path.exists(target) and os.path.samefile(source, target)

@@ -53,7 +53,7 @@ def read_source(source: Source, limits: Limits = DEFAULT) -> Document:
         return torch_zip.read(source, limits)
     if torch_legacy.matches(head):
         return torch_legacy.read(source, limits)
-    if safetensors.matches(head, source.size):
+    if safetensors.matches(head):
         return safetensors.read(source, limits)
     raise not_checkpoints.explain(source, head)
 

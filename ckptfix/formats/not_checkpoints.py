@@ -56,7 +56,9 @@ def explain(source: Source, head: bytes) -> ReadError:
     for magic, (kind, command) in _PACKED.items():
         if head.startswith(magic):
             return UnsupportedError(
-                f"{name}: packed with {kind}", hint=f"unpack it first: {command} {quoted}", code="packed"
+                f"{name}: packed with {kind}",
+                hint=f"unpack it first: {command} {quoted}",
+                code="packed",
             )
     for magic, kind in _OTHERS.items():
         if head.startswith(magic):

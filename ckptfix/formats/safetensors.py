@@ -6,12 +6,13 @@
                 "__metadata__": {"key": "text", …}}
     the rest   tensor bytes, row-major, little-endian; offsets count from here
 
-The tensors cover the rest exactly: no holes, no overlaps, nothing left over. Keys are unique and the
-header has at most 100 MB. Source: the safetensors README and `tensor.rs` (0.8).
+The tensors cover the rest exactly: no holes, no overlaps, nothing left over. Keys are unique and
+the header has at most 100 MB. Source: the safetensors README and `tensor.rs` (0.8).
 
-safetensors knows neither ties nor attributes: of names that share one tensor the first is written, and
-`__metadata__` keeps `dropped name: kept name`, as transformers does. The module versions of a state dict
-(`_metadata`) are kept there as JSON, so that they come back when the file is turned into a .pt again.
+safetensors knows neither ties nor attributes: of names that share one tensor the first is
+written, and `__metadata__` keeps `dropped name: kept name`, as transformers does. The module
+versions of a state dict (`_metadata`) are kept there as JSON, so that they come back when the
+file is turned into a .pt again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from ckptfix.document import Document, Node, OrderedMap, Storage, Tensor, as_tensor, contiguous_stride
+from ckptfix.document import (
+    Document,
+    Node,
+    OrderedMap,
+    Storage,
+    Tensor,
+    as_tensor,
+    contiguous_stride,
+)
 from ckptfix.dtypes import BY_SAFETENSORS
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
 from ckptfix.limits import DEFAULT, Limits
@@ -39,8 +48,8 @@ _ALIGNMENT = 8
 _MAX_SIZE = 1 << 63
 
 
-def matches(head: bytes, size: int) -> bool:
-    """Whether a file of `size` bytes that begins with `head` is meant to be safetensors."""
+def matches(head: bytes) -> bool:
+    """Whether a file that begins with `head` is meant to be safetensors."""
     return len(head) >= 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _MAX_SIZE
 
 
@@ -170,7 +179,8 @@ def write(document: Document, sink: Sink) -> None:
     """Write a state dict as safetensors.
 
     Every value of the root is a contiguous tensor that begins where its storage's span says (see
-    `edits.flatten`). Larger alignments come first, then names, as the safetensors library orders them.
+    `edits.flatten`). Larger alignments come first, then names, as the safetensors library orders
+    them.
     """
     tensors, aliases = _without_ties(document.root)
     metadata = {"format": "pt", **document.metadata, **aliases, **_versions(document.root)}
@@ -227,11 +237,11 @@ def _description(tensor: Tensor, position: int) -> dict[str, Any]:
     }
 
 
-
 def difference(document: Document, found: Document) -> str | None:
     """Where a written file differs from the document it was made of: a key, or None.
 
-    Names of one tensor, of one shape and dtype, have to be there; the file has no checksums to compare.
+    Names of one tensor, of one shape and dtype, have to be there; the file has no checksums to
+    compare.
     """
     for key, node in document.root.items():
         meant, read_back = as_tensor(node), found.root.get(key)

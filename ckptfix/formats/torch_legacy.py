@@ -9,8 +9,8 @@
     pickle     list of the storages' keys, in the order in which their bytes follow
     for each   8 bytes: number of elements, signed, in the byte order of the file; then the elements
 
-Some files have another persistent id, ("module", class, source file, source text): a class of the model,
-with its source. Source: `torch.serialization._legacy_save` and `_legacy_load`.
+Some files have another persistent id, ("module", class, source file, source text): a class of the
+model, with its source. Source: `torch.serialization._legacy_save` and `_legacy_load`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,29 @@ from typing import TYPE_CHECKING, Literal
 
 from ckptfix import pickles
 from ckptfix.document import Document, Global, Node, Storage
-from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
+from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedError
 from ckptfix.findings import Finding
 from ckptfix.formats.torch_zip import parse_persistent_id
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.spans import Source, Span
 
 if TYPE_CHECKING:
-    from ckptfix.pickles.reader import Data
+    from ckptfix.pickles.reader import Data, Persistent
 
 NAME = "torch legacy"
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 PROTOCOL_VERSION = 1001
 
-_MAGIC = b"\x8a\n" + MAGIC_NUMBER.to_bytes(10, "little")
 _COUNT = 8
 
 
 def matches(head: bytes) -> bool:
-    """Whether a file that begins with `head` is one of these (an optional PROTO, then the number)."""
-    return head.startswith(_MAGIC) or (head[:1] == b"\x80" and head[2:].startswith(_MAGIC))
+    """Whether a file that begins with `head` is one of these: its first pickle is the number."""
+    try:
+        first, _ = pickles.read(head[:64], _refuse, name="")
+    except CkptfixError:
+        return False
+    return type(first) is int and first == MAGIC_NUMBER
 
 
 def read(source: Source, limits: Limits = DEFAULT) -> Document:
@@ -49,9 +52,7 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
     label, position = source.name, 0
     headers = []
     for _ in range(3):
-        header, position = pickles.read(
-            data, _refuse, name=label, start=position, limits=limits
-        )
+        header, position = pickles.read(data, _refuse, name=label, start=position, limits=limits)
         headers.append(header)
     byteorder = _check_headers(headers, label)
     root, position = pickles.read(
@@ -61,9 +62,7 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
     end = _place(storages, keys, source, position, byteorder)
     surplus = source.size - end
     notes = (Finding("trailing-bytes", f"{surplus} bytes follow the last storage"),)
-    return Document(
-        root, NAME, label, source.size, byteorder, notes=notes if surplus else ()
-    )
+    return Document(root, NAME, label, source.size, byteorder, notes=notes if surplus else ())
 
 
 def _mapped(source: Source) -> Data:
@@ -74,7 +73,7 @@ def _mapped(source: Source) -> Data:
     return mmap.mmap(descriptor, source.size, access=mmap.ACCESS_READ)
 
 
-def _refuse(pid: Node) -> Node:
+def _refuse(_: Node) -> Node:
     raise UnsafeError("a persistent id stands where torch writes none")
 
 
@@ -88,7 +87,7 @@ def _check_headers(headers: list[Node], name: str) -> Literal["little", "big"]:
     return "little" if little else "big"
 
 
-def _loader(storages: dict[str, Storage]) -> pickles.reader.Persistent:
+def _loader(storages: dict[str, Storage]) -> Persistent:
     def load(pid: Node) -> Node:
         if type(pid) is tuple and len(pid) == 4 and pid[0] == "module" and type(pid[1]) is Global:
             return pid[1]

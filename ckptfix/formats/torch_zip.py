@@ -13,7 +13,8 @@ Under one folder, whose name means nothing and is taken from the first record:
 
 Alignment comes from a padding extra field `FB` in the local header, which is what lets
 `torch.load(mmap=True)` use a record where it lies. TorchScript archives look the same, with
-`constants.pkl` and `code/` beside. Sources: `torch.serialization._save`, caffe2/serialize/inline_container.
+`constants.pkl` and `code/` beside. Sources: `torch.serialization._save`,
+caffe2/serialize/inline_container.
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ class _Storages:
         span = self._archive.span(name)
         if span.length != storage.nbytes:
             raise UnsafeError(
-                f"storage {storage.key!r} has {span.length} bytes where {storage.numel} elements of "
-                f"{storage.dtype} take {storage.nbytes}"
+                f"storage {storage.key!r} has {span.length} bytes where {storage.numel} elements "
+                f"of {storage.dtype} take {storage.nbytes}"
             )
         return span if self._checksums else span.unchecked()
 

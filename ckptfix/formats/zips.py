@@ -1,14 +1,15 @@
 """Zip archives, read strictly and written so that their contents can be memory-mapped.
 
-A zip is a row of records (a local header of 30 bytes, the name, an extra field, the data and, where
-flag bit 3 is set, a data descriptor of 12 to 24 bytes with CRC and sizes), then the central directory
-that repeats name, CRC, sizes and place of each record, then an end record that says where the
-directory is. Sizes and places past 32 bits stand in extra fields and a second, 64-bit end record.
+A zip is a row of records (a local header of 30 bytes, the name, an extra field, the data and,
+where flag bit 3 is set, a data descriptor of 12 to 24 bytes with CRC and sizes), then the central
+directory that repeats name, CRC, sizes and place of each record, then an end record that says
+where the directory is. Sizes and places past 32 bits stand in extra fields and a second, 64-bit
+end record.
 
-Readers that trust different copies of the same facts can be made to read different files, so an archive
-is refused where the copies disagree, where names repeat, where records overlap or leave room for
-something between them, and where the archive does not begin at byte 0. Bytes after the end are
-reported and accepted. Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 to 4.5.
+Readers that trust different copies of the same facts can be made to read different files, so an
+archive is refused where the copies disagree, where names repeat, where records overlap or leave
+room for something between them, and where the archive does not begin at byte 0. Bytes after the
+end are reported and accepted. Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 to 4.5.
 """
 
 from __future__ import annotations
@@ -221,7 +222,9 @@ def _with_data(source: Source, entry: Record, directory: int) -> Record:
         raise DamagedError(f"{source.name}: {entry.name!r} has no header", hint=_RETRY)
     described = flags & _DESCRIBED and crc == packed == size == 0
     wide = _MAX32 in (packed, size)  # then the extra field has them, and the directory is believed
-    same = described or (crc == entry.crc and (wide or (packed, size) == (entry.packed, entry.size)))
+    same = described or (
+        crc == entry.crc and (wide or (packed, size) == (entry.packed, entry.size))
+    )
     if not same or method != entry.method or _decode(label, flags) != entry.name:
         raise UnsafeError(
             f"{source.name}: header and directory of the archive disagree about {entry.name!r}"
@@ -240,7 +243,9 @@ def _check_layout(records: Sequence[Record], directory: int, source: Source) -> 
         position, earlier = record.data + record.packed, repr(record.name)
         described = bool(record.flags & _DESCRIBED)
         if position > directory:
-            raise DamagedError(f"{source.name}: {record.name!r} lies outside the archive", hint=_RETRY)
+            raise DamagedError(
+                f"{source.name}: {record.name!r} lies outside the archive", hint=_RETRY
+            )
     _check_gap(directory - position, described, earlier, source)
 
 
@@ -299,7 +304,17 @@ class Writer:
         narrow = min(size, _MAX32)
         version = 45 if wide else 20
         fixed = LOCAL.pack(
-            _LOCAL_MAGIC, version, _UTF8, 0, 0, _DOS_EPOCH, crc, narrow, narrow, len(label), len(extra)
+            _LOCAL_MAGIC,
+            version,
+            _UTF8,
+            0,
+            0,
+            _DOS_EPOCH,
+            crc,
+            narrow,
+            narrow,
+            len(label),
+            len(extra),
         )
         return fixed + label + extra
 

@@ -1,8 +1,9 @@
 """A pickle machine that builds a tree and imports nothing.
 
-It follows the opcodes of `pickletools` (protocols 0 to 5, and the string opcodes of Python 2). Where
-Python's machine would look up a class or call something, this one makes an `Inert` object or a `Global`
-and goes on; `torch_objects` lists the few calls that it understands. Memory stays in proportion to the
+It follows the opcodes of `pickletools` (protocols 0 to 5, and the string opcodes of Python 2).
+Where Python's machine would look up a class or call something, this one makes an `Inert` object
+or a `Global` and goes on; `torch_objects` lists the few calls that it understands. Memory stays
+in proportion to the
 pickle: the memo is a dict, every length is held against the bytes that remain, nothing recurses.
 """
 
@@ -36,9 +37,9 @@ def read(
 ) -> tuple[Node, int]:
     """Read one pickle from `data` at `start`; returns its tree and the position after its STOP.
 
-    `persistent` turns a persistent id into a node, as torch uses them for storages. `name` is what
-    messages call the pickle. Raises `DamagedError` where the bytes are no pickle or end too soon, and
-    `UnsafeError` or `UnsupportedError` where they ask for what ckptfix refuses.
+    `persistent` turns a persistent id into a node, as torch uses them for storages. `name` is
+    what messages call the pickle. Raises `DamagedError` where the bytes are no pickle or end too
+    soon, and `UnsafeError` or `UnsupportedError` where they ask for what ckptfix refuses.
     """
     machine = _Machine(data, persistent, limits)
     position = start
@@ -64,7 +65,7 @@ def read(
 _RETRY = "the file is damaged: copy or download it again"
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818 - it is no error
     """Carries the result out of the loop."""
 
     def __init__(self, root: Node, position: int) -> None:
@@ -526,7 +527,9 @@ def _persid(m: _Machine, at: int) -> int:
 
 
 def _extension(m: _Machine, at: int) -> NoReturn:
-    raise UnsafeError("a class is named by an extension code, which means nothing outside its program")
+    raise UnsafeError(
+        "a class is named by an extension code, which means nothing outside its program"
+    )
 
 
 def _out_of_band(m: _Machine, at: int) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The few calls in a pickle that ckptfix understands: torch's tensors, and spellings of plain values.
+"""The few calls in a pickle that ckptfix understands: torch's tensors, and spellings of values.
 
 Sources: `torch._utils._rebuild_tensor*`; how `pickle` spells OrderedDict, bytes, nested classes and
 keyword arguments in protocol 2. Everything else stays an inert object, and so do these when their
@@ -25,13 +25,10 @@ def ordered_dict(args: Arguments, limits: Limits) -> Node | None:
     """`OrderedDict()`, or `OrderedDict([[key, value], …])` as Python 2 writes it."""
     if not args:
         return OrderedMap()
-    pairs = args[0] if len(args) == 1 and isinstance(args[0], list) else [None]
-    if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-        try:
-            return OrderedMap((key, value) for key, value in pairs if hashable(key, limits))
-        except TypeError:
-            return None
-    return None
+    pairs: list[Node] = args[0] if len(args) == 1 and isinstance(args[0], list) else [None]
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        return None
+    return OrderedMap((key, value) for key, value in pairs if hashable(key, limits))
 
 
 def encode(args: Arguments, limits: Limits) -> bytes | None:
@@ -102,7 +99,7 @@ def tensor(
     hooks: Node = None,
     metadata: Node = None,
 ) -> Tensor | None:
-    """The tensor at `layout` (offset, shape, stride) of a storage; `UnsafeError` where it leaves it."""
+    """The tensor at `layout`: offset, shape, stride. `UnsafeError` where it leaves the storage."""
     offset, shape, stride = layout[0], _sizes(layout[1]), _sizes(layout[2])
     if type(offset) is not int or shape is None or stride is None or len(shape) != len(stride):
         return None
@@ -139,11 +136,13 @@ def _check_bounds(
         count *= size
         last += (size - 1) * step
     if negative:
-        raise UnsafeError(f"a tensor of shape {shape}, stride {stride}, offset {offset} is negative")
+        raise UnsafeError(
+            f"a tensor of shape {shape}, stride {stride}, offset {offset} is negative"
+        )
     if count and (last + 1) * dtype.itemsize > storage.nbytes:
         raise UnsafeError(
-            f"a tensor of shape {shape}, stride {stride}, offset {offset} reaches outside its storage "
-            f"{storage.key!r} of {storage.numel} elements"
+            f"a tensor of shape {shape}, stride {stride}, offset {offset} reaches outside its "
+            f"storage {storage.key!r} of {storage.numel} elements"
         )
     if count > limits.tensor_bytes and count > storage.nbytes:
         raise UnsafeError(f"a tensor of shape {shape} would expand to {count} bytes")

@@ -12,7 +12,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
-from ckptfix.dtypes import UNTYPED
+from ckptfix.dtypes import UNTYPED, DType
 from ckptfix.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -234,10 +234,10 @@ class _Writer:
     def write_storage(self, node: Storage) -> None:
         if self.refer(id(node)):
             return
-        typed = node.dtype.storage is not None
+        typed = node.dtype.storage is not None and node.dtype is not UNTYPED
         self.emit(b"(")
         self.write_str("storage")
-        self.write_global(Global("torch", node.dtype.storage or UNTYPED.storage or ""))
+        self.write_global(_storage_class(node.dtype))
         self.write_str(str(len(self.storages)))
         self.write_str(node.device)
         self.emit(_integer(node.numel if typed else node.nbytes) + b"tQ")
@@ -279,6 +279,12 @@ _NEWOBJ_EX = Global("copy_reg", "__newobj_ex__")
 _ORDERED_DICT = Global("collections", "OrderedDict")
 _TENSOR_V2 = Global("torch._utils", "_rebuild_tensor_v2")
 _TENSOR_V3 = Global("torch._utils", "_rebuild_tensor_v3")
+
+
+def _storage_class(dtype: DType) -> Global:
+    if dtype.storage is None or dtype is UNTYPED:
+        return Global("torch.storage", "UntypedStorage")
+    return Global("torch", dtype.storage)
 
 
 def _integer(value: int) -> bytes:
