@@ -137,10 +137,11 @@ def detect(keys: Iterable[str]) -> Detection:
     keys = list(keys)
     leading = _common_wrappers(keys)
     layout = _layout(keys)
-    carrying, lacking = ((), ()) if layout == "swa" else _divide(keys)
+    leads, others = _divide(keys)
+    carrying, lacking = ((), ()) if layout == "swa" else (leads, others)
     return Detection(
         leading=leading,
-        inside=_count_inside(keys, skip=len(_join(leading)), apart=set(carrying)),
+        inside=_count_inside(keys, skip=len(_join(leading)), apart=set(map(_prefix, leads))),
         carrying=carrying,
         lacking=lacking,
         collision=_collision(keys, _wrapper_rule(keys, partial=True)),
@@ -355,23 +356,22 @@ def _common(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
 def _count_inside(keys: Iterable[str], *, skip: int, apart: Collection[str]) -> dict[str, int]:
     """How many keys hold each wrapper component after so many characters.
 
-    A leading `module` of a key in `apart` is told elsewhere and not counted.
+    The leading `module` of a prefix in `apart` is told elsewhere and not counted.
     """
     counts: Counter[str] = Counter()
-    for key in keys:
-        rest = _prefix(key)[skip:]
-        if key in apart:
-            rest = rest.removeprefix("module.")
-        counts.update(WRAPPERS.keys() & set(_components(rest)))
+    for prefix, held in Counter(map(_prefix, keys)).items():
+        rest = prefix[skip:].removeprefix("module." if prefix in apart else "")
+        for name in WRAPPERS.keys() & set(_components(rest)):
+            counts[name] += held
     return {name: counts[name] for name in WRAPPERS if counts[name]}
 
 
 def _divide(keys: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The keys that lead with more `module`s than all do, and the others; or none at all."""
-    counts = {key: _leading_modules(_prefix(key)) for key in keys}
+    counts = {prefix: _leading_modules(prefix) for prefix in set(map(_prefix, keys))}
     shared = min(counts.values(), default=0)
-    carrying = tuple(key for key in keys if counts[key] > shared)
-    lacking = tuple(key for key in keys if counts[key] == shared)
+    carrying = tuple(key for key in keys if counts[_prefix(key)] > shared)
+    lacking = tuple(key for key in keys if counts[_prefix(key)] == shared)
     return (carrying, lacking) if carrying else ((), ())
 
 

@@ -182,6 +182,7 @@ def test_9_averaged_model_is_a_layout_and_no_partial_prefix() -> None:
     state_dict = AveragedModel(Net()).state_dict()
     seen = wrappers.detect(state_dict)
     assert seen.layout == "swa"
+    assert seen.inside == {}
     assert not seen.own_child
     assert seen.collision is None
     assert wrappers.strip(state_dict).changed == 0
@@ -247,6 +248,14 @@ def test_add_moves_the_root_below_the_wrapper(prefix: str) -> None:
     assert new_keys(renaming) == list(nn.DataParallel(Net()).state_dict())
     assert renaming.of_modules(["", "conv"]) == {"": "module", "conv": "module.conv"}
     assert (renaming.removed, renaming.added, renaming.label) == ("", "module.", "added module.")
+
+
+def test_metadata_goes_under_the_wrapper_and_back_as_torch_writes_it() -> None:
+    plain, wrapped = state_dict_of(Net()), state_dict_of(nn.DataParallel(Net()))
+    under = wrappers.add(plain).metadata(plain._metadata)
+    assert list(under.items()) == list(wrapped._metadata.items())
+    back = wrappers.strip(wrapped).metadata(wrapped._metadata)
+    assert list(back.items()) == list(plain._metadata.items())
 
 
 # rename --sub
@@ -315,6 +324,15 @@ def test_an_exact_match_is_the_only_answer() -> None:
 def test_the_target_may_own_a_child_called_module() -> None:
     keys = ["module.module.w", "module.w"]
     assert new_keys(only(wrappers.fits(keys, ["w", "module.w"]))) == ["module.w", "w"]
+
+
+def test_two_ways_that_fit_are_both_listed() -> None:
+    keys = ["_orig_mod.a.module.w", "a.a._orig_mod.w"]
+    ways = wrappers.fits(keys, ["a.module.w", "module.module.w"])
+    assert sorted(map(new_keys, ways)) == [
+        ["a.module.w", "module.module.w"],
+        ["module.module.w", "a.module.w"],
+    ]
 
 
 def test_the_target_may_have_its_wrappers_elsewhere() -> None:

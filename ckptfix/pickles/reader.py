@@ -97,10 +97,6 @@ class _Machine:
             raise DamagedError(f"{length} bytes are announced, {len(self.data) - position} remain")
         return self.data[position : position + length]
 
-    def unpack(self, position: int, layout: struct.Struct) -> int:
-        found: int = layout.unpack(self.take(position, layout.size))[0]
-        return found
-
     def line(self, position: int) -> tuple[bytes, int]:
         end = self.data.find(b"\n", position)
         if end < 0:
@@ -130,6 +126,11 @@ class _Machine:
 _SCALARS = frozenset({str, int, float, bool, bytes, type(None), Inert, Global})
 _U1, _U2, _U4, _U8 = (struct.Struct(layout) for layout in ("<B", "<H", "<I", "<Q"))
 _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
+
+
+def _number(layout: struct.Struct, data: Data, at: int) -> int:
+    found: int = layout.unpack_from(data, at)[0]
+    return found
 
 
 # --- the stack and the memo
@@ -176,7 +177,7 @@ def _frame(m: _Machine, at: int) -> int:
     if m.framed:
         raise UnsafeError("a frame opens inside a frame")
     position = at + 8
-    end = position + m.unpack(at, _U8)
+    end = position + _number(_U8, m.data, at)
     if end > len(m.data):
         raise DamagedError(f"a frame of {end - position} bytes is announced")
     m.framed = True
@@ -194,7 +195,7 @@ def _binput(m: _Machine, at: int) -> int:
 
 
 def _long_binput(m: _Machine, at: int) -> int:
-    m.memo[m.unpack(at, _U4)] = m.stack[-1]
+    m.memo[_number(_U4, m.data, at)] = m.stack[-1]
     return at + 4
 
 
@@ -215,7 +216,7 @@ def _binget(m: _Machine, at: int) -> int:
 
 
 def _long_binget(m: _Machine, at: int) -> int:
-    m.stack.append(m.memo[m.unpack(at, _U4)])
+    m.stack.append(m.memo[_number(_U4, m.data, at)])
     return at + 4
 
 
@@ -243,7 +244,7 @@ def _binint1(m: _Machine, at: int) -> int:
 
 def _fixed(layout: struct.Struct) -> Operation:
     def push(m: _Machine, at: int) -> int:
-        m.stack.append(m.unpack(at, layout))
+        m.stack.append(_number(layout, m.data, at))
         return at + layout.size
 
     return push
@@ -267,7 +268,7 @@ def _int(m: _Machine, at: int) -> int:
 
 def _long(layout: struct.Struct) -> Operation:
     def push(m: _Machine, at: int) -> int:
-        length = m.unpack(at, layout)
+        length = _number(layout, m.data, at)
         if length > m.limits.long_bytes:
             raise UnsafeError(f"an integer of {length} bytes")
         at += layout.size
@@ -288,7 +289,7 @@ def _float(m: _Machine, at: int) -> int:
 
 def _text(layout: struct.Struct) -> Operation:
     def push(m: _Machine, at: int) -> int:
-        length = m.unpack(at, layout)
+        length = _number(layout, m.data, at)
         at += layout.size
         m.stack.append(m.take(at, length).decode("utf-8", "surrogatepass"))
         return at + length
@@ -304,7 +305,7 @@ def _unicode(m: _Machine, at: int) -> int:
 
 def _bytes(layout: struct.Struct) -> Operation:
     def push(m: _Machine, at: int) -> int:
-        length = m.unpack(at, layout)
+        length = _number(layout, m.data, at)
         at += layout.size
         m.stack.append(m.take(at, length))
         return at + length
@@ -328,7 +329,7 @@ def _python2_text(data: bytes) -> str | bytes:
 
 def _python2_str(layout: struct.Struct) -> Operation:
     def push(m: _Machine, at: int) -> int:
-        length = m.unpack(at, layout)
+        length = _number(layout, m.data, at)
         at += layout.size
         m.stack.append(_python2_text(m.take(at, length)))
         return at + length
