@@ -41,11 +41,12 @@ class OrderedMap(dict[Any, Any]):
     dict has no place for it.
     """
 
-    __slots__ = ("attributes",)
+    attributes: Node = None
 
     def __init__(self, items: Any = (), attributes: Node = None) -> None:
         super().__init__(items)
-        self.attributes = attributes
+        if attributes is not None:
+            self.attributes = attributes
 
     @property
     def metadata(self) -> Mapping[str, Node] | None:

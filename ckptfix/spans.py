@@ -10,10 +10,9 @@ import os
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.errors import DamagedError, ReadError
 
@@ -148,8 +147,7 @@ class InflatedSource(Source):
             self._file.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """`length` bytes of `source` from `offset`; `crc` is the CRC-32 on record, if any."""
 
     source: Source

@@ -5,7 +5,7 @@ A tree is what `document` describes. Its nodes may be shared and may contain the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.dtypes import UNTYPED
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _LEAVES = frozenset({str, int, float, bool, type(None), bytes, bytearray})
+_SIMPLE = frozenset({Tensor, Storage, Global})  # nodes that hold no containers worth a detour
 
 
 def children(node: Node) -> Iterator[tuple[str, Node]]:
@@ -31,7 +32,8 @@ def children(node: Node) -> Iterator[tuple[str, Node]]:
     elif isinstance(node, Inert):
         yield from _inert_children(node)
     elif isinstance(node, Tensor):
-        yield from (("<hooks>", node.hooks), ("<metadata>", node.metadata))
+        extras = (("<hooks>", node.hooks), ("<metadata>", node.metadata))
+        yield from (extra for extra in extras if extra[1] is not None)
 
 
 def _inert_children(node: Inert) -> Iterator[tuple[str, Node]]:
@@ -134,7 +136,9 @@ class _Rebuilder:
         self.pending.append(action)
         for parent in parents:
             for child in [child for _, child in children(parent)][::-1]:
-                if type(child) not in _LEAVES:
+                if type(child) in _SIMPLE:
+                    self.visit(child)
+                elif type(child) not in _LEAVES:
                     self.pending.append(lambda child=child: self.visit(child))  # type: ignore[misc]
 
     def _open(self, node: Node, new: Node) -> None:
@@ -177,29 +181,37 @@ def difference(left: Node, right: Node) -> str | None:
     CRC.
     """
     partner: dict[int, int] = {}
-    pending: list[tuple[str, Node, Node]] = [("", left, right)]
+    pending: list[tuple[Place | None, Node, Node]] = [(None, left, right)]
     while pending:
-        path, one, other = pending.pop()
-        if type(one) in _LEAVES:
-            if type(one) is not type(other) or (
-                one != other and not (one != one and other != other)
-            ):
-                return path or "/"
-            continue
-        known = partner.get(id(one))
-        if known is not None and (known == id(other)) and type(one) is not Storage:
-            continue
+        place, one, other = pending.pop()
         if type(one) is not type(other) or _shallow(one) != _shallow(other):
-            return path or "/"
-        if type(one) is Storage and known not in (None, id(other)):
-            return f"{path} (a shared storage)"
+            return _spelled(place)
+        if type(one) in _LEAVES or partner.get(id(one)) == id(other):
+            continue
+        if type(one) is Storage and id(one) in partner:
+            return f"{_spelled(place)} (a shared storage)"
         partner[id(one)] = id(other)
-        below = zip(_parts(one), _parts(other), strict=True)
-        pending.extend((f"{path}/{name}", a, b) for (name, a), (_, b) in below)
+        for (name, below), (_, beside) in zip(_parts(one), _parts(other), strict=True):
+            if type(below) is not str or below != beside:
+                pending.append(((place, name), below, beside))
     return None
 
 
+Place = tuple[Any, str]
+"""A path as the place above and a name, put together only where it is needed."""
+
+
+def _spelled(place: Place | None) -> str:
+    names: list[str] = []
+    while place is not None:
+        place, name = place
+        names.append(name)
+    return "/" + "/".join(reversed(names))
+
+
 def _parts(node: Node) -> list[tuple[str, Node]]:
+    if type(node) is Tensor and node.hooks is None and node.metadata is None:
+        return [("<storage>", node.storage)]
     parts = list(children(node))
     if isinstance(node, Tensor):
         parts.append(("<storage>", node.storage))
@@ -208,6 +220,8 @@ def _parts(node: Node) -> list[tuple[str, Node]]:
 
 def _shallow(node: Node) -> Node:
     """What a node is, apart from what it holds."""
+    if type(node) in _LEAVES:
+        return repr(node) if type(node) is float else node  # nan is nan, and -0.0 is not 0.0
     if isinstance(node, Tensor):
         return (node.dtype, node.shape, node.stride, node.offset, node.requires_grad)
     if isinstance(node, Storage):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
@@ -273,16 +273,20 @@ def _same(prefix: str) -> str:
     return prefix
 
 
-def _without(prefix: str, names: Collection[str] = ANYWHERE) -> str:
+def _without(prefix: str, names: Set[str] = ANYWHERE) -> str:
     """A prefix without certain components."""
-    return _join(part for part in _components(prefix) if part not in names)
+    components = _components(prefix)
+    if names.isdisjoint(components):
+        return prefix
+    return _join(part for part in components if part not in names)
 
 
 def _leading_modules(prefix: str) -> int:
     """How many `module`s a prefix begins with, once what may go anywhere has gone."""
-    components = _components(_without(prefix))
-    others = (i for i, component in enumerate(components) if component != "module")
-    return next(others, len(components))
+    bare, count = _without(prefix), 0
+    while bare.startswith("module.", count * len("module.")):
+        count += 1
+    return count
 
 
 def _bare(prefix: str, modules: int | None = None) -> str:

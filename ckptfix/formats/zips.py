@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
 from ckptfix.limits import DEFAULT, Limits
@@ -42,8 +42,7 @@ _STORED, _DEFLATED = 0, 8
 _RETRY = "the archive is cut short or damaged: copy or download it again"
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One record of an archive. Offsets and sizes are in bytes; `size` is what it unpacks to."""
 
     name: str
