@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.document import as_tensor
+from ckptfix.state_dicts import is_special_tensor
+from ckptfix.tensors import as_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from ckptfix.document import Node, Tensor
+    from ckptfix.document import Node
+
+
+SPECIAL = "special"
+"""Stands for the dtype of a sparse, quantized or other tensor, whose shape is not looked at."""
 
 
 class Spec(NamedTuple):
@@ -72,11 +77,14 @@ class Report:
 
 def specs(mapping: Mapping[str, Node]) -> dict[str, Spec]:
     """What a state dict holds under each key."""
-    return {key: _spec(as_tensor(node)) for key, node in mapping.items()}
+    return {key: _spec(node) for key, node in mapping.items()}
 
 
-def _spec(tensor: Tensor | None) -> Spec:
-    return Spec(None, None) if tensor is None else Spec(tensor.shape, tensor.dtype.name)
+def _spec(node: Node) -> Spec:
+    tensor = as_tensor(node)
+    if tensor is not None:
+        return Spec(tensor.shape, tensor.dtype.name)
+    return Spec(None, SPECIAL if is_special_tensor(node) else None)
 
 
 def compare(found: Mapping[str, Spec], wanted: Mapping[str, Spec]) -> Report:
@@ -100,11 +108,14 @@ def compare(found: Mapping[str, Spec], wanted: Mapping[str, Spec]) -> Report:
 
 
 def _fits(key: str, found: Mapping[str, Spec], wanted: Mapping[str, Spec]) -> bool:
-    return None in (found[key].shape, wanted[key].shape) or found[key].shape == wanted[key].shape
+    shape, expected = found[key].shape, wanted[key].shape
+    if shape is None or expected is None:
+        return expected is None or found[key].dtype == SPECIAL
+    return shape == expected or (not expected and len(shape) == 1)  # torch 0.3 had no 0-d tensors
 
 
 def _casts(key: str, found: Mapping[str, Spec], wanted: Mapping[str, Spec]) -> bool:
-    return found[key].dtype is not None and wanted[key].dtype not in (None, found[key].dtype)
+    return found[key].dtype not in (None, SPECIAL, wanted[key].dtype) and bool(wanted[key].dtype)
 
 
 def describe(report: Report, limit: int = 10) -> str:

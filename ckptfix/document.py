@@ -194,16 +194,3 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * max(size, 1))
     return tuple(reversed(strides)) if shape else ()
-
-
-def as_tensor(node: Node) -> Tensor | None:
-    """The dense tensor that a node is or plainly wraps, as an `nn.Parameter` does."""
-    while isinstance(node, Inert) and node.function in _PARAMETERS and node.args:
-        node = node.args[0]
-    return node if isinstance(node, Tensor) else None
-
-
-_PARAMETERS = (
-    Global("torch._utils", "_rebuild_parameter"),
-    Global("torch._utils", "_rebuild_parameter_with_state"),
-)

@@ -26,6 +26,11 @@ class DType:
     """Elements, as safetensors counts them, in one element as torch counts them."""
 
     @property
+    def word(self) -> int:
+        """Bytes of the numbers that an element is made of, for byte order: a complex one is two."""
+        return self.itemsize // 2 if self.name.startswith("complex") else self.itemsize
+
+    @property
     def is_floating_point(self) -> bool:
         """Whether a cast between this dtype and float32 means anything."""
         return self.name.startswith(("float", "bfloat")) and self.packed == 1

@@ -14,12 +14,12 @@ from ckptfix.document import (
     OrderedMap,
     Storage,
     Tensor,
-    as_tensor,
     contiguous_stride,
 )
 from ckptfix.errors import UnsupportedError
 from ckptfix.spans import ComputedSource, Span
 from ckptfix.state_dicts import StateDict, choose, find, is_special_tensor
+from ckptfix.tensors import as_tensor
 from ckptfix.trees import children, rebuild, walk
 
 if TYPE_CHECKING:
@@ -38,12 +38,22 @@ def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) 
     renamed: dict[int, Node] = {}
     names: dict[str, str] = {}
     for state, renaming in renamings:
+        if state.origin is not None:
+            raise _has_no_keys(document, state)
         renamed[id(state.mapping)] = _renamed_mapping(state.mapping, renaming)
         names.update((old, new) for old, new in renaming.keys.items() if old != new)
     for state in find(document.root):
         if state.role == "optimizer" and _is_keyed_by_name(state.mapping, names):
             renamed[id(state.mapping)] = _renamed_optimizer(state.mapping, names)
     return replace(document, root=rebuild(document.root, lambda node: renamed.get(id(node), node)))
+
+
+def _has_no_keys(document: Document, state: StateDict) -> UnsupportedError:
+    return UnsupportedError(
+        f"{document.name}: {state.path} is a {kind(state.origin)}, not a mapping whose keys "
+        "could be renamed",
+        hint=f"take its tensors first: ckptfix convert {document.name} OUT.safetensors",
+    )
 
 
 def _renamed_mapping(mapping: dict[str, Node], renaming: Renaming) -> dict[str, Node]:
@@ -140,7 +150,9 @@ def only(document: Document, state: StateDict) -> Fitted:
     """The document reduced to one state dict."""
     if state.mapping is document.root:
         return Fitted(document)
-    left_out = _beside(document.root, state.mapping)
+    left_out = _beside(document.root, state.node)
+    if isinstance(state.origin, Inert):
+        left_out.append((state.path, f"{state.origin.cls}, apart from its weights"))
     return Fitted(replace(document, root=state.mapping, extras={}), left_out)
 
 
@@ -221,7 +233,7 @@ def _beside(root: Node, kept: Node) -> list[tuple[str, str]]:
         left += [
             (_below(above, name), kind(child)) for name, child in children(root) if name != step
         ]
-        root = dict(children(root))[step]
+        root = dict(children(root)).get(step)
         above = _below(above, step)
     return left
 

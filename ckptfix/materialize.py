@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.serialization import default_restore_location
 
-from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor, as_tensor
+from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.errors import UnsupportedError
+from ckptfix.tensors import as_tensor
 from ckptfix.trees import rebuild
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Materializer:
         if not storage.nbytes:
             return torch.empty(0, dtype=torch.uint8).untyped_storage()
         span = storage.spans[0]
-        aligned = span.offset % _word(dtype) == 0
+        aligned = span.offset % dtype.word == 0
         if (
             len(storage.spans) == 1
             and aligned
@@ -86,7 +87,7 @@ class Materializer:
             return _flat(self._map(span.source), span.offset, span.length)
         copied = bytearray(b"".join(part.read() for part in storage.spans))
         if self._swap:
-            _swap_bytes(copied, _word(storage.dtype))
+            _swap_bytes(copied, storage.dtype.word)
         return _flat(copied, 0, len(copied))
 
     def _map(self, source: Source) -> mmap.mmap:
@@ -135,11 +136,6 @@ def _freest_device() -> str:
         return "cpu"
     free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
     return f"cuda:{free.index(max(free))}"
-
-
-def _word(dtype: DType) -> int:
-    """Bytes of the numbers that an element is made of: a complex number is two."""
-    return dtype.itemsize // 2 if dtype.name.startswith("complex") else dtype.itemsize
 
 
 def _swap_bytes(data: bytearray, word: int) -> None:

@@ -6,18 +6,19 @@ Weights never pass through here on the usual way: writers hand a span's descript
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptfix.errors import DamagedError, ReadError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import BinaryIO
 
 CHUNK = 1 << 20
@@ -37,6 +38,39 @@ class Source(ABC):
     def fileno(self) -> int | None:
         """A descriptor that the kernel can copy from, or None."""
         return None
+
+
+class Reader(io.RawIOBase):
+    """A source as a file object, for libraries that read one."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._position = 0
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move, and return the new position."""
+        base = (0, self._position, self._source.size)[whence]
+        self._position = max(base + offset, 0)
+        return self._position
+
+    def tell(self) -> int:
+        """The position."""
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as the source goes."""
+        length = max(min(len(buffer), self._source.size - self._position), 0)
+        buffer[:length] = self._source.read(self._position, length) if length else b""
+        self._position += length
+        return length
 
 
 class FileSource(Source):
@@ -97,42 +131,24 @@ class ComputedSource(Source):
         return data if length == self.size else data[offset : offset + length]
 
 
-class InflatedSource(Source):
-    """A deflated stretch of another source, unpacked into an unnamed file at the first use.
+class UnpackedSource(Source):
+    """Bytes that have to be unpacked, into an unnamed file, at the first use."""
 
-    `size` is what the container promises; one byte more or fewer is refused, so a bomb costs no
-    more than it declares. `wbits` is zlib's: -15 for a zip member, 31 for a gzip file.
-    """
-
-    def __init__(self, packed: Span, size: int, wbits: int = -15) -> None:
-        self._packed = packed
-        self._wbits = wbits
-        self.name = packed.source.name
+    def __init__(self, chunks: Callable[[], Iterator[bytes]], size: int, name: str) -> None:
+        self._chunks = chunks
+        self.name = name
         self.size = size
 
     @cached_property
     def _file(self) -> BinaryIO:
         unpacked = tempfile.TemporaryFile(prefix="ckptfix-", buffering=0)  # noqa: SIM115
-        for chunk in self._inflate():
-            unpacked.write(chunk)
+        try:
+            for chunk in self._chunks():
+                unpacked.write(chunk)
+        except BaseException:
+            unpacked.close()
+            raise
         return unpacked
-
-    def _inflate(self) -> Iterator[bytes]:
-        engine, made = zlib.decompressobj(self._wbits), 0
-        for packed in self._packed.chunks():
-            pending = packed
-            while pending and not engine.eof:
-                try:
-                    chunk = engine.decompress(pending, CHUNK)
-                except zlib.error as error:
-                    raise DamagedError(f"{self.name}: deflated data is damaged ({error})") from None
-                made += len(chunk)
-                if made > self.size:
-                    break
-                pending = engine.unconsumed_tail
-                yield chunk
-        if made != self.size:
-            raise DamagedError(f"{self.name}: deflated data does not unpack to {self.size} bytes")
 
     def fileno(self) -> int:
         """The descriptor of the unpacked bytes."""
@@ -145,6 +161,49 @@ class InflatedSource(Source):
     def __del__(self) -> None:
         if "_file" in vars(self):
             self._file.close()
+
+
+class InflatedSource(UnpackedSource):
+    """A deflated stretch of another source.
+
+    `size` is what the container promises; one byte more or fewer is refused, so a bomb costs no
+    more than it declares.
+    """
+
+    def __init__(self, packed: Span, size: int) -> None:
+        super().__init__(self._inflate, size, packed.source.name)
+        self._packed = packed
+
+    def _inflate(self) -> Iterator[bytes]:
+        made = 0
+        for chunk in inflate(self._packed, -15):
+            made += len(chunk)
+            if made > self.size:
+                break
+            yield chunk
+        if made != self.size:
+            raise DamagedError(f"{self.name}: deflated data does not unpack to {self.size} bytes")
+
+
+def inflate(packed: Span, wbits: int) -> Iterator[bytes]:
+    """What a span unpacks to, in pieces; `wbits` is zlib's: -15 for zip members, 31 for gzip."""
+    engine, started = zlib.decompressobj(wbits), False
+    for pending in packed.chunks():
+        while pending:
+            if engine.eof:  # gzip files may be joined
+                engine = zlib.decompressobj(wbits)
+            started = True
+            try:
+                chunk = engine.decompress(pending, CHUNK)
+            except zlib.error as error:
+                name = packed.source.name
+                raise DamagedError(f"{name}: compressed data is damaged ({error})") from None
+            yield chunk
+            pending = engine.unused_data if engine.eof else engine.unconsumed_tail
+            if engine.eof and wbits < 0:
+                return
+    if started and not engine.eof:
+        raise DamagedError(f"{packed.source.name}: compressed data is cut short")
 
 
 class Span(NamedTuple):
@@ -160,8 +219,8 @@ class Span(NamedTuple):
         return self.source.read(self.offset, self.length)
 
     def chunks(self, size: int = CHUNK) -> Iterator[bytes]:
-        """The bytes of the span, `size` at a time; a source without a file gives them at once."""
-        if self.source.fileno() is None:
+        """The bytes of the span, `size` at a time; computed ones all at once."""
+        if isinstance(self.source, ComputedSource):
             size = max(self.length, 1)
         for start in range(0, self.length, size):
             yield self.source.read(self.offset + start, min(size, self.length - start))
@@ -175,6 +234,17 @@ class Span(NamedTuple):
         if offset == 0 and length == self.length:
             return self
         return Span(self.source, self.offset + offset, length)
+
+
+def cut(spans: Iterable[Span], offset: int, length: int) -> tuple[Span, ...]:
+    """The spans of `length` bytes from `offset` on, as counted over all of `spans`."""
+    found: list[Span] = []
+    for span in spans:
+        begin, end = max(offset, 0), min(offset + length, span.length)
+        if begin < end:
+            found.append(span.slice(begin, end - begin))
+        offset -= span.length
+    return tuple(found)
 
 
 def _read_exactly(descriptor: int, offset: int, length: int, name: str) -> bytes:

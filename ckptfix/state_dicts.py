@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from ckptfix.document import Global, Inert, Node, OrderedMap, Tensor, as_tensor
+from ckptfix.document import Global, Inert, Node, OrderedMap, Tensor
 from ckptfix.errors import SelectionError
-from ckptfix.trees import walk
+from ckptfix.modules import is_module, state_dict
+from ckptfix.tensors import as_tensor
+from ckptfix.trees import PATH_DEPTH, Path, walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from ckptfix.document import Document
 
-Role = Literal["model", "ema", "swa", "optimizer"]
+Role = Literal["model", "ema", "swa", "optimizer", "loose"]
+"""`loose`: tensors that stand in no state dict, by their paths, where there is no state dict."""
 
 _EMA_NAMES = frozenset(
     {"ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "ema_params", "shadow",
@@ -44,6 +47,14 @@ class StateDict:
     path: str
     mapping: dict[str, Node]
     role: Role = "model"
+    origin: Node = None
+    """What the mapping was made of, where it is not in the tree itself: a pickled model, a list of
+    tensors. Its keys cannot be renamed where they are."""
+
+    @property
+    def node(self) -> Node:
+        """What stands in the tree: the mapping itself, or what it was made of."""
+        return self.mapping if self.origin is None else self.origin
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -78,22 +89,51 @@ def is_optimizer(node: Node) -> bool:
 
 def find(root: Node) -> list[StateDict]:
     """Every state dict in a tree, in order, each once."""
-    found: dict[tuple[str, ...], StateDict] = {}
-    for path, node in walk(root, descend=lambda node: not is_optimizer(node)):
+    found: list[tuple[Path, StateDict]] = []
+    whole: set[Path] = set()
+    for path, node in walk(root, descend=_may_hold_some):
+        if len(path) >= PATH_DEPTH:
+            continue
         if is_optimizer(node):
-            found[path] = StateDict(_join(path), node, "optimizer")
-        elif _looks_like_one(node) and not _within(path, found):
-            found[path] = StateDict(_join(path), node, _role(path, node))
-    models = [path for path, state in found.items() if state.role != "optimizer"]
-    holders = {path[:depth] for path in found for depth in range(len(path))}
-    kept = [path for path in models if path not in holders or _mostly_tensors(found[path].mapping)]
-    return [state for path, state in found.items() if path in kept or state.role == "optimizer"]
+            found.append((path, StateDict(_join(path), node, "optimizer")))
+        elif is_module(node):
+            mapping = state_dict(node)
+            if mapping:
+                found.append((path, StateDict(_join(path), mapping, _role(path, mapping), node)))
+        elif _looks_like_one(node) and not _within(path, whole):
+            found.append((path, StateDict(_join(path), node, _role(path, node))))
+            if _mostly_tensors(node):
+                whole.add(path)
+    holders = {path[:depth] for path, _ in found for depth in range(len(path))}
+    states = [
+        state
+        for path, state in found
+        if state.role == "optimizer" or path in whole or path not in holders
+    ]
+    return states if of_models(states) else [*states, *_loose(root)]
+
+
+def _loose(root: Node) -> list[StateDict]:
+    """The tensors of a tree that has no state dict: a bare tensor, a list of them, RNG states."""
+    tensors: dict[str, Node] = {}
+    for path, node in walk(root, descend=_may_hold_some_loose):
+        if _is_tensor(node):
+            tensors[".".join(path) or "tensor"] = node
+    return [StateDict("/", tensors, "loose", root)] if tensors else []
+
+
+def _may_hold_some_loose(node: Node) -> bool:
+    return _may_hold_some(node) and not _is_tensor(node)
+
+
+def _may_hold_some(node: Node) -> bool:
+    return not is_optimizer(node) and not is_module(node)
 
 
 def _looks_like_one(node: Node) -> bool:
-    if not isinstance(node, dict) or not node:
+    if not isinstance(node, dict) or not node or not all(type(key) is str for key in node):
         return False
-    tensors = sum(_is_tensor(value) for key, value in node.items() if type(key) is str)
+    tensors = sum(map(_is_tensor, node.values()))
     return tensors > 0 and 2 * tensors >= len(node) - _extra_states(node)
 
 
@@ -102,23 +142,20 @@ def _is_tensor(node: Node) -> bool:
 
 
 def _extra_states(mapping: dict[Node, Node]) -> int:
-    return sum(1 for key in mapping if type(key) is str and key.endswith("_extra_state"))
+    return sum(1 for key in mapping if key.endswith("_extra_state"))
 
 
 def _mostly_tensors(mapping: dict[str, Node]) -> bool:
-    tensors = sum(
-        _is_tensor(value) for key, value in mapping.items() if "rng" not in str(key).lower()
-    )
+    tensors = sum(_is_tensor(value) for key, value in mapping.items() if "rng" not in key.lower())
     return 2 * tensors > len(mapping) - _extra_states(mapping)
 
 
-def _within(path: tuple[str, ...], found: Mapping[tuple[str, ...], StateDict]) -> bool:
+def _within(path: Path, whole: set[Path]) -> bool:
     """Whether a path lies inside a state dict, most of whose values are tensors."""
-    above = (found.get(path[:depth]) for depth in range(len(path)))
-    return any(state is not None and _mostly_tensors(state.mapping) for state in above)
+    return any(path[:depth] in whole for depth in range(len(path)))
 
 
-def _role(path: tuple[str, ...], mapping: dict[str, Node]) -> Role:
+def _role(path: Path, mapping: dict[str, Node]) -> Role:
     if path and path[-1].lower() in _EMA_NAMES:
         return "ema"
     if "n_averaged" in mapping and all(
@@ -128,7 +165,7 @@ def _role(path: tuple[str, ...], mapping: dict[str, Node]) -> Role:
     return "model"
 
 
-def _join(path: tuple[str, ...]) -> str:
+def _join(path: Path) -> str:
     return "/".join(path) or "/"
 
 
@@ -155,9 +192,8 @@ def choose(document: Document, path: str | None = None) -> StateDict:
         return candidates[0]
     if not candidates:
         raise _none(document)
-    listed = ", ".join(state.path for state in states)
     raise SelectionError(
-        f"{document.name}: holds {len(states)} state dicts: {listed}",
+        f"{document.name}: holds {len(states)} state dicts: {_listed(states)}",
         hint=f"choose one: add --select {states[0].path}",
         code="ambiguous-state-dict",
     )
@@ -168,18 +204,30 @@ def choose_all(document: Document, paths: Sequence[str] = ()) -> list[StateDict]
     states = of_models(find(document.root))
     if not states:
         raise _none(document)
-    known = {state.path: state for state in states}
-    chosen = []
-    for path in paths:
-        state = known.get(path.strip("/") or "/")
-        if state is None:
-            raise SelectionError(
-                f"{document.name}: has no state dict at {path!r}; there is {', '.join(known)}",
-                hint=f"take one of those: --select {next(iter(known))}",
-                code="no-such-path",
-            )
-        chosen.append(state)
-    return chosen or states
+    return [_at(document, states, path) for path in paths] or states
+
+
+def _at(document: Document, states: Sequence[StateDict], path: str) -> StateDict:
+    """The state dict at a path; keys that hold a `/`, or are no text, may make two of one path."""
+    found = [state for state in states if state.path == (path.strip("/") or "/")]
+    if len(found) > 1:
+        raise SelectionError(
+            f"{document.name}: has {len(found)} state dicts at {path!r}",
+            hint=f"see what it holds: ckptfix inspect {document.name}",
+            code="ambiguous-state-dict",
+        )
+    if not found:
+        raise SelectionError(
+            f"{document.name}: has no state dict at {path!r}; there is {_listed(states)}",
+            hint=f"take one of those: --select {states[0].path}",
+            code="no-such-path",
+        )
+    return found[0]
+
+
+def _listed(states: Sequence[StateDict], limit: int = 20) -> str:
+    more = f", and {len(states) - limit} more" if len(states) > limit else ""
+    return ", ".join(state.path for state in states[:limit]) + more
 
 
 def _none(document: Document) -> SelectionError:

@@ -6,9 +6,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.errors import CkptfixError, ReadError, UnsupportedError, VerifyError
+from ckptfix.errors import CkptfixError, DamagedError, ReadError, UnsupportedError, VerifyError
 from ckptfix.files import replacing
-from ckptfix.formats import not_checkpoints, safetensors, torch_legacy, torch_zip
+from ckptfix.formats import (
+    not_checkpoints,
+    packed,
+    plain_pickle,
+    safetensors,
+    torch_legacy,
+    torch_tar,
+    torch_zip,
+)
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.spans import FileSource, Source
 
@@ -42,20 +50,51 @@ def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
     Raises `ReadError` and its kin: not a checkpoint, damaged, unsafe or unsupported.
     """
     if os.path.isdir(path):
-        raise ReadError(f"{path}: is a folder", hint="give one of the files in it")
+        return _read_folder(Path(path), limits)
     return read_source(FileSource(path), limits)
+
+
+def _read_folder(path: Path, limits: Limits) -> Document:
+    if torch_zip.is_unpacked(path):
+        return torch_zip.read_folder(path, limits)
+    raise ReadError(f"{path}: is a folder without a checkpoint", hint="give a file in it")
 
 
 def read_source(source: Source, limits: Limits = DEFAULT) -> Document:
     """As `read`, from any source."""
     head = source.read(0, min(source.size, _HEAD))
-    if head.startswith(torch_zip.MAGIC):
-        return torch_zip.read(source, limits)
-    if torch_legacy.matches(head):
-        return torch_legacy.read(source, limits)
-    if safetensors.matches(head):
-        return safetensors.read(source, limits)
-    raise not_checkpoints.explain(source, head)
+    if head.startswith(packed.GZIP):
+        return read_source(packed.unzipped(source), limits)
+    if torch_tar.matches(head):
+        return _read_tar(source, limits)
+    readers = [read for matches, read in _READERS if matches(head)]
+    if readers:
+        return readers[0](source, limits)
+    if not plain_pickle.matches(source, head):
+        raise not_checkpoints.explain(source, head)
+    try:
+        return plain_pickle.read(source, limits)
+    except DamagedError:
+        if head[:1] == b"\x80":
+            raise
+        raise not_checkpoints.explain(source, head) from None
+
+
+_READERS = (
+    (torch_zip.matches, torch_zip.read),
+    (torch_legacy.matches, torch_legacy.read),
+    (safetensors.matches, safetensors.read),
+)
+
+
+def _is_checkpoint(head: bytes) -> bool:
+    return torch_tar.matches(head) or any(matches(head) for matches, _ in _READERS)
+
+
+def _read_tar(source: Source, limits: Limits) -> Document:
+    if torch_tar.is_checkpoint(torch_tar.members(source)):
+        return torch_tar.read(source, limits)
+    return read_source(packed.only_member(source, _is_checkpoint), limits)
 
 
 def writable(path: str | os.PathLike[str]) -> Writable:

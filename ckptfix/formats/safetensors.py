@@ -26,13 +26,13 @@ from ckptfix.document import (
     OrderedMap,
     Storage,
     Tensor,
-    as_tensor,
     contiguous_stride,
 )
 from ckptfix.dtypes import BY_SAFETENSORS
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.spans import Source, Span
+from ckptfix.tensors import as_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

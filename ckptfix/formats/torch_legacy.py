@@ -24,7 +24,9 @@ from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedE
 from ckptfix.findings import Finding
 from ckptfix.formats.torch_zip import parse_persistent_id
 from ckptfix.limits import DEFAULT, Limits
+from ckptfix.pickles.torch_objects import StorageView
 from ckptfix.spans import Source, Span
+from ckptfix.trees import rebuild, walk
 
 if TYPE_CHECKING:
     from ckptfix.pickles.reader import Data, Persistent
@@ -47,7 +49,7 @@ def matches(head: bytes) -> bool:
 
 def read(source: Source, limits: Limits = DEFAULT) -> Document:
     """The document in a legacy file. Reads the pickles and the length of each storage."""
-    data = _mapped(source)
+    data = mapped(source)
     storages: dict[str, Storage] = {}
     label, position = source.name, 0
     headers = []
@@ -60,12 +62,13 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
     )
     keys, position = pickles.read(data, _refuse, name=label, start=position, limits=limits)
     end = _place(storages, keys, source, position, byteorder)
+    root = without_views(root)
     surplus = source.size - end
     notes = (Finding("trailing-bytes", f"{surplus} bytes follow the last storage"),)
     return Document(root, NAME, label, source.size, byteorder, notes=notes if surplus else ())
 
 
-def _mapped(source: Source) -> Data:
+def mapped(source: Source) -> Data:
     """The file as memory that the system fills as it is read; weights are never touched."""
     descriptor = source.fileno()
     if descriptor is None:
@@ -91,15 +94,41 @@ def _loader(storages: dict[str, Storage]) -> Persistent:
     def load(pid: Node) -> Node:
         if type(pid) is tuple and len(pid) == 4 and pid[0] == "module" and type(pid[1]) is Global:
             return pid[1]
-        if type(pid) is not tuple or len(pid) != 6 or pid[5] is not None:
-            raise UnsupportedError("a storage that is a view of another is not read here")
+        if type(pid) is not tuple or len(pid) != 6:
+            raise UnsupportedError("a persistent id is not one of torch's storages")
         storage = parse_persistent_id(pid[:5])
         known = storages.setdefault(storage.key, storage)
         if (known.dtype, known.numel) != (storage.dtype, storage.numel):
             raise UnsafeError(f"storage {storage.key!r} is described in two ways")
-        return known
+        return known if pid[5] is None else _view(known, pid[5])
 
     return load
+
+
+def _view(storage: Storage, described: Node) -> StorageView:
+    if type(described) is not tuple or len(described) != 3:
+        raise DamagedError("a view of a storage is described wrongly")
+    _, offset, numel = described
+    if type(offset) is not int or type(numel) is not int:
+        raise DamagedError("a view of a storage is described wrongly")
+    if not 0 <= offset <= offset + numel <= storage.numel:
+        raise UnsafeError(f"a view reaches outside storage {storage.key!r}")
+    return StorageView(storage, offset, numel)
+
+
+def without_views(root: Node) -> Node:
+    """A tree in which views of storages that are no tensor's are storages of their own."""
+
+    def change(node: Node) -> Node:
+        if not isinstance(node, StorageView):
+            return node
+        whole, size = node.storage, node.storage.dtype.itemsize
+        span = whole.spans[0].slice(node.offset * size, node.numel * size)
+        return Storage(whole.dtype, node.numel, whole.device, (span,))
+
+    if not any(isinstance(node, StorageView) for _, node in walk(root)):
+        return root
+    return rebuild(root, change)
 
 
 def _place(

@@ -30,12 +30,15 @@ from ckptfix.errors import DamagedError, NotACheckpointError, UnsafeError, Unsup
 from ckptfix.findings import Finding
 from ckptfix.formats import zips
 from ckptfix.limits import DEFAULT, Limits
+from ckptfix.spans import FileSource, Span
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
+    from ckptfix.dtypes import DType
     from ckptfix.files import Sink
-    from ckptfix.spans import Source, Span
+    from ckptfix.spans import Source
 
 NAME = "torch zip"
 MAGIC = b"PK\x03\x04"
@@ -47,102 +50,125 @@ _OWN = {
 }  # fmt: skip
 
 
+def matches(head: bytes) -> bool:
+    """Whether a file that begins with `head` is a zip archive."""
+    return head.startswith(MAGIC)
+
+
 def read(source: Source, limits: Limits = DEFAULT) -> Document:
     """The document in a torch zip; reads the directory, the headers and the pickle."""
     archive = zips.read(source, limits)
-    folder = _folder(archive)
-    checksums = any(record.crc for record in archive.records.values() if record.size)
-    storages = _Storages(archive, folder, checksums)
-    pickle = archive.span(f"{folder}data.pkl")
+    records = {name: archive.span(name) for name in archive.records}
+    notes = []
+    if not any(record.crc for record in archive.records.values() if record.size):
+        notes.append(Finding("no-checksums", "the archive was saved without checksums"))
+        records = {name: span.unchecked() for name, span in records.items()}
+    if source.size > archive.end:
+        surplus = source.size - archive.end
+        notes.append(Finding("trailing-bytes", f"{surplus} bytes follow the end of the archive"))
+    return _document(records, source.name, source.size, tuple(notes), limits)
+
+
+def read_folder(path: Path, limits: Limits = DEFAULT) -> Document:
+    """The document in a torch zip that someone unpacked into a folder."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    sources = {file.relative_to(path).as_posix(): FileSource(file) for file in files}
+    records = {name: Span(source, 0, source.size) for name, source in sources.items()}
+    size = sum(span.length for span in records.values())
+    return _document(records, str(path), size, (), limits)
+
+
+def is_unpacked(path: Path) -> bool:
+    """Whether a folder is a torch zip that someone unpacked."""
+    return (path / "data.pkl").is_file() or len(list(path.glob("*/data.pkl"))) == 1
+
+
+def _document(
+    records: Mapping[str, Span], name: str, size: int, notes: tuple[Finding, ...], limits: Limits
+) -> Document:
+    folder = _folder(records, name)
+    pickle = records[f"{folder}data.pkl"]
     if pickle.length > limits.pickle_bytes:
-        raise UnsafeError(f"{source.name}: its pickle has {pickle.length} bytes")
-    label = f"{source.name}: {folder}data.pkl"
+        raise UnsafeError(f"{name}: its pickle has {pickle.length} bytes")
+    storages = _Storages(records, folder)
+    label = f"{name}: {folder}data.pkl"
     root, _ = pickles.read(pickle.read(), storages.load, name=label, limits=limits)
     extras = {
-        name.removeprefix(folder): archive.span(name)
-        for name in archive.records
-        if name.removeprefix(folder) not in _OWN and name not in storages.names
+        record.removeprefix(folder): span
+        for record, span in records.items()
+        if record.removeprefix(folder) not in _OWN and record not in storages.names
     }
     return Document(
         root,
         "TorchScript zip" if "constants.pkl" in extras else NAME,
-        source.name,
-        source.size,
-        _byteorder(archive, folder),
+        name,
+        size,
+        _byteorder(records, folder, name),
         extras=extras,
         archive=folder.rstrip("/"),
-        notes=tuple(_notes(archive, checksums)),
+        notes=notes,
     )
 
 
-def _folder(archive: zips.Archive) -> str:
+def _folder(records: Mapping[str, Span], name: str) -> str:
     """The folder of the records, with its slash; empty where the archive was packed without it."""
-    first = next(iter(archive.records), "")
+    first = next(iter(records), "")
     folder = first[: first.find("/") + 1]
-    if f"{folder}data.pkl" in archive.records:
+    if f"{folder}data.pkl" in records:
         return folder
-    found = [name for name in archive.records if re.fullmatch(r"([^/]+/)?data\.pkl", name)]
+    found = [record for record in records if re.fullmatch(r"([^/]+/)?data\.pkl", record)]
     if len(found) != 1:
         raise NotACheckpointError(
-            f"{archive.source.name}: a zip archive without a checkpoint (no data.pkl in it)",
-            hint=f"see what it holds: unzip -l {archive.source.name}",
+            f"{name}: a zip archive without a checkpoint (no data.pkl in it)",
+            hint=f"see what it holds: unzip -l {name}",
         )
     return found[0].removesuffix("data.pkl")
 
 
-def _byteorder(archive: zips.Archive, folder: str) -> Literal["little", "big"]:
-    if f"{folder}byteorder" not in archive.records:
+def _byteorder(records: Mapping[str, Span], folder: str, name: str) -> Literal["little", "big"]:
+    if f"{folder}byteorder" not in records:
         return "little"
-    order = archive.span(f"{folder}byteorder").read()
+    order = records[f"{folder}byteorder"].read()
     if order not in (b"little", b"big"):
-        raise UnsupportedError(f"{archive.source.name}: byte order {order[:20]!r} is not known")
+        raise UnsupportedError(f"{name}: byte order {order[:20]!r} is not known")
     return "little" if order == b"little" else "big"
-
-
-def _notes(archive: zips.Archive, checksums: bool) -> Iterable[Finding]:
-    if not checksums:
-        yield Finding("no-checksums", "the archive was saved without checksums")
-    surplus = archive.source.size - archive.end
-    if surplus:
-        yield Finding("trailing-bytes", f"{surplus} bytes follow the end of the archive")
 
 
 class _Storages:
     """Turns persistent ids into storages over the records of an archive, one for each key."""
 
-    def __init__(self, archive: zips.Archive, folder: str, checksums: bool) -> None:
-        self._archive = archive
+    def __init__(self, records: Mapping[str, Span], folder: str) -> None:
+        self._records = records
         self._folder = folder
-        self._checksums = checksums
         self._known: dict[str, Storage] = {}
         self.names: set[str] = set()
 
     def load(self, pid: Node) -> Storage:
+        """The storage that a persistent id describes."""
         storage = parse_persistent_id(pid)
         known = self._known.setdefault(storage.key, storage)
-        if known is not storage:
-            if (known.dtype, known.numel, known.device) != (
-                storage.dtype,
-                storage.numel,
-                storage.device,
-            ):
-                raise UnsafeError(f"storage {storage.key!r} is described in two ways")
-            return known
-        storage.spans = (self._span(storage),)
-        return storage
+        if known is storage:
+            storage.spans = (self._span(storage),)
+        elif _description(known) != _description(storage):
+            raise UnsafeError(f"storage {storage.key!r} is described in two ways")
+        return known
 
     def _span(self, storage: Storage) -> Span:
         name = f"{self._folder}data/{storage.key}"
-        if name not in self._archive.records:
+        span = self._records.get(name)
+        if span is None:
             raise DamagedError(f"the archive lacks {name!r}", hint="copy or download it again")
-        self.names.add(name)
-        span = self._archive.span(name)
         if span.length != storage.nbytes:
             raise UnsafeError(
                 f"storage {storage.key!r} has {span.length} bytes where {storage.numel} elements "
                 f"of {storage.dtype} take {storage.nbytes}"
             )
-        return span if self._checksums else span.unchecked()
+        self.names.add(name)
+        return span
+
+
+def _description(storage: Storage) -> tuple[DType, int, str]:
+    return storage.dtype, storage.numel, storage.device
 
 
 def parse_persistent_id(pid: Node) -> Storage:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, NoReturn
 from ckptfix.document import Global, How, Inert, Node, OrderedMap
 from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedError
 from ckptfix.limits import DEFAULT, Limits
-from ckptfix.pickles.torch_objects import BUILDERS, hashable
+from ckptfix.pickles.torch_objects import BUILDERS, Builder, hashable
 
 if TYPE_CHECKING:
     import mmap
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     Data = bytes | mmap.mmap
     Persistent = Callable[[Node], Node]
@@ -34,14 +34,16 @@ def read(
     name: str,
     start: int = 0,
     limits: Limits = DEFAULT,
+    builders: Mapping[Global, Builder] = BUILDERS,
 ) -> tuple[Node, int]:
     """Read one pickle from `data` at `start`; returns its tree and the position after its STOP.
 
-    `persistent` turns a persistent id into a node, as torch uses them for storages. `name` is
+    `persistent` turns a persistent id into a node, as torch uses them for storages. `builders`
+    are the calls that are understood. `name` is
     what messages call the pickle. Raises `DamagedError` where the bytes are no pickle or end too
     soon, and `UnsafeError` or `UnsupportedError` where they ask for what ckptfix refuses.
     """
-    machine = _Machine(data, persistent, limits)
+    machine = _Machine(data, persistent, limits, builders)
     position = start
     operations = _OPERATIONS
     try:
@@ -75,9 +77,18 @@ class _Stop(Exception):  # noqa: N818 - it is no error
 class _Machine:
     """The state that opcodes act on; `stack` is what lies above the topmost mark."""
 
-    __slots__ = ("data", "framed", "globals", "limits", "marks", "memo", "persistent", "stack")
+    __slots__ = (
+        "builders", "data", "framed", "globals", "limits", "marks", "memo", "persistent", "stack",
+    )  # fmt: skip
 
-    def __init__(self, data: Data, persistent: Persistent, limits: Limits) -> None:
+    def __init__(
+        self,
+        data: Data,
+        persistent: Persistent,
+        limits: Limits,
+        builders: Mapping[Global, Builder],
+    ) -> None:
+        self.builders = builders
         self.data = data
         self.persistent = persistent
         self.limits = limits
@@ -110,7 +121,9 @@ class _Machine:
     def call(self, function: Node, args: Node, how: How = "reduce", kwargs: Node = None) -> Node:
         if type(args) is not tuple:
             raise DamagedError(f"the arguments of {function} are no tuple")
-        builder = BUILDERS.get(function) if type(function) is Global and how == "reduce" else None
+        builder = (
+            self.builders.get(function) if type(function) is Global and how == "reduce" else None
+        )
         built = builder(args, self.limits) if builder else None
         if built is None:
             if not isinstance(function, (Global, Inert)):

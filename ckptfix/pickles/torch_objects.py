@@ -7,15 +7,14 @@ arguments are not the usual ones.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.dtypes import BY_NAME, DType
 from ckptfix.errors import UnsafeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ckptfix.limits import Limits
 
 Arguments = tuple[Node, ...]
@@ -65,23 +64,29 @@ def new_with_keywords(args: Arguments, limits: Limits) -> Inert | None:
     return None
 
 
+class StorageView(NamedTuple):
+    """A stretch of a storage, as old torch shares them; tensors are laid over the whole instead."""
+
+    storage: Storage
+    offset: int
+    numel: int
+
+
 def tensor_v1(args: Arguments, limits: Limits) -> Tensor | None:
     """`(storage, offset, size, stride)`: torch before 0.4."""
-    if len(args) != 4 or not isinstance(args[0], Storage):
-        return None
-    return tensor(args[0], args[0].dtype, args[1:4], limits)
+    return tensor(args[0], None, args[1:4], limits) if len(args) == 4 else None
 
 
 def tensor_v2(args: Arguments, limits: Limits) -> Tensor | None:
     """`(storage, offset, size, stride, requires_grad, backward_hooks[, metadata])`."""
-    if not 6 <= len(args) <= 7 or not isinstance(args[0], Storage):
+    if not 6 <= len(args) <= 7:
         return None
-    return tensor(args[0], args[0].dtype, args[1:4], limits, args[4], args[5], *args[6:])
+    return tensor(args[0], None, args[1:4], limits, args[4], args[5], *args[6:])
 
 
 def tensor_v3(args: Arguments, limits: Limits) -> Tensor | None:
     """As v2 over untyped storage, the dtype given after the hooks."""
-    if not 7 <= len(args) <= 8 or not isinstance(args[0], Storage):
+    if not 7 <= len(args) <= 8:
         return None
     named = args[6]
     dtype = BY_NAME.get(named.name) if type(named) is Global and named.module == "torch" else None
@@ -91,18 +96,26 @@ def tensor_v3(args: Arguments, limits: Limits) -> Tensor | None:
 
 
 def tensor(
-    storage: Storage,
-    dtype: DType,
+    storage: Node,
+    dtype: DType | None,
     layout: Arguments,
     limits: Limits,
     requires_grad: Node = False,
     hooks: Node = None,
     metadata: Node = None,
 ) -> Tensor | None:
-    """The tensor at `layout`: offset, shape, stride. `UnsafeError` where it leaves the storage."""
+    """The tensor at `layout`: offset, shape, stride; its dtype is the storage's unless given.
+
+    Raises `UnsafeError` where it leaves the storage.
+    """
     offset, shape, stride = layout[0], _sizes(layout[1]), _sizes(layout[2])
     if type(offset) is not int or shape is None or stride is None or len(shape) != len(stride):
         return None
+    if type(storage) is StorageView:
+        offset, storage = storage.offset + offset, storage.storage
+    if type(storage) is not Storage:
+        return None
+    dtype = dtype or storage.dtype
     _check_bounds(storage, dtype, offset, shape, stride, limits)
     if type(hooks) is OrderedMap and not hooks and hooks.attributes is None:
         hooks = None
@@ -166,7 +179,10 @@ def hashable(key: Node, limits: Limits) -> bool:
     return True
 
 
-BUILDERS: dict[Global, Callable[[Arguments, Limits], Node | None]] = {
+Builder = Callable[[Arguments, "Limits"], Node | None]
+"""Makes the node that a call stands for, or None to leave the call inert."""
+
+BUILDERS: Mapping[Global, Builder] = {
     Global("collections", "OrderedDict"): ordered_dict,
     Global("_codecs", "encode"): encode,
     **{Global(module, "bytes"): empty_bytes for module in ("builtins", "__builtin__")},

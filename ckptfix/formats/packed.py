@@ -1,0 +1,53 @@
+"""Checkpoints that someone packed: gzip around any of them, and tar archives that hold one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptfix.errors import NotACheckpointError, UnsafeError
+from ckptfix.formats import torch_tar
+from ckptfix.spans import CHUNK, Source, Span, UnpackedSource, inflate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+GZIP = b"\x1f\x8b"
+_FREE, _RATIO = 16 << 20, 200
+"""What may be unpacked without question, and how many times its size a file may unpack to then."""
+
+
+def unzipped(source: Source) -> Source:
+    """What a gzip file holds, in an unnamed file. Raises `UnsafeError` for a bomb."""
+    cap = max(_FREE, _RATIO * source.size)
+    packed = Span(source, 0, source.size)
+    size = sum(len(chunk) for chunk in _capped(packed, cap))
+    return UnpackedSource(lambda: inflate(packed, 31), size, source.name)
+
+
+def _capped(packed: Span, cap: int) -> Iterator[bytes]:
+    made = 0
+    for chunk in inflate(packed, 31):
+        made += len(chunk)
+        if made > cap:
+            raise UnsafeError(
+                f"{packed.source.name}: {packed.length} bytes of gzip unpack to more than {cap}",
+                hint="unpack it yourself if you trust it: gunzip -k FILE",
+            )
+        yield chunk
+
+
+def only_member(source: Source, is_checkpoint: Callable[[bytes], bool]) -> Source:
+    """The one checkpoint in a tar archive, in an unnamed file. Raises `NotACheckpointError`."""
+    found = {
+        name: span
+        for name, span in torch_tar.members(source).items()
+        if is_checkpoint(span.slice(0, min(span.length, 4096)).read())
+    }
+    if len(found) != 1:
+        listed = ", ".join(found) or "none of them a checkpoint"
+        raise NotACheckpointError(
+            f"{source.name}: a tar archive of several files ({listed})",
+            hint=f"unpack it, and give one of them: tar xf {source.name}",
+        )
+    ((name, span),) = found.items()
+    return UnpackedSource(lambda: span.chunks(CHUNK), span.length, f"{source.name}:{name}")

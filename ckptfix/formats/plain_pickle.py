@@ -1,0 +1,63 @@
+"""Whatever holds tensors, as `pickle.dump` writes it: one pickle, no container.
+
+A tensor's storage is pickled as `torch.storage._load_from_bytes(bytes)`, where the bytes are a
+checkpoint of their own (legacy or zip) that holds nothing but the storage. Numpy arrays are pickled
+with their bytes. Source: `torch.storage.TypedStorage.__reduce__`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptfix import pickles
+from ckptfix.document import Document, Global, Node, Storage
+from ckptfix.errors import UnsafeError
+from ckptfix.findings import Finding
+from ckptfix.formats import torch_legacy, torch_zip
+from ckptfix.limits import DEFAULT, Limits
+from ckptfix.pickles.torch_objects import BUILDERS
+from ckptfix.spans import BytesSource
+
+if TYPE_CHECKING:
+    from ckptfix.pickles.torch_objects import Arguments
+    from ckptfix.spans import Source
+
+NAME = "plain pickle"
+_TEXT_STARTS = b"(c]}l"
+_STOP = b"."
+
+
+def matches(source: Source, head: bytes) -> bool:
+    """Whether a file may be a pickle: it says so, or begins and ends as one of protocol 0 or 1."""
+    if head[:1] == b"\x80":
+        return len(head) > 2 and 2 <= head[1] <= 5
+    return bool(head) and head[0] in _TEXT_STARTS and source.read(source.size - 1, 1) == _STOP
+
+
+def read(source: Source, limits: Limits = DEFAULT) -> Document:
+    """The document in a plain pickle. Weights are part of a pickle, and are read with it."""
+    if source.size > limits.pickle_bytes:
+        raise UnsafeError(f"{source.name}: a pickle of {source.size} bytes")
+    root, end = pickles.read(
+        torch_legacy.mapped(source), _refuse, name=source.name, limits=limits, builders=_BUILDERS
+    )
+    surplus = source.size - end
+    notes = (Finding("trailing-bytes", f"{surplus} bytes follow the end of the pickle"),)
+    return Document(root, NAME, source.name, source.size, notes=notes if surplus else ())
+
+
+def _storage(args: Arguments, limits: Limits) -> Storage | None:
+    """`_load_from_bytes(b)`: the storage that is the root of the checkpoint in `b`."""
+    if len(args) != 1 or type(args[0]) is not bytes:
+        return None
+    inner = BytesSource(args[0], "a storage in the pickle")
+    is_zip = args[0].startswith(torch_zip.MAGIC)
+    found = (torch_zip if is_zip else torch_legacy).read(inner, limits)
+    return found.root if isinstance(found.root, Storage) else None
+
+
+_BUILDERS = {**BUILDERS, Global("torch.storage", "_load_from_bytes"): _storage}
+
+
+def _refuse(_: Node) -> Node:
+    raise UnsafeError("a persistent id stands in a pickle that has no container")

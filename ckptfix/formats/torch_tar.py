@@ -1,0 +1,208 @@
+"""torch's container of 2016 and 2017: a tar archive.
+
+    sys_info   pickle, as in the legacy format
+    storages   pickle: their count; for each a pickle (key, location, storage class), 8 bytes: the
+               number of elements, and the elements; last a pickle: list of views
+               (key, key of the storage, offset, numel), in elements
+    tensors    pickle: their count; for each a pickle (key, key of the storage, tensor class), then
+               4 bytes: number of dimensions, 4 bytes unused, 8 bytes each: shape, stride, offset
+               (absent where the tree describes its tensors itself)
+    pickle     the tree; persistent ids are keys of tensors or storages, or
+               (class, source file, source text)
+
+Numbers are little-endian. Source: `legacy_load` in `torch.serialization._legacy_load`.
+"""
+
+from __future__ import annotations
+
+import struct
+import tarfile
+from typing import TYPE_CHECKING
+
+from ckptfix import pickles
+from ckptfix.document import Document, Global, Node, Storage, Tensor
+from ckptfix.dtypes import BY_STORAGE
+from ckptfix.errors import DamagedError, NotACheckpointError, UnsupportedError
+from ckptfix.formats import torch_legacy
+from ckptfix.formats.torch_zip import parse_persistent_id
+from ckptfix.limits import DEFAULT, Limits
+from ckptfix.pickles import torch_objects
+from ckptfix.pickles.torch_objects import BUILDERS, StorageView
+from ckptfix.spans import Reader, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ckptfix.pickles.reader import Data
+    from ckptfix.pickles.torch_objects import Arguments
+    from ckptfix.spans import Source
+
+NAME = "torch tar"
+_TENSOR_V2 = Global("torch._utils", "_rebuild_tensor_v2")
+_RETRY = "the archive is cut short or damaged: copy or download it again"
+
+
+def matches(head: bytes) -> bool:
+    """Whether a file that begins with `head` is a tar archive."""
+    return head[257:262] == b"ustar"
+
+
+def members(source: Source) -> Mapping[str, Span]:
+    """The regular files of a tar archive, by name without a leading `./`."""
+    try:
+        with tarfile.open(fileobj=Reader(source), mode="r:") as archive:
+            return {
+                entry.name.removeprefix("./"): Span(source, entry.offset_data, entry.size)
+                for entry in archive
+                if entry.isreg()
+            }
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise DamagedError(f"{source.name}: damaged tar archive ({error})", hint=_RETRY) from None
+
+
+def is_checkpoint(found: Mapping[str, Span]) -> bool:
+    """Whether the members of a tar archive are those of this format."""
+    return "pickle" in found and "storages" in found
+
+
+def read(source: Source, limits: Limits = DEFAULT) -> Document:
+    """The document in a tar archive. The members lie in memory only as far as they are pickles."""
+    found = members(source)
+    if not is_checkpoint(found):
+        raise NotACheckpointError(f"{source.name}: a tar archive that is no checkpoint")
+    objects = _Objects(found, limits)
+    root, _ = pickles.read(
+        found["pickle"].read(),
+        objects.load,
+        name=f"{source.name}: pickle",
+        limits=limits,
+        builders={**BUILDERS, _TENSOR_V2: objects.tensor},
+    )
+    return Document(torch_legacy.without_views(root), NAME, source.name, source.size)
+
+
+class _Objects:
+    """The storages and tensors of an archive, by key."""
+
+    def __init__(self, found: Mapping[str, Span], limits: Limits) -> None:
+        self._limits = limits
+        self._storages: dict[str, Storage | StorageView] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._read_storages(found["storages"])
+        if "tensors" in found:
+            self._read_tensors(found["tensors"])
+
+    def load(self, pid: Node) -> Node:
+        """What a persistent id stands for."""
+        if isinstance(pid, tuple) and len(pid) == 3 and type(pid[0]) is Global:
+            return pid[0]
+        if isinstance(pid, tuple):
+            pid = parse_persistent_id(pid).key
+        key = str(pid)
+        made = self._tensors.get(key) or self._storages.get(key)
+        if made is None:
+            raise DamagedError(f"no tensor or storage is called {key!r}")
+        return made
+
+    def tensor(self, args: Arguments, limits: Limits) -> Tensor | None:
+        """A tensor; some writers describe its storage where its persistent id belongs."""
+        if args and type(args[0]) is tuple:
+            args = (self.load(args[0]), *args[1:])
+        return torch_objects.tensor_v2(args, limits)
+
+    def _read_storages(self, span: Span) -> None:
+        reader = _Pickles(span, self._limits)
+        for _ in range(reader.count()):
+            key, device, cls = reader.row(3)
+            dtype = BY_STORAGE.get(cls.name) if type(cls) is Global else None
+            if dtype is None or type(device) is not str:
+                raise UnsupportedError(f"{span.source.name}: storage of class {cls} is not known")
+            (numel,) = reader.numbers("<q")
+            storage = Storage(dtype, numel, device, key=str(key))
+            storage.spans = (reader.skip(storage.nbytes),)
+            self._storages[storage.key] = storage
+        for view in reader.rest():
+            key, root, offset, numel = view
+            whole = self._storages.get(str(root))
+            if isinstance(whole, Storage):
+                self._storages[str(key)] = StorageView(whole, offset, numel)
+
+    def _read_tensors(self, span: Span) -> None:
+        reader = _Pickles(span, self._limits)
+        for _ in range(reader.count()):
+            key, storage, _ = reader.row(3)
+            dimensions, _ = reader.numbers("<2i")
+            if not 0 <= dimensions <= 64:
+                raise DamagedError(f"{span.source.name}: a tensor of {dimensions} dimensions")
+            shape = reader.numbers(f"<{dimensions}q")
+            stride = reader.numbers(f"<{dimensions}q")
+            (offset,) = reader.numbers("<q")
+            layout = (offset, shape, stride)
+            whole = self._storages.get(str(storage))
+            made = torch_objects.tensor(whole, None, layout, self._limits)
+            if made is None:
+                raise DamagedError(f"{span.source.name}: tensor {key!r} has no storage")
+            self._tensors[str(key)] = made
+
+
+class _Pickles:
+    """Reads a member that mixes pickles and raw bytes."""
+
+    def __init__(self, span: Span, limits: Limits) -> None:
+        self._span = span
+        self._data: Data = span.read()
+        self._limits = limits
+        self._position = 0
+
+    def _next(self) -> Node:
+        node, self._position = pickles.read(
+            self._data,
+            _refuse,
+            name=self._span.source.name,
+            start=self._position,
+            limits=self._limits,
+        )
+        return node
+
+    def count(self) -> int:
+        """A pickled number of things to come."""
+        found = self._next()
+        if type(found) is not int or not 0 <= found <= len(self._data):
+            raise DamagedError(f"{self._span.source.name}: {found!r} is no count", hint=_RETRY)
+        return found
+
+    def row(self, length: int) -> tuple[Node, ...]:
+        """A pickled tuple of `length` values."""
+        found = self._next()
+        if type(found) is not tuple or len(found) != length:
+            raise DamagedError(f"{self._span.source.name}: {found!r} is no row", hint=_RETRY)
+        return found
+
+    def rest(self) -> list[tuple[Node, ...]]:
+        """The pickled list at the end, where there is one: rows of four values."""
+        found = self._next() if self._position < len(self._data) else []
+        rows: list[Node] = found if isinstance(found, list) else [None]
+        if not all(type(row) is tuple and len(row) == 4 for row in rows):
+            raise DamagedError(f"{self._span.source.name}: views are described wrongly")
+        return rows
+
+    def numbers(self, layout: str) -> tuple[int, ...]:
+        """Raw numbers."""
+        size = struct.calcsize(layout)
+        if self._position + size > len(self._data):
+            raise DamagedError(f"{self._span.source.name}: ends too soon", hint=_RETRY)
+        found = struct.unpack_from(layout, self._data, self._position)
+        self._position += size
+        return found
+
+    def skip(self, length: int) -> Span:
+        """The next bytes, as a span of the archive."""
+        if not 0 <= length <= len(self._data) - self._position:
+            raise DamagedError(f"{self._span.source.name}: ends inside a storage", hint=_RETRY)
+        span = self._span.slice(self._position, length)
+        self._position += length
+        return span
+
+
+def _refuse(_: Node) -> Node:
+    raise DamagedError("a persistent id stands where torch writes none")
