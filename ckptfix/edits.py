@@ -17,6 +17,7 @@ from ckptfix.document import (
     contiguous_stride,
 )
 from ckptfix.errors import UnsupportedError
+from ckptfix.files import check_crc
 from ckptfix.spans import ComputedSource, Span
 from ckptfix.state_dicts import StateDict, choose, find, is_special_tensor
 from ckptfix.tensors import as_tensor
@@ -196,6 +197,8 @@ def _computed(tensor: Tensor, key: str, byteorder: str) -> Tensor:
     def gather() -> bytes:
         from ckptfix.materialize import contiguous_bytes
 
+        for span in tensor.storage.spans:
+            check_crc(span, repr(key))
         return contiguous_bytes(tensor, byteorder)
 
     source = ComputedSource(tensor.nbytes, gather, key)

@@ -23,8 +23,10 @@ from ckptfix.spans import CHUNK, Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import ThreadPoolExecutor
 
     Progress = Callable[[int], None]
+    Sum = Callable[[], int]
 
 _COPY = 64 << 20
 """Bytes that the kernel is asked to copy at once: small enough for progress to be seen."""
@@ -49,6 +51,8 @@ class Sink:
         self._buffer = bytearray()
         self._flushed = 0
         self._kernel_copy = hasattr(os, "copy_file_range")
+        self._sums = _Sums()
+        self._checks: list[tuple[str, Span, Sum]] = []
 
     @property
     def position(self) -> int:
@@ -87,22 +91,26 @@ class Sink:
                 self.write(chunk)
                 self._advance(len(chunk))
 
-    def copy_summed(self, parts: Sequence[Span | bytes]) -> int:
-        """Copy spans to the end and return the CRC-32 of all their bytes."""
+    def copy_summed(self, parts: Sequence[Span | bytes]) -> Sum:
+        """Copy spans to the end; the CRC-32 of all their bytes is computed beside that."""
+        spans = [part for part in parts if isinstance(part, Span)]
+        if all(span.source.fileno() is not None for span in spans) and len(spans) == len(parts):
+            total = self._sums.of(spans)
+            for span in spans:
+                self.copy(span)
+            return total
         crc = 0
         for part in parts:
-            if isinstance(part, bytes):
-                self.write(part)
-                crc = isal_zlib.crc32(part, crc)
-            elif part.source.fileno() is not None:
-                self.copy(part)
-                crc = crc32(part, crc)
-            else:
-                for chunk in part.chunks():
-                    self.write(chunk)
-                    crc = isal_zlib.crc32(chunk, crc)
-                    self._advance(len(chunk))
-        return crc
+            for chunk in (part,) if isinstance(part, bytes) else part.chunks():
+                self.write(chunk)
+                crc = isal_zlib.crc32(chunk, crc)
+                self._advance(len(chunk))
+        return lambda: crc
+
+    def check(self, span: Span, label: str) -> None:
+        """Hold a span against the CRC on record, beside the copying; `sync` tells, by raising."""
+        if span.crc is not None:
+            self._checks.append((label, span, self._sums.of([span])))
 
     def _copy_in_kernel(self, descriptor: int, span: Span) -> int:
         """Bytes copied before the end of the span, or before the system said it cannot."""
@@ -131,9 +139,51 @@ class Sink:
             self._progress(count)
 
     def sync(self) -> None:
-        """Return once everything written is on the disk."""
+        """Return once everything written is on the disk and everything checked is right."""
+        for label, span, total in self._checks:
+            if total() != span.crc:
+                raise _wrong_sum(label, span)
         self.flush()
         os.fsync(self._descriptor)
+
+
+class _Sums:
+    """CRCs of spans: short ones at once, long ones on a thread beside the copying."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+
+    def of(self, spans: Sequence[Span]) -> Sum:
+        if sum(span.length for span in spans) < CHUNK:
+            total = crc32_of(spans)
+            return lambda: total
+        if self._pool is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._pool = ThreadPoolExecutor(1)
+        return self._pool.submit(crc32_of, spans).result
+
+
+def crc32_of(parts: Sequence[Span | bytes]) -> int:
+    """The CRC-32 of several stretches in a row."""
+    total = 0
+    for part in parts:
+        total = isal_zlib.crc32(part, total) if isinstance(part, bytes) else crc32(part, total)
+    return total
+
+
+def check_crc(span: Span, label: str) -> None:
+    """Raise `DamagedError` where the bytes of a span do not have the CRC on record."""
+    if span.crc is not None and crc32(span) != span.crc:
+        raise _wrong_sum(label, span)
+
+
+def _wrong_sum(label: str, span: Span) -> DamagedError:
+    return DamagedError(
+        f"{span.source.name}: the bytes of {label} do not have the checksum on record",
+        hint="the file is damaged: copy or download it again",
+        code="crc-mismatch",
+    )
 
 
 def crc32(span: Span, value: int = 0) -> int:

@@ -194,8 +194,10 @@ def write(document: Document, sink: Sink) -> None:
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     encoded += b" " * (-len(encoded) % _ALIGNMENT)
     sink.write(len(encoded).to_bytes(8, "little") + encoded)
+    checked: set[int] = set()
     for name in order:
         tensor = tensors[name]
+        _check_once(sink, tensor, name, checked)
         begin, remaining = tensor.offset * tensor.dtype.itemsize, tensor.nbytes
         for span in tensor.storage.spans:
             if begin < span.length and remaining:
@@ -203,6 +205,14 @@ def write(document: Document, sink: Sink) -> None:
                 sink.copy(span.slice(begin, length))
                 remaining -= length
             begin = max(begin - span.length, 0)
+
+
+def _check_once(sink: Sink, tensor: Tensor, name: str, checked: set[int]) -> None:
+    """Hold a storage against the checksums on record: this container keeps none."""
+    if id(tensor.storage) not in checked:
+        checked.add(id(tensor.storage))
+        for span in tensor.storage.spans:
+            sink.check(span, f"{name!r}")
 
 
 def _without_ties(root: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str, str]]:

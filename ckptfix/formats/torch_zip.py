@@ -198,7 +198,7 @@ def write(document: Document, sink: Sink) -> None:
     for name, span in document.extras.items():
         writer.add(f"{folder}/{name}", [span])
     writer.add(f"{folder}/version", [b"3\n"])
-    writer.add(f"{folder}/.data/serialization_id", [_serialization_id(writer.crcs)])
+    writer.add(f"{folder}/.data/serialization_id", [_serialization_id(writer.crcs())])
     writer.finish()
 
 

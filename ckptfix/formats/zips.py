@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
+from ckptfix.files import crc32_of
 from ckptfix.limits import DEFAULT, Limits
-from ckptfix.spans import InflatedSource, Source, Span
+from ckptfix.spans import CHUNK, InflatedSource, Source, Span
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from ckptfix.files import Sink
+    from ckptfix.files import Sink, Sum
 
 LOCAL = struct.Struct("<4s5H3I2H")
 CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -275,24 +276,37 @@ class Writer:
     def __init__(self, sink: Sink, alignment: int = 64) -> None:
         self._sink = sink
         self._alignment = alignment
-        self._directory: list[bytes] = []
-        self.crcs: list[int] = []
+        self._entries: dict[str, tuple[int, int, int]] = {}  # CRC, size, offset
+        self._unsummed: dict[str, Sum] = {}
 
     def add(self, name: str, parts: Sequence[Span | bytes]) -> None:
         """Add a record made of `parts` in order."""
         offset = self._sink.position
         size = sum(len(part) if isinstance(part, bytes) else part.length for part in parts)
-        known = parts[0].crc if len(parts) == 1 and isinstance(parts[0], Span) else None
-        header = self._local_header(name, known or 0, size, offset)
-        self._sink.write(header)
-        crc = known
+        crc = self._known_crc(parts, size)
+        self._sink.write(self._local_header(name, crc or 0, size, offset))
         if crc is None:
-            crc = self._sink.copy_summed(parts)
-            self._sink.patch(offset + 14, struct.pack("<I", crc))
+            self._unsummed[name] = self._sink.copy_summed(parts)
         else:
-            self._sink.copy(parts[0])
-        self.crcs.append(crc)
-        self._directory.append(_central_header(name, crc, size, offset))
+            for part in parts:
+                self._sink.copy(part)
+        self._entries[name] = (crc or 0, size, offset)
+
+    def _known_crc(self, parts: Sequence[Span | bytes], size: int) -> int | None:
+        """The CRC of a record before it is written: on record already, or cheap to compute."""
+        if len(parts) == 1 and isinstance(parts[0], Span) and parts[0].crc is not None:
+            return parts[0].crc
+        computed = any(isinstance(part, Span) and part.source.fileno() is None for part in parts)
+        return None if computed or size >= CHUNK else crc32_of(parts)
+
+    def crcs(self) -> list[int]:
+        """The CRCs of all records so far; those that were not known are put into their headers."""
+        for name, total in self._unsummed.items():
+            _, size, offset = self._entries[name]
+            self._entries[name] = (total(), size, offset)
+            self._sink.patch(offset + _CRC_OFFSET, struct.pack("<I", total()))
+        self._unsummed.clear()
+        return [crc for crc, _, _ in self._entries.values()]
 
     def _local_header(self, name: str, crc: int, size: int, offset: int) -> bytes:
         label = name.encode()
@@ -319,10 +333,11 @@ class Writer:
 
     def finish(self) -> None:
         """Write the directory and the end records."""
+        self.crcs()
         start = self._sink.position
-        for header in self._directory:
-            self._sink.write(header)
-        count, size = len(self._directory), self._sink.position - start
+        for name, entry in self._entries.items():
+            self._sink.write(_central_header(name, *entry))
+        count, size = len(self._entries), self._sink.position - start
         if count >= _MAX16 or start >= _MAX32 or size >= _MAX32:
             place = self._sink.position
             self._sink.write(
@@ -333,6 +348,7 @@ class Writer:
         self._sink.write(END.pack(_END_MAGIC, 0, 0, count, count, size, start, 0))
 
 
+_CRC_OFFSET = 14  # in a local header
 _DOS_EPOCH = 0x21  # 1 January 1980, the earliest date a zip can hold: equal inputs give equal files
 
 
