@@ -29,6 +29,13 @@ def as_tensor(node: Node) -> Tensor | None:
     return node if isinstance(node, Tensor) else None
 
 
+DEVICE_TENSORS = frozenset(
+    Global("torch._utils", f"_rebuild_device_tensor_from_{kind}")
+    for kind in ("numpy", "cpu_tensor")
+)
+"""How tensors of devices without storages of their own (XLA, HPU, …) are saved: with a copy on the
+CPU, and the device as the third argument."""
+
 _DEPTH = 8
 """How many wrappers may lie around a tensor; an object may hold itself."""
 
@@ -51,12 +58,20 @@ def _of_type(node: Inert) -> Node:
     return build(args, DEFAULT) if build is not None else Inert(function, args)
 
 
+def _of_device(node: Inert) -> Node:
+    """`_rebuild_device_tensor_from_…(data, dtype, device, requires_grad)`, where it casts nothing."""
+    data = as_tensor(node.args[0]) if len(node.args) == 4 else None
+    dtype = Global("torch", data.dtype.name) if data is not None else None
+    return data if dtype is not None and node.args[1] == dtype else None
+
+
 _WRAPPERS: dict[Global, Callable[[Inert], Node]] = {
     Global("torch._utils", "_rebuild_parameter"): _first_argument,
     Global("torch._utils", "_rebuild_parameter_with_state"): _first_argument,
     Global("torch.nn.parameter", "Parameter"): _first_of_state,
     Global("torch.autograd.variable", "Variable"): _first_of_state,
     Global("torch._tensor", "_rebuild_from_type_v2"): _of_type,
+    **dict.fromkeys(DEVICE_TENSORS, _of_device),
 }
 
 
@@ -68,19 +83,31 @@ def _array(node: Inert) -> Tensor | None:
     if not isinstance(node.state, tuple) or len(node.state) != 5:
         return None
     _, shape, described, fortran, data = node.state
-    known = _numpy_dtype(described)
     if isinstance(data, str):  # Python 2 has one type for text and bytes
         data = data.encode("utf-8")
-    if known is None or type(data) is not bytes or not _is_shape(shape):
+    return _of_buffer(data, described, shape, fortran is True)
+
+
+def _frombuffer(node: Inert) -> Tensor | None:
+    """`_frombuffer(data, dtype, shape, order)`: the same in protocol 5."""
+    if len(node.args) != 4:
         return None
+    data, described, shape, order = node.args
+    return _of_buffer(data, described, shape, order == "F")
+
+
+def _of_buffer(data: Node, described: Node, shape: Node, fortran: bool) -> Tensor | None:
+    known = _numpy_dtype(described)
+    if known is None or not isinstance(data, (bytes, bytearray)) or not _is_shape(shape):
+        return None
+    data = bytes(data)
     dtype, swapped = known
     tensor = Tensor(Storage(dtype, len(data) // dtype.itemsize, "cpu"), dtype, shape, ())
     if tensor.nbytes != len(data):
         return None
     tensor.storage.spans = (_span(data, dtype.word if swapped else 1),)
     reverse = tuple(reversed(shape))
-    stride = contiguous_stride(reverse)[::-1] if fortran is True else contiguous_stride(shape)
-    tensor.stride = stride
+    tensor.stride = contiguous_stride(reverse)[::-1] if fortran else contiguous_stride(shape)
     return tensor
 
 
@@ -89,7 +116,7 @@ def _is_shape(shape: Node) -> bool:
 
 
 def _numpy_dtype(node: Node) -> tuple[DType, bool] | None:
-    """The dtype that `dtype("f4", False, True)` with state (3, "<", …) is, and whether to swap."""
+    """The dtype that `dtype("f4", False, True)`, state (3, "<", …), is, and whether to swap."""
     if not isinstance(node, Inert) or node.function != Global("numpy", "dtype") or not node.args:
         return None
     code, order = node.args[0], "|"
@@ -122,6 +149,6 @@ _NUMPY = {
     "i8": "int64", "u1": "uint8", "u2": "uint16", "u4": "uint32", "u8": "uint64", "b1": "bool",
     "c8": "complex64", "c16": "complex128",
 }  # fmt: skip
-_WRAPPERS.update(
-    (Global(f"numpy.{core}.multiarray", "_reconstruct"), _array) for core in ("core", "_core")
-)
+for _core in ("core", "_core"):  # since numpy 2
+    _WRAPPERS[Global(f"numpy.{_core}.multiarray", "_reconstruct")] = _array
+    _WRAPPERS[Global(f"numpy.{_core}.numeric", "_frombuffer")] = _frombuffer
