@@ -12,13 +12,14 @@ import importlib.util
 import json
 import shlex
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptfix import formats
 from ckptfix.compare import Report, Spec, compare, specs
-from ckptfix.errors import CkptfixError, TargetError
+from ckptfix.errors import CkptfixError, SelectionError, TargetError
 from ckptfix.state_dicts import choose
 
 if TYPE_CHECKING:
@@ -39,16 +40,47 @@ class Target:
 
     name: str
     specs: Mapping[str, Spec]
+    ties: tuple[tuple[str, ...], ...] = ()
+    """Groups of keys that name one tensor, where the target knows."""
+
+    def specs_for(self, state: StateDict) -> Mapping[str, Spec]:
+        """`specs`, but for counters that BatchNorm gives to state dicts from before torch 0.4.1.
+
+        Those have none, and no module of version 2. Source: `_NormBase._load_from_state_dict`.
+        """
+        versions = [entry.get("version") for entry in _dicts(state.metadata or {})]
+        if any(type(version) is int and version > 1 for version in versions):
+            return self.specs
+        if any(key.endswith(_COUNTER) for key in state.mapping):
+            return self.specs
+        return {key: spec for key, spec in self.specs.items() if not key.endswith(_COUNTER)}
+
+
+_COUNTER = "num_batches_tracked"
+
+
+def _dicts(mapping: Mapping[str, Any]) -> list[dict[Any, Any]]:
+    return [value for value in mapping.values() if isinstance(value, dict)]
 
 
 def of_module(module: nn.Module, name: str | None = None) -> Target:
     """The target that a model is, wherever it lives."""
+    from torch.nn.parameter import is_lazy
+
     found = {}
     for key, value in module.state_dict().items():
-        is_tensor = hasattr(value, "dtype") and hasattr(value, "shape")
+        is_tensor = not is_lazy(value) and hasattr(value, "dtype") and hasattr(value, "shape")
         dtype = str(value.dtype).removeprefix("torch.") if is_tensor else None
         found[key] = Spec(tuple(value.shape) if is_tensor else None, dtype)
-    return Target(name or type(module).__name__, found)
+    return Target(name or type(module).__name__, found, _ties(module))
+
+
+def _ties(module: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of names that a model has for one parameter or buffer."""
+    groups: dict[int, list[str]] = {}
+    for key, value in module.state_dict(keep_vars=True).items():
+        groups.setdefault(id(value), []).append(key)
+    return tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)
 
 
 def of_document(document: Document, select: str | None = None) -> Target:
@@ -63,6 +95,9 @@ def of_file(path: str | os.PathLike[str]) -> Target:
         return Target(str(path), listed)
     try:
         return of_document(formats.read(path))
+    except SelectionError as error:
+        hint = f"take one out of it first: ckptfix convert --select PATH {path} OUT"
+        raise TargetError(f"cannot compare with {error.message}", hint=hint) from None
     except CkptfixError as error:
         raise TargetError(f"cannot compare with {error.message}", hint=error.hint) from None
 
@@ -72,7 +107,7 @@ def report(state: StateDict, wanted: Target, renaming: Renaming | None = None) -
     found = specs(state.mapping)
     if renaming is not None:
         found = {renaming.keys[key]: spec for key, spec in found.items()}
-    return compare(found, wanted.specs)
+    return compare(found, wanted.specs_for(state))
 
 
 def _listed_keys(path: Path) -> dict[str, Spec] | None:
@@ -82,14 +117,25 @@ def _listed_keys(path: Path) -> dict[str, Spec] | None:
             if not file.read(64).lstrip().startswith(b"{"):
                 return None
         listing = json.loads(path.read_bytes())
-        states = [state for state in listing["state_dicts"] if state["role"] != "optimizer"]
-        tensors = states[0]["tensors"] if len(states) == 1 else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        states = [
+            (state["path"], _listed_specs(state))
+            for state in listing["state_dicts"]
+            if state["role"] != "optimizer"
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    if tensors is None:
-        listed = ", ".join(state["path"] for state in states)
-        raise TargetError(f"{path}: lists {len(states)} state dicts: {listed or 'none'}")
-    return {entry["key"]: Spec(tuple(entry["shape"]), entry["dtype"]) for entry in tensors}
+    if len(states) != 1:
+        listed = ", ".join(str(where) for where, _ in states)
+        raise TargetError(
+            f"{path}: lists {len(states)} state dicts: {listed or 'none'}",
+            hint="inspect a file that holds the one that is meant: ckptfix inspect --json FILE",
+        )
+    return states[0][1]
+
+
+def _listed_specs(state: dict[str, Any]) -> dict[str, Spec]:
+    tensors = {row["key"]: Spec(tuple(row["shape"]), row["dtype"]) for row in state["tensors"]}
+    return tensors | {key: Spec(None, None) for key in state["others"]}
 
 
 def of_reference(reference: str, init: str | None = None) -> Target:
@@ -121,7 +167,10 @@ def _arguments(init: str | None) -> tuple[list[Any], dict[str, Any]]:
         return [], given
     if isinstance(given, list):
         return given, {}
-    raise TargetError(f"--init {init}: is neither a JSON object nor an array")
+    raise TargetError(
+        f"--init {init}: is neither a JSON object nor an array",
+        hint="for example: --init '{\"layers\": 3}'",
+    )
 
 
 def _import(where: str, reference: str) -> ModuleType:
@@ -129,14 +178,17 @@ def _import(where: str, reference: str) -> ModuleType:
         if folder and folder not in sys.path:
             sys.path.insert(0, folder)
     try:
-        return _import_file(where) if _is_file(where) else importlib.import_module(where)
-    except Exception as error:
+        with redirect_stdout(sys.stderr):
+            return _import_file(where) if _is_file(where) else importlib.import_module(where)
+    except (Exception, SystemExit) as error:
         raise TargetError(
             f"--model {reference}: cannot be imported: {_describe(error)}",
-            hint=f"try it: {Path(sys.executable).name} {shlex.quote(where)}"
-            if _is_file(where)
-            else None,
+            hint=f"try it: {shlex.join([Path(sys.executable).name, *_try(where)])}",
         ) from error
+
+
+def _try(where: str) -> list[str]:
+    return [where] if _is_file(where) else ["-c", f"import {where}"]
 
 
 def _is_file(where: str) -> bool:
@@ -162,7 +214,7 @@ def _attribute(module: ModuleType, name: str, reference: str) -> Any:
         found = getattr(found, part, None)
     if found is None:
         models = [key for key, value in vars(module).items() if _is_model_class(value, module)]
-        hint = f"it defines {', '.join(models)}" if models else None
+        hint = f"it defines {', '.join(models) or 'no class'}"
         raise TargetError(f"--model {reference}: there is no {name!r} in it", hint=hint)
     return found
 
@@ -175,17 +227,20 @@ def _build(found: Any, arguments: list[Any], keywords: dict[str, Any], reference
     import torch
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), redirect_stdout(sys.stderr):
             model = found if isinstance(found, torch.nn.Module) else found(*arguments, **keywords)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TargetError(
             f"--model {reference}: cannot be built: {_describe(error)}",
             hint="give its arguments as JSON: --init '{\"name\": value}'",
         ) from error
     if not isinstance(model, torch.nn.Module):
-        raise TargetError(f"--model {reference}: gives a {type(model).__name__}, not an nn.Module")
+        raise TargetError(
+            f"--model {reference}: gives a {type(model).__name__}, not an nn.Module",
+            hint="name an nn.Module class, or a function that returns a model",
+        )
     return model
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -5,25 +5,42 @@ A command is imported when it is called, so that `--help` and small commands sta
 
 from __future__ import annotations
 
+import difflib
 import gc
 import importlib
 import os
+import shlex
 import sys
 from typing import NoReturn
 
 import click
 
+from ckptfix import journal
 from ckptfix.cli import output
 from ckptfix.errors import CkptfixError
 
 COMMANDS = {
     "inspect": "Show what is in a checkpoint, and what is wrong with it.",
     "check": "Say whether a checkpoint is sound, and whether it fits a model.",
+    "fix": "Find what is wrong, and mend it, for a model if you name one.",
     "strip-prefix": "Remove what DataParallel and other wrappers put before keys.",
     "add-prefix": "Put `module.` or another prefix before keys.",
+    "rename": "Rename keys by regular expressions.",
     "to-cpu": "Tag every storage `cpu`, so that it loads without a GPU.",
     "convert": "Write a checkpoint in another container.",
+    "diff": "Compare two checkpoints: keys, shapes, dtypes, values.",
 }
+
+
+class _NoCommandError(click.UsageError):
+    """There is no such command; `hint` has what may be meant."""
+
+    def __init__(self, name: str, ctx: click.Context) -> None:
+        super().__init__(f"there is no command {name!r}", ctx)
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        self.hint = f"did you mean: ckptfix {near[0]}" if near else None
+        if os.path.exists(name):
+            self.hint = f"see what is in it: ckptfix inspect {shlex.quote(name)}"
 
 
 class _Verbs(click.Group):
@@ -37,7 +54,15 @@ class _Verbs(click.Group):
             return None
         module = importlib.import_module(f"ckptfix.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
+        command.help = _as_written(command.help)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            raise _NoCommandError(args[0], ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -50,33 +75,56 @@ def group() -> None:
     r"""Convert and repair PyTorch checkpoints, without running or loading them.
 
     \b
+    Examples:
       ckptfix inspect model.pt
       ckptfix strip-prefix model.pt fixed.pt
       ckptfix to-cpu model.pt fixed.pt
 
-    Exit codes: 0 done, or the answer is yes; 1 the answer is no, or there was nothing to do; 2 it
-    could not be done, and nothing was written.
+    \b
+    Exit codes:
+      0  done, or the answer is yes
+      1  the answer is no, or there was nothing to do
+      2  it could not be done, and nothing was written
     """
+
+
+def _as_written(help: str | None) -> str | None:  # noqa: A002 - click's name for it
+    r"""Help in which `\b` is the character by which click knows lines to leave as they are.
+
+    The docstrings that it comes from are raw, since their examples hold backslashes.
+    """
+    return help and help.replace("\\b\n", "\b\n")
+
+
+group.help = _as_written(group.help)
 
 
 def main() -> NoReturn:
     """Run the command line and exit. Bad input ends in `error:` and `hint:`, not in a traceback."""
     gc.disable()  # a command makes no garbage to speak of, and large trees are slow to scan
     output.start(sys.argv[1:])
+    journal.listeners.append(output.note)
     try:
         code = group.main(prog_name="ckptfix", standalone_mode=False) or 0
     except CkptfixError as error:
-        code = output.error(error.message, error.hint, error.slug)
+        code = output.error(error.message, error.hint or _usage(), error.slug)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = 2
     except click.UsageError as error:
-        path = error.ctx.command_path if error.ctx else "ckptfix"
-        code = output.error(error.format_message(), f"see how it is used: {path} --help", "usage")
+        hint = getattr(error, "hint", None) or _usage(error.ctx)
+        code = output.error(error.format_message().rstrip("."), hint, "usage")
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = output.error("interrupted", None, "interrupted", exit_code=130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141  # as a shell reports a program that SIGPIPE ended
     except Exception as error:  # noqa: BLE001 - the last net under everything
         code = output.bug(error)
     sys.exit(code)
+
+
+def _usage(context: click.Context | None = None) -> str:
+    """The hint where there is no better one."""
+    verb = [sys.argv[1]] if sys.argv[1:] and sys.argv[1] in COMMANDS else []
+    path = context.command_path if context else " ".join(["ckptfix", *verb])
+    return f"see how it is used: {path} --help"

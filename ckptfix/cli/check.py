@@ -11,7 +11,6 @@ from ckptfix import target as targets
 from ckptfix.cli import options, output
 from ckptfix.compare import Difference, Report, shape
 from ckptfix.diagnose import Remedy, remedy
-from ckptfix.errors import TargetError
 from ckptfix.state_dicts import StateDict, choose
 
 if TYPE_CHECKING:
@@ -25,11 +24,7 @@ _SHOWN = 12
 
 @click.command("check")
 @click.argument("file", metavar="FILE", type=click.Path())
-@click.option("--model", metavar="M", help="A model: FILE.py:NAME or package.module:NAME.")
-@click.option("--init", metavar="JSON", help="Arguments of the model, such as '{\"layers\": 3}'.")
-@click.option(
-    "--like", metavar="FILE2", type=click.Path(), help="Another checkpoint, or inspect's JSON."
-)
+@options.target
 @options.select
 @options.as_json
 def command(
@@ -53,7 +48,7 @@ def command(
       1  it does not fit, or is damaged
       2  it cannot be read, or there is nothing to compare with
     """
-    wanted = _target(model, init, like)
+    wanted = options.wanted(model, init, like)
     document = formats.read(file)
     if wanted is None:
         output.answer(
@@ -69,16 +64,6 @@ def command(
         lambda console: _draw(console, document, state, wanted, report, cure),
     )
     return 0 if report.loads else 1
-
-
-def _target(model: str | None, init: str | None, like: str | None) -> Target | None:
-    if model is not None and like is not None:
-        raise TargetError("--model and --like: give one of them")
-    if model is not None:
-        return targets.of_reference(model, init)
-    if init is not None:
-        raise TargetError("--init: is for --model, which is not given")
-    return targets.of_file(like) if like is not None else None
 
 
 def _data(state: StateDict, wanted: Target, report: Report, cure: Remedy | None) -> dict[str, Any]:

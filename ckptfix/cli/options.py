@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ckptfix import formats
+from ckptfix import target as targets
+from ckptfix.formats.sharding import is_folder
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from ckptfix.target import Target
 
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
@@ -39,6 +46,35 @@ def select_many(function: _Function) -> _Function:
     return option(function)
 
 
+def target(function: _Function) -> _Function:
+    """`--model M --init JSON --like FILE2`: what to hold a checkpoint against."""
+    for decorate in (
+        click.option(
+            "--like",
+            metavar="FILE2",
+            type=click.Path(),
+            help="Another checkpoint, or the JSON of inspect.",
+        ),
+        click.option(
+            "--init", metavar="JSON", help="Arguments of the model, such as '{\"layers\": 3}'."
+        ),
+        click.option("--model", metavar="M", help="A model: FILE.py:NAME or package.module:NAME."),
+    ):
+        function = decorate(function)
+    return function
+
+
+def wanted(model: str | None, init: str | None, like: str | None) -> Target | None:
+    """The target that `--model`, `--init` and `--like` name, if any. Raises `TargetError`."""
+    if model is not None and like is not None:
+        raise click.UsageError("--model and --like: give one of them")
+    if init is not None and model is None:
+        raise click.UsageError("--init: is for --model, which is not given")
+    if model is not None:
+        return targets.of_reference(model, init)
+    return targets.of_file(like) if like is not None else None
+
+
 def writes(function: _Function) -> _Function:
     """`IN OUT --force --dry-run --json`: what every command that writes a file takes."""
     for decorate in (
@@ -52,3 +88,45 @@ def writes(function: _Function) -> _Function:
     ):
         function = decorate(function)
     return function
+
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", 1):
+    _UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
+
+
+class _Size(click.ParamType[int]):
+    """Bytes: `5GB`, `200 MB`, `1.5GiB`, or a plain number."""
+
+    name = "size"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
+        unit = _UNITS.get(found[2].upper()) if found else None
+        count = int(float(found[1]) * unit) if found and unit else 0
+        if count < 1:
+            self.fail(f"{value!r} is no size, such as 5GB, 200MB or 1000000", param, ctx)
+        return count
+
+
+def max_shard_size(function: _Function) -> _Function:
+    """`--max-shard-size SIZE`, in bytes or None."""
+    option = click.option(
+        "--max-shard-size",
+        type=_Size(),
+        help="Write a folder, of files with this much in each: 2GB, 200MB, or bytes (5GB if OUT "
+        "is a folder and this is not given).",
+    )
+    return option(function)
+
+
+def as_folder(target: str) -> str:
+    """An output path as a folder. Raises a usage error where it is named like a file."""
+    if is_folder(target):
+        return target
+    if any(target.lower().endswith(container.extensions) for container in formats.WRITABLE):
+        raise click.BadParameter(
+            f"{target} is named like a file, and shards want a folder: give {target}/",
+            param_hint="OUT",
+        )
+    return f"{target}/"

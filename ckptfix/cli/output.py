@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from ckptfix.errors import WriteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import Console
+    from rich.text import Text
 
 SCHEMA = 1
 _wants_json = False
@@ -29,53 +31,113 @@ def start(arguments: Sequence[str]) -> None:
     global _wants_json
     _wants_json = "--json" in arguments
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if stream is not None:  # it may be closed
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def printable(text: object) -> str:
-    """Text without control characters: those stand as escapes."""
+    """Text on one line without control characters: those stand as escapes."""
     text = str(text)
     if text.isprintable():
         return text
     return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "replace").decode()
-        for c in text
+        c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text
     )
+
+
+def text(*parts: str | tuple[str, str]) -> Text:
+    """Text for `console`, made of texts and of pairs of a text and its style, all printable."""
+    from rich.text import Text
+
+    pairs = [(part, "") if isinstance(part, str) else part for part in parts]
+    return Text.assemble(*((printable(part), style) for part, style in pairs))
 
 
 def answer(data: dict[str, Any], text: str | Callable[[Console], None]) -> None:
     """Print the answer: `data` under `--json`, otherwise text or what `text` draws."""
     if _wants_json:
-        click.echo(json.dumps({"schema": SCHEMA, **data}, indent=2))
+        _write(json.dumps({"schema": SCHEMA, **data}, indent=2) + "\n")
     elif callable(text):
-        text(console())
+        _write(_drawn(text))
     else:
-        click.echo(printable(text))
+        _write(printable(text) + "\n")
+
+
+def aside(draw: Callable[[Console], None]) -> None:
+    """Draw what is told before the answer, for people only."""
+    if not _wants_json:
+        _write(_drawn(draw))
+
+
+def _drawn(draw: Callable[[Console], None]) -> str:
+    drawing = console()
+    with drawing.capture() as captured:
+        draw(drawing)
+    return captured.get()
+
+
+def _write(answer: str) -> None:
+    """Write to stdout, all of it now: what goes wrong there is told like any other error."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.write(answer)
+        sys.stdout.flush()
+    except OSError as error:
+        # or Python would try again when it exits, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise click.exceptions.Exit(_NO_READER) from None
+        why = (error.strerror or str(error)).lower()
+        hint = "make room, or send the output elsewhere"
+        raise WriteError(f"the answer cannot be written: {why}", hint=hint) from None
+
+
+_NO_READER = 141
+"""As a shell reports a program that SIGPIPE ended."""
 
 
 def console() -> Console:
-    """A rich console on stdout; text is printed as it is, without markup."""
+    """A rich console for stdout; text is printed as it is, without markup.
+
+    It is as wide as the terminal, or COLUMNS where that is set; in a pipe no line is broken.
+    """
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else max(shutil.get_terminal_size().columns, 80)
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=False, width=width)
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Console(
+        highlight=False,
+        markup=False,
+        emoji=False,
+        color_system=None if os.environ.get("NO_COLOR") else "auto",  # None: nor bold
+        width=None if terminal or os.environ.get("COLUMNS", "").isdigit() else _UNBROKEN,
+    )
+
+
+_UNBROKEN = 1_000_000
+"""Columns of a pipe."""
 
 
 def note(text: str) -> None:
     """Say something that is not the answer."""
-    click.echo(f"note: {printable(text)}", err=True)
+    _say(f"note: {printable(text)}")
 
 
 def error(message: str, hint: str | None, code: str, *, exit_code: int = 2) -> int:
     """Say what went wrong and what to do about it; returns the exit code."""
     if _wants_json:
         described = {"code": code, "message": message, "hint": hint}
-        click.echo(json.dumps({"schema": SCHEMA, "error": described}, indent=2))
-    label = click.style("error:", fg="red", bold=True)
-    click.echo(f"{label} {printable(message)}", err=True)
+        with suppress(WriteError, click.exceptions.Exit):
+            _write(json.dumps({"schema": SCHEMA, "error": described}, indent=2) + "\n")
+    _say(f"{click.style('error:', fg='red', bold=True)} {printable(message)}")
     if hint is not None:
-        click.echo(f"{click.style('hint:', fg='cyan', bold=True)} {printable(hint)}", err=True)
+        _say(f"{click.style('hint:', fg='cyan', bold=True)} {printable(hint)}")
     return exit_code
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # nowhere is left to complain
+        click.echo(line, err=True, color=False if os.environ.get("NO_COLOR") else None)
 
 
 def bug(problem: Exception) -> int:

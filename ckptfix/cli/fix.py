@@ -1,0 +1,88 @@
+"""`ckptfix fix`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptfix.cli import options, output
+from ckptfix.cli.writing import Job
+from ckptfix.fix import Plan, plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ckptfix.document import Document
+
+
+@click.command("fix")
+@options.writes
+@options.target
+@options.select
+@click.option("--keep-training-state", is_flag=True, help="Mend the weights where they are.")
+def command(
+    source: str,
+    target: str,
+    force: bool,
+    dry_run: bool,
+    model: str | None,
+    init: str | None,
+    like: str | None,
+    select: str | None,
+    keep_training_state: bool,
+) -> int:
+    r"""Find what is wrong with a checkpoint, and mend it.
+
+    Without a model, only what is certain is mended: wrappers that every key carries, device tags,
+    the container; everything else is carried along. With a model, or a checkpoint that loads, OUT
+    is a state dict that load_state_dict takes strictly: names are stripped or added, the part of a
+    larger model that is meant is taken out, and what the model does not want is dropped, by name.
+
+    \b
+    Examples:
+      ckptfix fix trained.pt fixed.pt
+      ckptfix fix trained.pt fixed.pt --model net.py:Net --init '{"layers": 3}'
+
+    \b
+    Exit codes:
+      0  OUT was written
+      1  there is nothing to mend; nothing was written
+      2  IN cannot be read, or cannot be made to fit (a key is missing, a shape
+         differs, or two ways fit), or OUT cannot be written; nothing was written
+    """
+    job = Job("fix", source, target, force, dry_run)
+    wanted = options.wanted(model, init, like)
+    document = job.open()
+    made = plan(document, wanted, select=select, keep_training_state=keep_training_state)
+    if not made.cures and not _is_other_container(document, job):
+        return job.nothing("nothing to mend")
+    if made.cures:
+        output.aside(lambda console: _draw(console, made))
+    done = "; ".join(f"{row.code} {row.cure}" for row in made.cures) or "the container"
+    return job.write(made.document, done, _data(made), left_out=made.left_out)
+
+
+def _is_other_container(document: Document, job: Job) -> bool:
+    from ckptfix import formats
+
+    return formats.writable(job.target).name != document.container
+
+
+def _data(made: Plan) -> dict[str, Any]:
+    return {
+        "plan": [row._asdict() for row in made.cures],
+        "renamed": dict(made.renamed),
+        "dropped": made.dropped,
+    }
+
+
+def _draw(console: Console, made: Plan) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for title in ("found", "where", "what", "cure"):
+        table.add_column(title, overflow="fold", header_style="bold")
+    for row in made.cures:
+        table.add_row(*map(output.printable, row))
+    console.print(table)
