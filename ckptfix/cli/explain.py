@@ -1,0 +1,64 @@
+"""`ckptfix explain`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TextIO
+
+import click
+
+from ckptfix.cli import options, output
+from ckptfix.explain import Explanation, explain
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_EXCERPT = 200
+
+
+@click.command("explain")
+@click.argument("file", metavar="[FILE|-]", default="-", type=click.File(errors="replace"))
+@options.as_json
+def command(file: TextIO) -> int:
+    r"""Say what an error means, and which command mends it.
+
+    FILE holds a traceback or a log; without one, or with -, the text is read from standard input:
+    paste it, and end with Ctrl-D. The file that the text names is filled into the command.
+
+    \b
+    Examples:
+      python train.py 2>&1 | ckptfix explain
+      ckptfix explain train.log
+
+    \b
+    Exit codes:
+      0  the error is known
+      1  no known error is in the text
+      2  the text cannot be read
+    """
+    found = explain(file.read())
+    rows = [
+        {
+            "code": row.known.code,
+            "excerpt": row.excerpt,
+            "cause": row.known.cause,
+            "command": row.command,
+        }
+        for row in found
+    ]
+    if not found:
+        text = "no error that ckptfix knows; see the file itself: ckptfix inspect FILE"
+        output.answer({"command": "explain", "found": []}, text)
+        return 1
+    output.answer({"command": "explain", "found": rows}, lambda console: _draw(console, found))
+    return 0
+
+
+def _draw(console: Console, found: list[Explanation]) -> None:
+    from rich.text import Text
+
+    for row in found:
+        excerpt = output.printable(row.excerpt)
+        excerpt = excerpt if len(excerpt) <= _EXCERPT else f"{excerpt[: _EXCERPT - 1]}…"
+        console.print(Text.assemble((row.known.code, "bold red"), f": {excerpt}"))
+        console.print(Text(row.known.cause))
+        console.print(Text(f"  {output.printable(row.command)}", "cyan"), soft_wrap=True)

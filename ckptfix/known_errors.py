@@ -1,0 +1,312 @@
+"""The table of error texts that people meet when a checkpoint does not load.
+
+They are those of torch (1.0 to 2.13), safetensors, transformers, Lightning and DeepSpeed. Texts
+change between versions, so each is known by the part that stays. `docs/errors.md` is this table.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Known(NamedTuple):
+    """One known error. In `command`, FILE stands for the checkpoint and OUT for the new file."""
+
+    code: str
+    pattern: str
+    cause: str
+    command: str
+    example: str
+    """The text as its library prints it, or the part that matters."""
+
+
+KNOWN = (
+    Known(
+        "device-cuda",
+        r"Attempting to deserialize object on a CUDA\s+device but torch\.cuda\.is_available\(\)",
+        "The checkpoint was saved from a GPU, and this machine has none.",
+        "ckptfix to-cpu FILE OUT",
+        "RuntimeError: Attempting to deserialize object on a CUDA device but "
+        "torch.cuda.is_available() is False.",
+    ),
+    Known(
+        "device-index",
+        r"Attempting to deserialize object on CUDA device \d+ but torch\.cuda\.device_count\(\)",
+        "The checkpoint was saved from a GPU whose number this machine does not have.",
+        "ckptfix to-cpu FILE OUT",
+        "RuntimeError: Attempting to deserialize object on CUDA device 3 but "
+        "torch.cuda.device_count() is 1.",
+    ),
+    Known(
+        "device-other",
+        r"don't know how to restore data location of|"
+        r"Attempting to deserialize object on an? (?:MPS|XPU|HPU|NPU|[A-Z]\w+) device",
+        "The checkpoint was saved from a kind of device that this torch does not know.",
+        "ckptfix to-cpu FILE OUT",
+        "RuntimeError: don't know how to restore data location of torch.storage.UntypedStorage "
+        "(tagged with npu:0)",
+    ),
+    Known(
+        "prefix-missing",
+        r"Missing key\(s\) in state_dict: \"module\.(?s:.*)Unexpected key\(s\) in state_dict: "
+        r"\"(?!module\.)",
+        "The model is wrapped in DataParallel or DDP; the checkpoint comes from one that was not.",
+        "ckptfix add-prefix FILE OUT",
+        "RuntimeError: Error(s) in loading state_dict for DataParallel: Missing key(s) in "
+        'state_dict: "module.0.weight". Unexpected key(s) in state_dict: "0.weight".',
+    ),
+    Known(
+        "prefix-module",
+        r"Unexpected key\(s\) in state_dict: (?s:.*?)\"module\.",
+        "The checkpoint was saved from a model wrapped in DataParallel or DDP, which puts "
+        "`module.` before every key.",
+        "ckptfix strip-prefix FILE OUT",
+        "RuntimeError: Error(s) in loading state_dict for Net: Missing key(s) in state_dict: "
+        '"0.weight". Unexpected key(s) in state_dict: "module.0.weight".',
+    ),
+    Known(
+        "prefix-compile",
+        r"Unexpected key\(s\) in state_dict: (?s:.*?)_orig_mod\.",
+        "The checkpoint was saved from a model compiled with torch.compile.",
+        "ckptfix strip-prefix FILE OUT",
+        "RuntimeError: Error(s) in loading state_dict for Net: Missing key(s) in state_dict: "
+        '"0.weight". Unexpected key(s) in state_dict: "_orig_mod.0.weight".',
+    ),
+    Known(
+        "prefix-fsdp",
+        r"Unexpected key\(s\) in state_dict: (?s:.*?)"
+        r"_(?:fsdp_wrapped|checkpoint_wrapped|forward)_module\.",
+        "The checkpoint comes from a model wrapped by FSDP, activation checkpointing or Fabric.",
+        "ckptfix strip-prefix FILE OUT",
+        "RuntimeError: Error(s) in loading state_dict for Net: Unexpected key(s) in state_dict: "
+        '"_fsdp_wrapped_module.0.weight".',
+    ),
+    Known(
+        "shape-mismatch",
+        r"size mismatch for [\w.]+: copying a param with shape",
+        "A tensor has another shape than the model's: another number of classes, another size of "
+        "vocabulary, or another configuration of the model.",
+        "ckptfix check FILE --model M",
+        "RuntimeError: Error(s) in loading state_dict for Net: size mismatch for fc.weight: "
+        "copying a param with shape torch.Size([1000, 512]) from checkpoint, the shape in current "
+        "model is torch.Size([10, 512]).",
+    ),
+    Known(
+        "keys-differ",
+        r"(?:Missing|Unexpected) key\(s\) in state_dict",
+        "The names in the checkpoint are not those of the model.",
+        "ckptfix fix FILE OUT --model M",
+        "RuntimeError: Error(s) in loading state_dict for Net: Missing key(s) in state_dict: "
+        '"head.weight".',
+    ),
+    Known(
+        "weights-only-tar",
+        r"Cannot use ``weights_only=True`` with files saved in the legacy \.tar format",
+        "The file is in torch's container of 2017, which weights_only=True does not read.",
+        "ckptfix convert FILE OUT",
+        "RuntimeError: Cannot use ``weights_only=True`` with files saved in the legacy .tar "
+        "format.",
+    ),
+    Known(
+        "weights-only-torchscript",
+        r"Cannot use ``weights_only=True`` with TorchScript archives",
+        "The file is a TorchScript program; its weights can be taken out of it.",
+        "ckptfix convert FILE OUT.safetensors",
+        "RuntimeError: Cannot use ``weights_only=True`` with TorchScript archives passed to "
+        "``torch.load``.",
+    ),
+    Known(
+        "blocked-globals",
+        r"Weights only load failed|Unsupported (?:global|class|operand) \w|WeightsUnpickler error|"
+        r"was not an allowed global",
+        "The file holds objects of classes that weights_only=True refuses, beside the weights.",
+        "ckptfix convert FILE OUT --weights-only",
+        "_pickle.UnpicklingError: Weights only load failed. WeightsUnpickler error: Unsupported "
+        "global: GLOBAL argparse.Namespace was not an allowed global by default.",
+    ),
+    Known(
+        "windows-path",
+        r"cannot instantiate '(?:WindowsPath|PosixPath)' on your system",
+        "The checkpoint holds a path object of another operating system.",
+        "ckptfix convert FILE OUT --weights-only",
+        "NotImplementedError: cannot instantiate 'WindowsPath' on your system",
+    ),
+    Known(
+        "missing-class",
+        r"Can't get attribute '[\w.]+' on <module",
+        "The file holds a whole pickled model, or an object, whose class is not defined here.",
+        "ckptfix convert FILE OUT --weights-only",
+        "AttributeError: Can't get attribute 'Net' on <module '__main__' (built-in)>",
+    ),
+    Known(
+        "missing-module",
+        r"ModuleNotFoundError: No module named",
+        "The file holds objects of a package that is not installed here.",
+        "ckptfix convert FILE OUT --weights-only",
+        "ModuleNotFoundError: No module named 'their_project'",
+    ),
+    Known(
+        "zip-truncated",
+        r"failed finding central directory|not a ZIP archive",
+        "The file is cut short, as by a download or a copy that broke off.",
+        "ckptfix check FILE",
+        "RuntimeError: PytorchStreamReader failed reading zip archive: failed finding central "
+        "directory",
+    ),
+    Known(
+        "zip-damaged",
+        r"PytorchStreamReader failed|invalid header or archive is corrupted|file read failed",
+        "A part of the file is missing or overwritten.",
+        "ckptfix check FILE",
+        "RuntimeError: PytorchStreamReader failed locating file data/0: file not found",
+    ),
+    Known(
+        "write-failed",
+        r"unexpected pos \d+ vs \d+",
+        "torch.save could not write everything, mostly because the disk was full; what it left is "
+        "no checkpoint.",
+        "ckptfix check FILE",
+        "RuntimeError: [enforce fail at inline_container.cc:603] . unexpected pos 320 vs 214",
+    ),
+    Known(
+        "lfs-pointer",
+        r"invalid load key, 'v'",
+        "The file is a git-lfs pointer, a few lines of text that stand for the real file.",
+        "git lfs pull --include FILE",
+        "_pickle.UnpicklingError: invalid load key, 'v'.",
+    ),
+    Known(
+        "html",
+        r"invalid load key, '<'",
+        "The file is a web page, as a download link gives where it wants a login.",
+        "ckptfix inspect FILE",
+        "_pickle.UnpicklingError: invalid load key, '<'.",
+    ),
+    Known(
+        "not-a-pickle",
+        r"invalid load key, '",
+        "The file is no checkpoint of torch's, or is in another container: a safetensors file, an "
+        "archive, a text.",
+        "ckptfix inspect FILE",
+        r"_pickle.UnpicklingError: invalid load key, '\xc0'.",
+    ),
+    Known(
+        "truncated",
+        r"unexpected EOF, expected \d+ more bytes|pickle data was truncated|"
+        r"storage has wrong (?:byte )?size",
+        "The file is cut short.",
+        "ckptfix check FILE",
+        "RuntimeError: unexpected EOF, expected 8 more bytes. The file might be corrupted.",
+    ),
+    Known(
+        "empty",
+        r"EOFError: Ran out of input",
+        "The file is empty or nearly so, or it was read before (seek to its start).",
+        "ckptfix inspect FILE",
+        "EOFError: Ran out of input",
+    ),
+    Known(
+        "pickle-damaged",
+        r"unpickling stack underflow|could not find MARK|unsupported pickle protocol|"
+        r"A load persistent id instruction was encountered",
+        "The pickle in the file is damaged, or is no pickle that this Python reads by itself.",
+        "ckptfix inspect FILE",
+        "_pickle.UnpicklingError: unpickling stack underflow",
+    ),
+    Known(
+        "safetensors-truncated",
+        r"incomplete metadata, file not fully covered|MetadataIncompleteBuffer",
+        "The safetensors file is cut short, or something was added to its end.",
+        "ckptfix check FILE",
+        "safetensors_rust.SafetensorError: Error while deserializing header: incomplete metadata, "
+        "file not fully covered",
+    ),
+    Known(
+        "safetensors-header",
+        r"Error while deserializing header|HeaderTooLarge|InvalidHeader|header too (?:large|small)",
+        "The file is no safetensors file, whatever its name: a torch checkpoint, a git-lfs "
+        "pointer, a web page, or the beginning is missing.",
+        "ckptfix inspect FILE",
+        "safetensors_rust.SafetensorError: Error while deserializing header: header too large",
+    ),
+    Known(
+        "shared-memory",
+        r"Some tensors share memory, this will lead to duplicate memory on disk",
+        "The model has tied tensors, which safetensors' save_file does not write.",
+        "ckptfix convert FILE OUT.safetensors",
+        "RuntimeError: Some tensors share memory, this will lead to duplicate memory on disk and "
+        "potential differences when loading them again: [{'embed.weight', 'lm_head.weight'}].",
+    ),
+    Known(
+        "non-contiguous",
+        r"You are trying to save a non contiguous tensor",
+        "A tensor is transposed or a view, which safetensors' save_file does not write.",
+        "ckptfix convert FILE OUT.safetensors",
+        "ValueError: You are trying to save a non contiguous tensor: `w` which is not allowed.",
+    ),
+    Known(
+        "missing-metadata",
+        r"does not contain the valid metadata",
+        "transformers wants the entry `format: pt` in the metadata of a safetensors file.",
+        "ckptfix convert FILE OUT.safetensors",
+        "OSError: The safetensors archive passed at model.safetensors does not contain the valid "
+        "metadata. Make sure you save your model with the `save_pretrained` method.",
+    ),
+    Known(
+        "mmap-legacy",
+        r"mmap can only be used with files saved with",
+        "Only torch's newer container can be memory-mapped.",
+        "ckptfix convert FILE OUT",
+        "RuntimeError: mmap can only be used with files saved with "
+        "`torch.save(_use_new_zipfile_serialization=True), please torch.save your checkpoint with "
+        "this option in order to use mmap.",
+    ),
+    Known(
+        "transformers-unreadable",
+        r"Unable to load weights from pytorch checkpoint file",
+        "transformers could not read the file: it is damaged, or is something else.",
+        "ckptfix inspect FILE",
+        "OSError: Unable to load weights from pytorch checkpoint file for 'pytorch_model.bin'.",
+    ),
+    Known(
+        "not-lightning",
+        r"KeyError: 'pytorch-lightning_version'",
+        "Lightning wants a checkpoint of its own; this is a plain state dict: load it with "
+        "load_state_dict.",
+        "ckptfix inspect FILE",
+        "KeyError: 'pytorch-lightning_version'",
+    ),
+    Known(
+        "deepspeed-keys",
+        r"KeyError: '(?:module|param_shapes|ds_version|buffer_names)'",
+        "DeepSpeed keeps a model's weights under `module` among other things; the file is laid out "
+        "otherwise.",
+        "ckptfix inspect FILE",
+        "KeyError: 'param_shapes'",
+    ),
+    Known(
+        "not-a-model",
+        r"'(?:collections\.)?OrderedDict' object has no attribute '\w+'|"
+        r"'dict' object has no attribute '(?:eval|to|cuda|cpu|(?:load_)?state_dict|parameters)'",
+        "The file holds a state dict, not a model: build the model, then load_state_dict.",
+        "ckptfix check FILE --model M",
+        "AttributeError: 'collections.OrderedDict' object has no attribute 'eval'",
+    ),
+    Known(
+        "not-a-state-dict",
+        r"Expected state_dict to be dict-like, got",
+        "The file holds a whole model; its state dict can be taken out of it.",
+        "ckptfix convert FILE OUT --weights-only",
+        "TypeError: Expected state_dict to be dict-like, got "
+        "<class 'torch.nn.modules.linear.Linear'>.",
+    ),
+    Known(
+        "optimizer-groups",
+        r"loaded state dict (?:contains a parameter group that doesn't match|has a different "
+        r"number)",
+        "The optimizer was saved for another set of parameters than the model has now.",
+        "ckptfix inspect FILE",
+        "ValueError: loaded state dict contains a parameter group that doesn't match the size of "
+        "optimizer's group",
+    ),
+)

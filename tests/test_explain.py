@@ -1,0 +1,166 @@
+"""Error texts, most of them made here by the library that prints them."""
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from ckptfix.explain import as_markdown, explain, file_in
+from ckptfix.known_errors import KNOWN, Known
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "fixtures"
+
+
+def load(data: bytes, **options) -> Callable[[], object]:
+    return lambda: torch.load(io.BytesIO(data), **options)
+
+
+def saved(value: object, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def take(model: nn.Module, weights: object) -> Callable[[], object]:
+    return lambda: model.load_state_dict(weights)  # type: ignore[arg-type]
+
+
+class Gone:
+    """Pickled under a module that is not there when it is loaded."""
+
+
+def of_missing_module() -> bytes:
+    data = saved({"x": Gone()}, _use_new_zipfile_serialization=False)
+    name = Gone.__module__.encode()
+    return data.replace(name, b"z" * len(name))
+
+
+LINEAR = nn.Linear(2, 2)
+WRAPPED = {f"module.{key}": value for key, value in LINEAR.state_dict().items()}
+COMPILED = {f"_orig_mod.{key}": value for key, value in LINEAR.state_dict().items()}
+SHARDED = {f"_fsdp_wrapped_module.{key}": value for key, value in LINEAR.state_dict().items()}
+ZIP = saved(LINEAR.state_dict())
+LEGACY = saved(LINEAR.state_dict(), _use_new_zipfile_serialization=False)
+SHARED = torch.ones(2, 2)
+
+REAL: dict[str, Callable[[], object]] = {
+    "device-cuda": lambda: torch.load(FIXTURES / "cuda.pt"),
+    "prefix-module": take(LINEAR, WRAPPED),
+    "prefix-missing": take(nn.DataParallel(nn.Linear(2, 2)), LINEAR.state_dict()),
+    "prefix-compile": take(LINEAR, COMPILED),
+    "prefix-fsdp": take(LINEAR, SHARDED),
+    "shape-mismatch": take(nn.Linear(3, 2), LINEAR.state_dict()),
+    "keys-differ": take(LINEAR, {"head.weight": torch.ones(1)}),
+    "blocked-globals": load(saved({"x": Gone()})),
+    "missing-module": load(of_missing_module(), weights_only=False),
+    "zip-truncated": load(ZIP[: len(ZIP) // 2]),
+    "lfs-pointer": load(b"version https://git-lfs.github.com/spec/v1\n", weights_only=False),
+    "html": load(b"<!doctype html><html>", weights_only=False),
+    "not-a-pickle": load(b"\xc0\xff\xee", weights_only=False),
+    "truncated": load(LEGACY[:-4], weights_only=False),
+    "empty": load(b"", weights_only=False),
+    "pickle-damaged": lambda: pickle.loads(b"R."),
+    "safetensors-header": lambda: safetensors.torch.load(ZIP),
+    "safetensors-truncated": lambda: safetensors.torch.load(
+        safetensors.torch.save({"a": torch.ones(9)})[:-1]
+    ),
+    "shared-memory": lambda: safetensors.torch.save_file({"a": SHARED, "b": SHARED}, "never"),
+    "non-contiguous": lambda: safetensors.torch.save({"a": torch.ones(2, 3).t()}),
+    "mmap-legacy": lambda: torch.load(FIXTURES / "legacy.pt", mmap=True),
+    "not-a-model": lambda: LINEAR.state_dict().eval(),  # type: ignore[attr-defined]
+    "not-a-state-dict": take(LINEAR, LINEAR),
+    "optimizer-groups": lambda: torch.optim.SGD(
+        nn.Sequential(LINEAR, LINEAR).parameters(), 1
+    ).load_state_dict(torch.optim.SGD([torch.ones(1)], 1).state_dict()),
+}
+
+
+def printed(fails: Callable[[], object]) -> str:
+    try:
+        fails()
+    except Exception:  # noqa: BLE001 - every kind is wanted
+        return traceback.format_exc()
+    raise AssertionError("it did not fail")
+
+
+@pytest.mark.parametrize("code", REAL)
+def test_the_real_error_is_known(code: str) -> None:
+    found = explain(printed(REAL[code]))
+    assert found[0].known.code == code
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.code)
+def test_the_documented_text_is_known(known: Known) -> None:
+    assert [row.known.code for row in explain(known.example)] == [known.code]
+
+
+def test_codes_are_unique() -> None:
+    codes = [known.code for known in KNOWN]
+    assert sorted(set(codes)) == sorted(codes)
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.code)
+def test_the_command_exists(known: Known) -> None:
+    program, verb, *_ = known.command.split()
+    assert program == "git" or (ROOT / "ckptfix" / "cli" / f"{verb.replace('-', '_')}.py").is_file()
+
+
+def test_the_documentation_is_the_table() -> None:
+    assert as_markdown() in (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "file"),
+    [
+        (
+            '  File "/x/train.py", line 3, in <module>\n    torch.load("runs/best.pt")',
+            "runs/best.pt",
+        ),
+        ("OSError: model.safetensors is bad", "model.safetensors"),
+        ("Unable to load '/data/a b/pytorch_model.bin'", "b/pytorch_model.bin"),
+        ("nothing here", None),
+    ],
+)
+def test_the_file_is_found(text: str, file: str | None) -> None:
+    assert file_in(text) == file
+
+
+def run(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ckptfix", "explain", *arguments]
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+
+
+def test_a_piped_traceback_gives_the_command_with_its_file() -> None:
+    text = 'torch.load("ddp.pt")\n' + printed(REAL["device-cuda"])
+    done = run(text=text)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ckptfix to-cpu ddp.pt ddp.fixed.pt" in done.stdout
+
+
+def test_a_log_file_gives_json(tmp_path: Path) -> None:
+    (tmp_path / "train.log").write_text(f"step 1\nstep 2\n{printed(REAL['prefix-module'])}")
+    (row,) = json.loads(run(str(tmp_path / "train.log"), "--json").stdout)["found"]
+    assert row["code"] == "prefix-module"
+    assert row["command"] == "ckptfix strip-prefix FILE OUT"
+
+
+def test_an_unknown_text_is_said_with_exit_code_1() -> None:
+    done = run(text="Segmentation fault")
+    assert done.returncode == 1
+    assert "no error that ckptfix knows" in done.stdout
+
+
+def test_bytes_that_are_no_text_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(np.random.default_rng(0).bytes(4096))
+    assert run(str(tmp_path / "log")).returncode == 1
