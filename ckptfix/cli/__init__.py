@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": "Show what is in a checkpoint, and what is wrong with it.",
     "check": "Say whether a checkpoint is sound, and whether it fits a model.",
     "fix": "Find what is wrong, and mend it, for a model if you name one.",
+    "recover": "Save what can be saved from a damaged checkpoint.",
     "explain": "Say what an error means, and which command mends it.",
     "strip-prefix": "Remove what DataParallel and other wrappers put before keys.",
     "add-prefix": "Put `module.` or another prefix before keys.",

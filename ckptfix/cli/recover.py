@@ -1,0 +1,75 @@
+"""`ckptfix recover`."""
+
+from __future__ import annotations
+
+import click
+
+from ckptfix import target as targets
+from ckptfix.cli import options, output
+from ckptfix.cli.writing import Job
+from ckptfix.recover import Recovered, recover
+from ckptfix.state_dicts import choose
+
+_SHOWN = 20
+
+
+@click.command("recover")
+@options.writes
+@options.target
+@options.select
+def command(
+    source: str,
+    target: str,
+    force: bool,
+    dry_run: bool,
+    model: str | None,
+    init: str | None,
+    like: str | None,
+    select: str | None,
+) -> int:
+    r"""Save what can be saved from a checkpoint that is cut short or damaged.
+
+    Every tensor whose bytes are whole is written to OUT; every one that is lost is named. Nothing
+    is filled in. With a model, or a checkpoint of the same model, what OUT lacks is listed.
+
+    \b
+    Example:
+      ckptfix recover broken.pt saved.pt
+
+    \b
+    Exit codes:
+      0  every tensor was saved
+      1  OUT was written, and some tensors are lost
+      2  nothing could be saved, or OUT cannot be written; nothing was written
+    """
+    job = Job("recover", source, target, force, dry_run)
+    wanted = options.wanted(model, init, like)
+    job.check()
+    found = recover(source)
+    missing: list[str] = []
+    if wanted is not None:
+        missing = targets.report(choose(found.document, select), wanted).missing
+    _say(source, found, missing)
+    data = {
+        "saved": found.saved,
+        "unchecked": found.unchecked,
+        "lost": found.lost,
+        "missing": missing,
+        "steps": found.steps,
+    }
+    done = f"{output.plural(found.saved, 'tensor')} saved, {len(found.lost):,} lost"
+    job.write(found.document, done, data)
+    return 1 if found.lost or missing else 0
+
+
+def _say(source: str, found: Recovered, missing: list[str]) -> None:
+    for step in found.steps:
+        output.note(f"{source}: {step}")
+    for label, names in (("lost", found.lost), ("missing", missing)):
+        for name in names[:_SHOWN]:
+            output.note(f"{source} ({name}): {label}")
+        if len(names) > _SHOWN:
+            output.note(f"{source}: and {len(names) - _SHOWN:,} more {label} (--json has all)")
+    if found.unchecked:
+        count = output.plural(found.unchecked, "tensor")
+        output.note(f"{source}: {count} saved from storages without checksums, not verified")

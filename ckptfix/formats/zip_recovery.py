@@ -1,0 +1,64 @@
+"""The records of a zip whose directory is gone, found by their local headers.
+
+A record begins with a local header. Where that has no sizes (flag bit 3, as torch writes), the
+record ends at the data descriptor that states its length: 4 bytes signature, 4 bytes CRC-32, then
+the packed and the unpacked size in 4 or 8 bytes each. A record without an end is cut off, and left
+out.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from typing import TYPE_CHECKING
+
+from ckptfix.formats.zips import LOCAL
+from ckptfix.spans import FileSource, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_HEADER, _DESCRIPTOR = b"PK\x03\x04", b"PK\x07\x08"
+_DESCRIBED, _MAX32 = 0x0008, 0xFFFFFFFF
+
+
+def scan(source: FileSource) -> dict[str, Span]:
+    """Every stored record that is all there, by name, with the CRC that is recorded for it."""
+    if not source.size:
+        return {}
+    with mmap.mmap(source.fileno(), source.size, access=mmap.ACCESS_READ) as data:
+        return dict(_records(data, source))
+
+
+def _records(data: mmap.mmap, source: FileSource) -> Iterator[tuple[str, Span]]:
+    place = data.find(_HEADER)
+    while 0 <= place <= len(data) - LOCAL.size:
+        _, _, flags, method, _, _, crc, packed, _, named, extra = LOCAL.unpack_from(data, place)
+        begin = place + LOCAL.size + named + extra
+        name = data[place + LOCAL.size : place + LOCAL.size + named].decode("utf-8", "replace")
+        end = begin + packed
+        if flags & _DESCRIBED and not packed:
+            crc, end = _described(data, begin)
+        elif packed == _MAX32:
+            end = begin + _wide_size(data[begin - extra : begin])
+        if method == 0 and begin <= end <= len(data):
+            yield name, Span(source, begin, end - begin, crc)
+        place = data.find(_HEADER, max(end, place + 1))
+
+
+def _described(data: mmap.mmap, begin: int) -> tuple[int, int]:
+    """CRC and end of a record, by the first descriptor that states the length it follows."""
+    place = data.find(_DESCRIPTOR, begin)
+    while 0 <= place <= len(data) - 16:
+        crc, narrow = struct.unpack_from("<2I", data, place + 4)
+        wide = struct.unpack_from("<Q", data, place + 8)[0] if place <= len(data) - 24 else -1
+        if place - begin in (narrow, wide):
+            return crc, place
+        place = data.find(_DESCRIPTOR, place + 1)
+    return 0, -1
+
+
+def _wide_size(extra: bytes) -> int:
+    """The 64-bit size in the extra field of a local header."""
+    kind, length = struct.unpack_from("<2H", extra.ljust(4, b"\0"))
+    return struct.unpack_from("<Q", extra, 4)[0] if kind == 1 and length >= 8 <= len(extra) else -1
