@@ -16,8 +16,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckptfix.api import Checkpoint, check, open, save  # noqa: A004
+    from ckptfix.api import Checkpoint, check, diff, open, save  # noqa: A004
     from ckptfix.compare import Report
+    from ckptfix.differences import Diff
     from ckptfix.document import Inert
     from ckptfix.errors import CkptfixError, KeyMismatchError
     from ckptfix.findings import Finding
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "CkptfixError",
+    "Diff",
     "Finding",
     "Inert",
     "KeyMismatchError",
@@ -36,6 +38,7 @@ __all__ = [
     "Report",
     "add_prefix",
     "check",
+    "diff",
     "load",
     "load_into",
     "load_state_dict",
@@ -45,8 +48,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("Checkpoint", "check", "open", "save"),
+    "api": ("Checkpoint", "check", "diff", "open", "save"),
     "compare": ("Report",),
+    "differences": ("Diff",),
     "document": ("Inert",),
     "errors": ("CkptfixError", "KeyMismatchError"),
     "findings": ("Finding",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckptfix import edits, formats, wrappers
+from ckptfix import casting, compacting, edits, formats, wrappers
 from ckptfix.diagnose import diagnose
 from ckptfix.document import Document
 from ckptfix.limits import DEFAULT, Limits
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from ckptfix.casting import Cast
     from ckptfix.compare import Report
+    from ckptfix.differences import Diff
     from ckptfix.findings import Finding
     from ckptfix.state_dicts import StateDict
 
@@ -48,7 +50,7 @@ class Checkpoint:
         return diagnose(self.document)
 
     def strip_prefix(
-        self, prefix: str | None = None, *, partial: bool = False, select: Sequence[str] = ()
+        self, prefix: str | None = None, *, partial: bool = False, select: str | Sequence[str] = ()
     ) -> Checkpoint:
         """Without wrapper components (or `prefix`) in the keys of its state dicts, or of `select`.
 
@@ -57,7 +59,7 @@ class Checkpoint:
             PartialPrefixError: only some keys carry `prefix`.
             KeyCollisionError: two keys would become one.
         """
-        states = choose_all(self.document, select)
+        states = choose_all(self.document, [select] if isinstance(select, str) else select)
         return self._renamed(
             (state, wrappers.strip(state.mapping, prefix=prefix, partial=partial))
             for state in states
@@ -68,12 +70,61 @@ class Checkpoint:
         state = choose(self.document, select)
         return self._renamed([(state, wrappers.add(state.mapping, prefix))])
 
+    def rename(
+        self, pattern: str, replacement: str, *, select: str | Sequence[str] = ()
+    ) -> Checkpoint:
+        """With `re.sub(pattern, replacement, key)` for each key of its state dicts, or of `select`.
+
+        Raises:
+            RenameError: the pattern or the replacement is not valid.
+            KeyCollisionError: two keys would become one.
+            SelectionError: there is no such state dict.
+        """
+        states = choose_all(self.document, [select] if isinstance(select, str) else select)
+        return self._renamed(
+            (state, wrappers.substitute(state.mapping, pattern, replacement)) for state in states
+        )
+
     def _renamed(self, renamings: Any) -> Checkpoint:
         return Checkpoint(edits.rename(self.document, renamings))
 
     def to_cpu(self) -> Checkpoint:
         """With every storage tagged `cpu`."""
         return Checkpoint(edits.to_cpu(self.document)[0])
+
+    def cast(self, dtype: object, *, select: str | Sequence[str] = ()) -> Checkpoint:
+        """With the floating-point tensors of its state dicts, or of `select`, cast to a dtype.
+
+        `dtype` is a name (`float16`, `bf16`) or a `torch.dtype`. Integers stay, and so does what
+        stands outside state dicts, such as an optimizer. Bytes are cast when they are saved; after
+        that, `casts` says what was lost.
+
+        Raises:
+            UnsupportedError: the dtype is not one to cast to.
+            SelectionError: there is no such state dict.
+        """
+        states = choose_all(self.document, [select] if isinstance(select, str) else select)
+        return Checkpoint(casting.cast(self.document, states, casting.dtype_of(dtype)))
+
+    @property
+    def casts(self) -> list[Cast]:
+        """What is cast when it is saved, each with its losses, which are known afterwards."""
+        return casting.casts(self.document)
+
+    def compact(self) -> Checkpoint:
+        """With every storage cut to what its tensors use; tensors that share one still do."""
+        return Checkpoint(compacting.compact(self.document)[0])
+
+    def weights_only(self, select: str | None = None) -> Checkpoint:
+        """Reduced to the tensors of one state dict, as `torch.load(weights_only=True)` loads them.
+
+        Raises:
+            SelectionError: there is no such state dict, or more than one could be meant.
+            UnsupportedError: it holds a tensor of a class that `weights_only=True` refuses.
+        """
+        from ckptfix.weights_only import weights_only
+
+        return Checkpoint(weights_only(self.document, choose(self.document, select)).document)
 
     def select(self, path: str | None = None) -> Checkpoint:
         """Reduced to the state dict at `path`, or to the only one. Raises `SelectionError`."""
@@ -101,6 +152,20 @@ class Checkpoint:
         fitted = edits.fit(self.document, path, select)
         formats.write(fitted.document, path, force=force)
         return fitted.left_out
+
+    def save_in_place(self) -> None:
+        """Make the file that it was opened from this checkpoint: only names and tags are rewritten.
+
+        Takes as long for a large file as for a small one; the file is the old one or this one
+        whatever happens. Open it again afterwards.
+
+        Raises:
+            InPlaceError: the edit needs a copy; `save` writes one.
+            WriteError: the file cannot be changed, or was changed since; it is as it was.
+        """
+        from ckptfix import inplace
+
+        inplace.apply(inplace.prepare(self.document))
 
 
 def open(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Checkpoint:  # noqa: A001
@@ -136,3 +201,29 @@ def save(
         value = Checkpoint(Document(describe(value), "memory"))
     checkpoint: Checkpoint = value
     return checkpoint.save(path, select=select, force=force)
+
+
+def diff(
+    a: str | os.PathLike[str] | Checkpoint,
+    b: str | os.PathLike[str] | Checkpoint,
+    *,
+    select: str | tuple[str, str] | None = None,
+    keys_only: bool = False,
+    read_data: bool = False,
+) -> Diff:
+    """How two checkpoints differ: keys, shapes, dtypes, values, and everything beside.
+
+    `select` names the state dict to compare, or the one of each; nothing else is compared then.
+    With `keys_only` no values are. Checksums on record are believed unless `read_data` is set.
+
+    Raises:
+        ReadError: a file cannot be read.
+        SelectionError: there is no such state dict, or several could be meant.
+    """
+    from ckptfix.differences import compare
+
+    one, other = (side if isinstance(side, Checkpoint) else open(side) for side in (a, b))
+    paths = (select, select) if isinstance(select, str) else select
+    return compare(
+        one.document, other.document, select=paths, keys_only=keys_only, read_data=read_data
+    )

@@ -81,7 +81,7 @@ class _Tensors:
     """Describes tensors; those that share memory share a storage."""
 
     def __init__(self) -> None:
-        self._storages: dict[tuple[int, str], Storage] = {}
+        self._storages: dict[int, Storage] = {}
 
     def describe(self, value: torch.Tensor) -> Tensor:
         dtype = BY_NAME.get(str(value.dtype).removeprefix("torch."))
@@ -110,10 +110,10 @@ class _Tensors:
     def _storage(self, storage: torch.UntypedStorage, dtype: DType) -> Storage:
         size, device = storage.nbytes(), str(storage.device)
         source = ComputedSource(size, lambda: _memory(storage), "a tensor in memory")
-        described = Storage(dtype, size // dtype.itemsize, device, (Span(source, 0, size),))
-        if not size:  # empty ones have no address to be told apart by
-            return described
-        return self._storages.setdefault((storage.data_ptr(), device), described)
+        numel = size // dtype.itemsize
+        span = Span(source, 0, numel * dtype.itemsize)
+        described = Storage(dtype, numel, device, (span,))
+        return self._storages.setdefault(storage._cdata, described)
 
 
 def _memory(storage: torch.UntypedStorage) -> bytes:

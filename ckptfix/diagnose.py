@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix import formats, wrappers
+from ckptfix.compacting import compact
 from ckptfix.document import Document, Global, Inert, Tensor
 from ckptfix.dtypes import BY_NAME, BY_STORAGE
 from ckptfix.errors import RenameError
@@ -37,11 +38,31 @@ def diagnose(document: Document) -> list[Finding]:
 def command(verb: str, document: Document, suffix: str, *options: str) -> str:
     """A command that can be run as it stands: `ckptfix VERB IN OUT`, OUT named after IN."""
     source = PurePath(document.name)
+    target = _argument(_beside(document, suffix)) + ("/" if _is_sharded(document) else "")
+    return shlex.join(["ckptfix", verb, *options, _argument(source), target])
+
+
+def _beside(document: Document, suffix: str) -> PurePath:
+    """A path for what is made of a document: beside it, and where it is sharded a folder."""
+    source = PurePath(document.name)
+    if _is_sharded(document):
+        folder = source.parent if source.name.endswith(".index.json") else source
+        plain = folder.name.strip(".") != ""
+        return folder.with_name(f"{folder.name}.{suffix}") if plain else folder / ".." / suffix
     extension = source.suffix if source.suffix.lower() in _EXTENSIONS else ".pt"
     if document.container == "safetensors":
         extension = ".safetensors"
-    target = source.with_name(f"{source.stem}.{suffix}{extension}")
-    return shlex.join(["ckptfix", verb, *options, str(source), str(target)])
+    name = f"{source.stem}.{suffix}{extension}"
+    return source.with_name(name) if source.name else PurePath("..", f"{suffix}{extension}")
+
+
+def _is_sharded(document: Document) -> bool:
+    return document.container.startswith("sharded")
+
+
+def _argument(path: PurePath) -> str:
+    """A path as an argument: one that begins with a dash would be taken for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 _EXTENSIONS = tuple(name for container in formats.WRITABLE for name in container.extensions)
@@ -50,22 +71,25 @@ _EXTENSIONS = tuple(name for container in formats.WRITABLE for name in container
 def _containers(document: Document) -> Iterator[Finding]:
     extension = PurePath(document.name).suffix.lower()
     is_safetensors = document.container == "safetensors"
+    if _is_sharded(document):
+        return
     if extension in _EXTENSIONS and is_safetensors != (extension == ".safetensors"):
         right = PurePath(document.name).with_suffix(".safetensors" if is_safetensors else ".pt")
         yield Finding(
             "wrong-extension",
             f"named {extension}, but the bytes are {document.container}",
-            command=shlex.join(["mv", document.name, str(right)]),
+            command=shlex.join(["mv", _argument(PurePath(document.name)), _argument(right)]),
         )
 
 
 def _devices(document: Document) -> Iterator[Finding]:
     tags = Counter(storage.device for storage in storages(document.root))
-    away = [f"{count} on {tag}" for tag, count in tags.items() if tag != "cpu"]
+    away = [tag for tag in tags if tag != "cpu"]
     if away:
         yield Finding(
             "device-tag",
-            f"{', '.join(away)} of {tags.total()} storages: without that device torch.load fails",
+            f"{tags.total() - tags['cpu']} of {tags.total()} storages are tagged "
+            f"{', '.join(away)}: torch.load fails where there is no such device",
             command=command("to-cpu", document, "cpu"),
         )
 
@@ -73,7 +97,7 @@ def _devices(document: Document) -> Iterator[Finding]:
 def _prefixes(document: Document, state: StateDict) -> Iterator[Finding]:
     seen = wrappers.detect(state.mapping)
     select = () if state.path == "/" else ("--select", state.path)
-    strip = command("strip-prefix", document, "stripped", *select)
+    strip = command("strip-prefix", document, "stripped", *select) if state.origin is None else ""
     if seen.collision is not None:
         first, second = seen.collision
         yield Finding("key-collision", f"{first!r} and {second!r} would become one", state.path)
@@ -142,8 +166,8 @@ def _bloat(document: Document) -> Iterator[Finding]:
         yield Finding(
             "view-bloat",
             f"{waste} bytes belong to storages of which only a part is used",
-            command=command("convert", document, "compact")
-            if document.container == "safetensors"
+            command=command("convert", document, "compact", "--compact")
+            if compact(document)[1]
             else None,
         )
 
@@ -157,7 +181,7 @@ def globals_of(document: Document) -> list[Global]:
 
 
 def _globals(document: Document) -> Iterator[Finding]:
-    refused = [str(name) for name in globals_of(document) if not is_allowed(name)]
+    refused = [name.today for name in globals_of(document) if not is_allowed(name)]
     if refused:
         shown = ", ".join(refused[:5]) + (f", and {len(refused) - 5} more" if refused[5:] else "")
         yield Finding(
@@ -169,12 +193,23 @@ def _globals(document: Document) -> Iterator[Finding]:
 def is_allowed(name: Global) -> bool:
     """Whether `weights_only=True` admits a class or function (torch 2.13)."""
     module = _PYTHON2.get(name.module, name.module)
+    if module in _TENSOR_MODULES and name.name in _TENSORS:
+        return name.name != "BoolTensor" or "sparse" not in module
+    if module == "torch" and (name.name in BY_NAME or name.name in _TORCH):
+        return True
     if module in ("torch", "torch.cuda"):
-        return name.name in BY_NAME or name.name in BY_STORAGE or name.name in _TORCH
+        return name.name in BY_STORAGE and name.name != "UntypedStorage"
     return f"{module}.{name.name}" in _ALLOWED
 
 
 _PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_TENSOR_MODULES = frozenset({"torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse"})
+_TENSORS = frozenset(
+    f"{kind}Tensor"
+    for kind in (
+        "BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short",
+    )
+)  # fmt: skip
 _TORCH = frozenset(
     {"Size", "Tensor", "device", "per_tensor_affine", "per_channel_affine", "per_tensor_symmetric",
      "per_channel_symmetric", "per_channel_affine_float_qparams"}
@@ -219,7 +254,7 @@ class Remedy(NamedTuple):
 
 def remedy(document: Document, state: StateDict, wanted: Target) -> Remedy | None:
     """What makes the keys of a state dict those of the target; None where no renaming does."""
-    ways = wrappers.fits(state.mapping, wanted.specs)
+    ways = wrappers.fits(state.mapping, wanted.specs_for(state))
     if len(ways) > 1:
         listed = "; ".join(way.label for way in ways)
         return Remedy(f"The keys fit in {len(ways)} ways: {listed}.", None)

@@ -9,6 +9,7 @@ once they are read: an edit makes a new tree over the same spans.
 
 from __future__ import annotations
 
+import _compat_pickle
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -32,6 +33,16 @@ class Global(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
+
+    @property
+    def today(self) -> str:
+        """What Python 3 calls it: `int` for `__builtin__.long`, which older protocols write."""
+        known = _compat_pickle.NAME_MAPPING.get((self.module, self.name))
+        module, name = known or (
+            _compat_pickle.IMPORT_MAPPING.get(self.module, self.module),
+            self.name,
+        )
+        return name if module == "builtins" else f"{module}.{name}"
 
 
 class OrderedMap(dict[Any, Any]):
@@ -144,8 +155,8 @@ class Inert:
         """What a person would call its class, such as `argparse.Namespace`."""
         wrapped = isinstance(self.args, tuple) and self.args and isinstance(self.args[0], Global)
         if wrapped and str(self.function) in _CONSTRUCTORS:
-            return str(self.args[0])
-        return str(self.function) if isinstance(self.function, Global) else "<computed>"
+            return str(self.args[0].today)
+        return self.function.today if isinstance(self.function, Global) else "<computed>"
 
     @property
     def attributes(self) -> dict[Any, Node]:

@@ -20,7 +20,7 @@ from ckptfix.errors import UnsupportedError
 from ckptfix.files import check_crc
 from ckptfix.spans import ComputedSource, Span
 from ckptfix.state_dicts import StateDict, choose, find, is_special_tensor
-from ckptfix.tensors import as_tensor
+from ckptfix.tensors import DEVICE_TENSORS, as_tensor
 from ckptfix.trees import children, rebuild, walk
 
 if TYPE_CHECKING:
@@ -126,13 +126,17 @@ def to_cpu(document: Document) -> tuple[Document, Counter[str]]:
         return known
 
     def change(node: Node) -> Node:
+        if isinstance(node, Inert) and node.function in DEVICE_TENSORS and len(node.args) == 4:
+            data, dtype, device, requires_grad = node.args
+            tags[str(device)] += device != "cpu"
+            return replace(node, args=(data, dtype, "cpu", requires_grad))
         if isinstance(node, Tensor):
             storage = on_cpu(node.storage)
             return node if storage is node.storage else replace(node, storage=storage)
         return on_cpu(node) if isinstance(node, Storage) else node
 
     root = rebuild(document.root, change)
-    return replace(document, root=root), tags
+    return replace(document, root=root), +tags
 
 
 # --- fitting a container
@@ -243,6 +247,6 @@ def _beside(root: Node, kept: Node) -> list[tuple[str, str]]:
 
 def fit(document: Document, path: str | os.PathLike[str], select: str | None = None) -> Fitted:
     """The document as the container of an output path holds it, reduced to `select` if given."""
-    if formats.writable(path).name == "safetensors":
+    if formats.writable(path).tensors_only:
         return flatten(document, choose(document, select))
     return Fitted(document) if select is None else only(document, choose(document, select))

@@ -8,6 +8,7 @@
     │   └── UnsupportedError       a form that ckptfix does not read, or the output cannot hold
     ├── WriteError                 the output cannot be written
     │   ├── OutputExistsError
+    │   ├── InPlaceError           the edit needs a copy of the file
     │   └── VerifyError            what was read back is not what was meant
     ├── SelectionError             the state dict asked for is not there, or more than one is
     ├── RenameError                keys cannot be renamed as asked
@@ -34,11 +35,13 @@ class CkptfixError(Exception):
     """The base of every error that ckptfix raises on purpose."""
 
     code: ClassVar[str] = "error"
+    cure: ClassVar[str | None] = None
+    """The hint where none is given."""
 
     def __init__(self, message: str, *, hint: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.cure
         self.slug = code or self.code
 
 
@@ -58,12 +61,14 @@ class DamagedError(ReadError):
     """The input is a checkpoint of which a part is missing or wrong."""
 
     code = "damaged"
+    cure = "copy or download it again"
 
 
 class UnsafeError(ReadError):
     """The input is ambiguous, or asks for more than a sound file would."""
 
     code = "unsafe"
+    cure = "get it again, from someone you trust"
 
 
 class UnsupportedError(ReadError):
@@ -82,6 +87,17 @@ class OutputExistsError(WriteError):
     """The output is there already, and replacing it was not asked for."""
 
     code = "output-exists"
+
+
+class InPlaceError(WriteError):
+    """The edit cannot be made inside the file, only in a copy."""
+
+    code = "in-place"
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(
+            f"{name}: cannot be changed in place: {why}", hint="write a copy of it instead"
+        )
 
 
 class VerifyError(WriteError):

@@ -194,7 +194,7 @@ def crc32(span: Span, value: int = 0) -> int:
             value = isal_zlib.crc32(chunk, value)
         return value
     start = span.offset - span.offset % mmap.ALLOCATIONGRANULARITY
-    if span.offset + span.length > span.source.size:
+    if span.offset + span.length > os.fstat(descriptor).st_size:
         raise DamagedError(f"{span.source.name}: ends before byte {span.offset + span.length}")
     with (
         mmap.mmap(
@@ -235,37 +235,39 @@ def replacing(
             verify(temporary)
         _publish(temporary, target, path, force)
     except OSError as error:
-        raise _write_error(path, error) from None
+        raise write_error(path, error) from None
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
     """Refuse early what could not be written later. Raises `WriteError`."""
     target = Path(os.path.realpath(path))
-    if target.is_dir():
+    if os.path.isdir(target):
         raise WriteError(f"{path}: is a folder", hint=f"give a file name: {Path(path) / 'out.pt'}")
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise WriteError(
             f"{path}: the folder {target.parent} does not exist",
             hint=f"make it first: mkdir -p {target.parent}",
         )
-    if target.exists() and not force:
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise WriteError(f"{path}: is no regular file")
+    if os.path.exists(target) and not force:
         raise OutputExistsError(f"{path}: is there already", hint="replace it: add --force")
 
 
 def _create_beside(target: Path, path: str | os.PathLike[str]) -> tuple[int, str]:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     for _ in range(100):
-        name = f".{target.name}.{next(tempfile._get_candidate_names())}.tmp"  # type: ignore[attr-defined]
+        name = f".{target.name[:40]}.{next(tempfile._get_candidate_names())}.tmp"  # type: ignore[attr-defined]
         try:
             return os.open(target.parent / name, flags, 0o666), os.fspath(target.parent / name)
         except FileExistsError:
             continue
         except OSError as error:
-            raise _write_error(path, error) from None
+            raise write_error(path, error) from None
     raise WriteError(f"{path}: no name is free for a temporary file beside it")
 
 
@@ -290,7 +292,7 @@ def _publish(temporary: str, target: Path, path: str | os.PathLike[str], force: 
     os.replace(temporary, target)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename last; systems that cannot sync a folder do without."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -306,7 +308,8 @@ def _write_all(descriptor: int, data: bytes | bytearray) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _write_error(path: str | os.PathLike[str], error: OSError) -> CkptfixError:
+def write_error(path: str | os.PathLike[str], error: OSError) -> CkptfixError:
+    """What the system says of a path that cannot be written."""
     reason = (error.strerror or str(error)).lower()
     hint = None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

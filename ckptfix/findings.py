@@ -31,7 +31,10 @@ CODES: dict[str, tuple[Severity, str]] = {
     "view-bloat": (Severity.WARNING, "storages are larger than the tensors that use them"),
     "tied-tensors": (Severity.NOTE, "several names for one tensor"),
     "no-checksums": (Severity.NOTE, "the archive was saved without checksums"),
+    "rolled-back": (Severity.NOTE, "an edit in place had been interrupted, and was undone"),
     "trailing-bytes": (Severity.WARNING, "bytes follow the end of the checkpoint"),
+    "unused-records": (Severity.WARNING, "storages in the archive that nothing refers to"),
+    "surplus-shard": (Severity.WARNING, "files beside the shards that the index does not name"),
     "wrong-extension": (Severity.WARNING, "the name says another container than the bytes do"),
     "no-state-dict": (Severity.ERROR, "nothing in the file maps names to tensors"),
 }

@@ -25,6 +25,9 @@ class Limits:
     text_digits: int = 4096
     """Digits of one integer that is pickled as text."""
 
+    name_characters: int = 1000
+    """Characters of a class name; each dot in it is a call in the pickle that is written."""
+
     key_nodes: int = 1000
     """Values inside one tuple that serves as a dict key (hashing visits each of them)."""
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ckptfix import formats, materialize, target, wrappers
 from ckptfix.compare import Report, describe
-from ckptfix.errors import KeyMismatchError, RenameError, SelectionError
-from ckptfix.state_dicts import StateDict, choose, find, of_models
+from ckptfix.errors import KeyMismatchError, RenameError, SelectionError, UnsupportedError
+from ckptfix.state_dicts import StateDict, choose, find, is_special_tensor, of_models
+from ckptfix.tensors import as_tensor
 
 if TYPE_CHECKING:
     import os
@@ -68,7 +69,8 @@ def load_state_dict(
     Raises:
         ReadError: the file cannot be read.
         SelectionError: there is no state dict, or more than one could be meant.
-        RenameError: the keys fit in two ways.
+        RenameError: the keys fit, or come nearest, in two ways.
+        UnsupportedError: it holds a sparse, quantized or other special tensor.
         KeyMismatchError: with `strict`, the keys or shapes do not fit; carries the `Report`.
     """
     document = formats.read(path)
@@ -99,7 +101,7 @@ def load_into(
 
     Raises:
         KeyMismatchError: the keys or shapes do not fit; carries the `Report`, and prints as a list.
-        ReadError, SelectionError, RenameError: as in `load_state_dict`.
+        ReadError, SelectionError, RenameError, UnsupportedError: as in `load_state_dict`.
     """
     document = formats.read(path)
     wanted = target.of_module(model)
@@ -121,7 +123,8 @@ def fit(
     if wanted is None:
         return choose(document, select), None
     state = _choose_fitting(document, wanted, select)
-    ways = wrappers.fits(state.mapping, wanted.specs)
+    specs = wanted.specs_for(state)
+    ways = wrappers.fits(state.mapping, specs) or wrappers.nearest(state.mapping, specs)
     if len(ways) > 1:
         listed = "; ".join(way.label for way in ways)
         raise RenameError(
@@ -129,7 +132,7 @@ def fit(
             hint="choose one: ckptfix strip-prefix --prefix PREFIX IN OUT",
             code="ambiguous-prefix",
         )
-    return state, ways[0] if ways else wrappers.closest(state.mapping, wanted.specs)
+    return state, ways[0]
 
 
 def _choose_fitting(document: Document, wanted: Target, select: str | None) -> StateDict:
@@ -145,7 +148,7 @@ def _choose_fitting(document: Document, wanted: Target, select: str | None) -> S
 
 
 def _fits(state: StateDict, wanted: Target) -> bool:
-    ways = wrappers.fits(state.mapping, wanted.specs)
+    ways = wrappers.fits(state.mapping, wanted.specs_for(state))
     return any(target.report(state, wanted, way).loads for way in ways)
 
 
@@ -163,8 +166,16 @@ def _materializer(document: Document, map_location: MapLocation) -> materialize.
 def _loaded(
     document: Document, state: StateDict, renaming: Renaming | None, map_location: MapLocation
 ) -> OrderedDict[str, Any]:
+    for key, node in state.mapping.items():
+        if as_tensor(node) is None and is_special_tensor(node):
+            raise UnsupportedError(
+                f"{document.name}: {key!r} is a sparse, quantized or other special tensor",
+                hint="load it with torch.load, and give that to ckptfix.strip_prefix",
+            )
     made = materialize.tree(state.mapping, _materializer(document, map_location))
-    return renamed(made, renaming) if renaming is not None else OrderedDict(made)
+    if renaming is not None:
+        return renamed(made, renaming)
+    return made if isinstance(made, OrderedDict) else OrderedDict(made)
 
 
 # --- plain dicts

@@ -18,6 +18,7 @@ import torch
 from torch.serialization import default_restore_location
 
 from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
+from ckptfix.dtypes import UNTYPED
 from ckptfix.errors import UnsupportedError
 from ckptfix.tensors import as_tensor
 from ckptfix.trees import rebuild
@@ -58,10 +59,21 @@ class Materializer:
         storage = self._storage(tensor.storage, tensor.dtype, stay)
         made = torch.empty(0, dtype=dtype, device=storage.device)
         made.set_(storage, tensor.offset, tensor.shape, tensor.stride)
-        for name, value in (tensor.metadata or {}).items():
-            if value and name in ("conj", "neg"):
-                torch._C._set_conj(made, True) if name == "conj" else torch._C._set_neg(made, True)
-        return made.requires_grad_(tensor.requires_grad)
+        bits = tensor.metadata if isinstance(tensor.metadata, dict) else {}
+        if dtype.is_complex and bits.get("conj"):
+            torch._C._set_conj(made, True)
+        if (dtype.is_complex or dtype.is_floating_point) and bits.get("neg"):
+            torch._C._set_neg(made, True)
+        differentiable = dtype.is_complex or dtype.is_floating_point
+        return made.requires_grad_(tensor.requires_grad and differentiable)
+
+    def storage(self, storage: Storage) -> torch.UntypedStorage | torch.TypedStorage:
+        """The storage that `storage` describes, as `torch.load` gives one that is in no tensor."""
+        made = self._storage(storage, storage.dtype, stay=False)
+        if storage.dtype is UNTYPED:
+            return made
+        dtype = getattr(torch, storage.dtype.name)
+        return torch.TypedStorage(wrap_storage=made, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
 
     def _storage(self, storage: Storage, dtype: DType, stay: bool) -> torch.UntypedStorage:
         known = self._storages.get(id(storage))
@@ -171,19 +183,37 @@ def tree(root: Node, materializer: Materializer) -> Any:
     def change(node: Node) -> Any:
         if isinstance(node, Tensor):
             return materializer.tensor(node, stay=id(node.storage) in rng)
-        if isinstance(node, OrderedMap):
-            return OrderedDict(node)
+        if isinstance(node, dict):
+            _check_keys(node)
+            return OrderedDict(node) if isinstance(node, OrderedMap) else node
         if isinstance(node, Storage):
-            raise UnsupportedError("a bare storage cannot be loaded")
+            return materializer.storage(node)
         if isinstance(node, Inert):
-            tensor = as_tensor(node)
-            if tensor is not None:
-                made = materializer.tensor(tensor)
-                return torch.nn.Parameter(made.detach(), requires_grad=node.args[1] is True)
-            return _revived(node)
+            dense = as_tensor(node)
+            return _revived(node) if dense is None else _parameter(node, materializer.tensor(dense))
         return _dtype(node) if type(node) is Global else node
 
     return rebuild(root, change, _keep_metadata)
+
+
+def _check_keys(node: dict[Node, Node]) -> None:
+    """Refuse a set that serves as a key; no pickle that was saved has one."""
+    if any(type(key) is Inert and isinstance(_revived(key), set) for key in node):
+        raise UnsupportedError("a set serves as a key")
+
+
+def _parameter(node: Inert, made: torch.Tensor) -> torch.Tensor:
+    """What a parameter was; of numpy arrays and others that are seen as tensors, the tensor."""
+    if node.function not in _PARAMETERS or not (made.is_floating_point() or made.is_complex()):
+        return made
+    wants_grad = len(node.args) > 1 and node.args[1] is True
+    return torch.nn.Parameter(made.detach(), requires_grad=wants_grad)
+
+
+_PARAMETERS = (
+    Global("torch._utils", "_rebuild_parameter"),
+    Global("torch._utils", "_rebuild_parameter_with_state"),
+)
 
 
 def _keep_metadata(node: Node, made: Any) -> None:
@@ -209,7 +239,7 @@ def _revived(node: Inert) -> Any:
         return node
     try:
         return make(*node.args)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         return node
 
 
@@ -237,5 +267,9 @@ def _rng_states(root: Node) -> list[Tensor]:
         if isinstance(node, (dict, list, tuple)) and id(node) not in seen:
             seen.add(id(node))
             items = node.items() if isinstance(node, dict) else enumerate(node)
-            pending.extend((inside or "rng" in str(key).lower(), value) for key, value in items)
+            pending.extend((inside or _says_rng(key), value) for key, value in items)
     return found
+
+
+def _says_rng(key: Node) -> bool:
+    return type(key) is str and "rng" in key.lower()

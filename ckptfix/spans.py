@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptfix.errors import DamagedError, ReadError
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 """Bytes that are held in memory at once where bytes have to pass through it."""
+
+_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe must not stop us
 
 
 class Source(ABC):
@@ -80,12 +84,19 @@ class FileSource(Source):
         self.path = Path(path)
         self.name = os.fspath(path)
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._descriptor = os.open(self.path, os.O_RDONLY | _FLAGS)
         except OSError as error:
             raise ReadError(f"{self.name}: {_reason(error)}", hint=_hint(self.path)) from None
         stat = os.fstat(self._descriptor)
+        if not S_ISREG(stat.st_mode):
+            raise ReadError(f"{self.name}: is no regular file", hint="save it as a file first")
         self.size = stat.st_size
-        self.identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        self.identity = self.identify(stat)
+
+    @staticmethod
+    def identify(stat: os.stat_result) -> tuple[int, int, int, int]:
+        """Changes where a file is replaced or written to."""
+        return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
     def fileno(self) -> int:
         """The descriptor, for copies inside the kernel and for memory maps."""
@@ -93,6 +104,8 @@ class FileSource(Source):
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`, without moving a shared file position."""
+        if offset + length > self.size:  # before memory is taken for what is not there
+            raise _too_short(self.name, offset, length)
         return _read_exactly(self._descriptor, offset, length, self.name)
 
     def __del__(self) -> None:
@@ -156,6 +169,8 @@ class UnpackedSource(Source):
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` of the unpacked bytes from `offset`."""
+        if offset + length > self.size:
+            raise _too_short(self.name, offset, length)
         return _read_exactly(self._file.fileno(), offset, length, self.name)
 
     def __del__(self) -> None:
@@ -248,23 +263,23 @@ def cut(spans: Iterable[Span], offset: int, length: int) -> tuple[Span, ...]:
 
 
 def _read_exactly(descriptor: int, offset: int, length: int, name: str) -> bytes:
-    data = _pread(descriptor, length, offset)
+    data = _pread(descriptor, length, offset, name)
     while len(data) < length:  # a signal, or Linux's cap of 2 GiB a call
-        more = _pread(descriptor, length - len(data), offset + len(data))
+        more = _pread(descriptor, length - len(data), offset + len(data), name)
         if not more:
             raise _too_short(name, offset, length)
         data += more
     return data
 
 
-def _pread(descriptor: int, length: int, offset: int) -> bytes:
+def _pread(descriptor: int, length: int, offset: int, name: str) -> bytes:
     try:
         if hasattr(os, "pread"):
             return os.pread(descriptor, length, offset)
         os.lseek(descriptor, offset, os.SEEK_SET)
         return os.read(descriptor, length)
     except OSError as error:
-        raise ReadError(f"cannot read: {_reason(error)}") from None
+        raise ReadError(f"{name}: cannot be read: {_reason(error)}") from None
 
 
 def _too_short(name: str, offset: int, length: int) -> DamagedError:
@@ -279,9 +294,7 @@ def _reason(error: OSError) -> str:
 
 
 def _hint(path: Path) -> str | None:
-    if path.is_dir():
-        return None
-    parent = path.parent
-    if not path.exists() and parent.is_dir():
-        return f"see what is there: ls {parent}"
+    there, parent = os.path.exists(path), path.parent
+    if not there and os.path.isdir(parent):
+        return f"see what is there: ls {shlex.quote(str(parent))}"
     return None

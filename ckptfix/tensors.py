@@ -59,7 +59,7 @@ def _of_type(node: Inert) -> Node:
 
 
 def _of_device(node: Inert) -> Node:
-    """`_rebuild_device_tensor_from_…(data, dtype, device, requires_grad)`, where it casts nothing."""
+    """`_rebuild_device_tensor_from_…(data, dtype, device, requires_grad)`, if it casts nothing."""
     data = as_tensor(node.args[0]) if len(node.args) == 4 else None
     dtype = Global("torch", data.dtype.name) if data is not None else None
     return data if dtype is not None and node.args[1] == dtype else None

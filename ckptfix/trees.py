@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.dtypes import UNTYPED
+from ckptfix.errors import UnsafeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,7 +53,13 @@ def _inert_children(node: Inert) -> Iterator[tuple[str, Node]]:
         yield str(key) if type(key) in _LEAVES else f"<{type(key).__name__}>", value
 
 
+REOPENED = 1_000_000
+"""Items of tuples that hold themselves, met again inside them, before a tree is refused."""
+
 Path = tuple[str, ...]
+
+PATH_DEPTH = 100
+"""Components of a path at most; what lies deeper is given the path of what holds it."""
 
 
 def walk(root: Node, descend: Callable[[Node], bool] | None = None) -> Iterator[tuple[Path, Node]]:
@@ -69,7 +76,9 @@ def walk(root: Node, descend: Callable[[Node], bool] | None = None) -> Iterator[
         seen.add(id(node))
         yield path, node
         if descend is None or descend(node):
-            pending.extend(reversed([((*path, name), child) for name, child in children(node)]))
+            deep = len(path) >= PATH_DEPTH  # or a million nested lists would take hours
+            below = [(path if deep else (*path, name), child) for name, child in children(node)]
+            pending.extend(reversed(below))
 
 
 def storages(root: Node) -> Iterator[Storage]:
@@ -107,6 +116,8 @@ class _Rebuilder:
         self.done: dict[int, Node] = {}
         self.kept: list[Node] = []  # ids stay taken only while their objects live
         self.pending: list[Callable[[], None]] = []
+        self.opened: set[int] = set()
+        self.reopened = 0
 
     def run(self, root: Node) -> Node:
         self.visit(root)
@@ -127,9 +138,18 @@ class _Rebuilder:
         if isinstance(new, (dict, list, Inert)):
             self._open(node, new)
         elif type(new) is tuple:
+            self._reopen(node, len(new))
             self._later(lambda: self._close(node, new), new)
         else:
             self.done[id(node)] = new
+
+    def _reopen(self, node: Node, length: int) -> None:
+        """Count tuples that hold themselves: they are begun again inside themselves."""
+        if id(node) in self.opened:
+            self.reopened += length
+            if self.reopened > REOPENED:
+                raise UnsafeError("its tuples hold themselves in too many ways")
+        self.opened.add(id(node))
 
     def _later(self, action: Callable[[], None], *parents: Node) -> None:
         """Run `action` once all that `parents` hold has been visited."""
@@ -181,16 +201,24 @@ def difference(left: Node, right: Node) -> str | None:
     CRC.
     """
     partner: dict[int, int] = {}
+    further: set[tuple[int, int]] = set()  # pairs of nodes of which one has another partner
+    taken: set[int] = set()  # storages on the right
     pending: list[tuple[Place | None, Node, Node]] = [(None, left, right)]
     while pending:
         place, one, other = pending.pop()
         if type(one) is not type(other) or _shallow(one) != _shallow(other):
             return _spelled(place)
-        if type(one) in _LEAVES or partner.get(id(one)) == id(other):
+        pair = (id(one), id(other))
+        if type(one) in _LEAVES or partner.get(id(one)) == id(other) or pair in further:
             continue
-        if type(one) is Storage and id(one) in partner:
-            return f"{_spelled(place)} (a shared storage)"
-        partner[id(one)] = id(other)
+        if type(one) is Storage:
+            if id(one) in partner or id(other) in taken:
+                return f"{_spelled(place)} (a shared storage)"
+            if _crcs_differ(one, other):
+                return f"{_spelled(place)} (its bytes)"
+            taken.add(id(other))
+        if partner.setdefault(id(one), id(other)) != id(other):
+            further.add(pair)
         for (name, below), (_, beside) in zip(_parts(one), _parts(other), strict=True):
             if type(below) is not str or below != beside:
                 pending.append(((place, name), below, beside))
@@ -218,18 +246,33 @@ def _parts(node: Node) -> list[tuple[str, Node]]:
     return parts
 
 
+def _crcs_differ(one: Storage, other: Storage) -> bool:
+    """Whether both are one stretch of bytes with a CRC on record, and not the same one."""
+    if len(one.spans) != 1 or len(other.spans) != 1:
+        return False
+    crcs = {one.spans[0].crc, other.spans[0].crc}
+    return len(crcs - {None}) == 2
+
+
 def _shallow(node: Node) -> Node:
     """What a node is, apart from what it holds."""
     if type(node) in _LEAVES:
         return repr(node) if type(node) is float else node  # nan is nan, and -0.0 is not 0.0
     if isinstance(node, Tensor):
-        return (node.dtype, node.shape, node.stride, node.offset, node.requires_grad)
+        extras = (node.hooks is None, node.metadata is None)
+        return (node.dtype, node.shape, node.stride, node.offset, node.requires_grad, extras)
     if isinstance(node, Storage):
         return (node.dtype.storage or UNTYPED.storage, node.nbytes, node.device)
     if isinstance(node, Inert):
-        state = list(node.state) if isinstance(node.state, dict) else type(node.state)
-        return (node.how, node.has_state, state, len(node.items), len(node.pairs))
+        state = _shallow(node.state) if isinstance(node.state, dict) else None
+        kinds = (type(node.state), type(node.kwargs))
+        return (node.how, node.has_state, kinds, state, len(node.items), len(node.pairs))
     if isinstance(node, dict):
         attributes = isinstance(node, OrderedMap) and node.attributes is not None
-        return ([key for key in node if type(key) in _LEAVES], len(node), attributes)
+        keys = [
+            key if type(key) is str else (type(key), _shallow(key))
+            for key in node
+            if type(key) in _LEAVES
+        ]
+        return (keys, len(node), attributes)
     return node if type(node) is Global else len(node)

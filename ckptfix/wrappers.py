@@ -13,6 +13,7 @@ Everything here is a pure function of lists of keys; nothing knows of tensors or
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
@@ -22,7 +23,7 @@ from functools import cached_property
 from functools import partial as bind
 from typing import Any, Literal
 
-from ckptfix.errors import KeyCollisionError, PartialPrefixError
+from ckptfix.errors import KeyCollisionError, PartialPrefixError, RenameError
 
 WRAPPERS: Mapping[str, str] = {
     "module": "nn.DataParallel or DistributedDataParallel",
@@ -90,10 +91,12 @@ class Renaming:
         return {old: new for new, old in winners.items()}
 
     def metadata(self, versions: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of a `_metadata` under their new paths; an added wrapper has version 1."""
+        """The entries of a `_metadata` under their new paths; added wrappers have version 1."""
         paths = self.of_modules(versions)
         kept = {paths[old]: version for old, version in versions.items() if old in paths}
-        return kept if "" in kept or "" not in versions else {"": {"version": 1}, **kept}
+        above = paths.get("", "").split(".")
+        wrappers = {".".join(above[:depth]): {"version": 1} for depth in range(len(above))}
+        return {**wrappers, **kept} if paths.get("") else kept
 
     @cached_property
     def _stretches(self) -> tuple[str, str]:
@@ -183,16 +186,46 @@ def substitute(keys: Iterable[str], pattern: str, replacement: str) -> Renaming:
     A module is renamed where the expression turns its prefix into another prefix.
 
     Raises:
-        re.error: the pattern or the replacement is not valid.
+        RenameError: the pattern or the replacement is not valid.
         KeyCollisionError: two keys would become one.
     """
-    sub = bind(re.compile(pattern).sub, replacement)
+    return substitute_in_turn(keys, [(pattern, replacement)])
+
+
+def substitute_in_turn(keys: Iterable[str], pairs: Iterable[tuple[str, str]]) -> Renaming:
+    """As `substitute`, with several patterns and replacements, each upon what the last one left."""
+    subs = [_substitution(pattern, replacement) for pattern, replacement in pairs]
+
+    def sub(text: str) -> str:
+        for substitute_one in subs:
+            text = substitute_one(text)
+        return text
 
     def rule(prefix: str) -> str:
         new = sub(prefix)
         return new if not new or new.endswith(".") else prefix
 
     return Renaming(_without_collisions({key: sub(key) for key in keys}), rule)
+
+
+def _substitution(pattern: str, replacement: str) -> Rule:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise RenameError(
+            f"{pattern!r} is no regular expression: {error}",
+            hint=f"to match that text as it stands: {shlex.quote(re.escape(pattern))}",
+            code="bad-pattern",
+        ) from None
+    try:
+        expression.sub(replacement, "")
+    except (re.error, IndexError) as error:
+        raise RenameError(
+            f"{replacement!r} is no replacement for {pattern!r}: {error}",
+            hint=r"what a group matched is \1, \2, …; a backslash itself is \\",
+            code="bad-pattern",
+        ) from None
+    return bind(expression.sub, replacement)
 
 
 def fits(keys: Iterable[str], target_keys: Iterable[str]) -> list[Renaming]:

@@ -55,7 +55,7 @@ def fixed(path: Path, model: nn.Module, **options) -> OrderedDict[str, torch.Ten
     """What plain torch loads from the output, which the model has taken strictly."""
     out = path.with_suffix(".fixed.pt")
     formats.write(planned(path, model, **options).document, out, force=True)
-    found = torch.load(out, weights_only=True)
+    found: OrderedDict[str, torch.Tensor] = torch.load(out, weights_only=True)
     model.load_state_dict(found, strict=True)
     return found
 

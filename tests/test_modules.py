@@ -49,7 +49,8 @@ def test_the_class_need_not_be_there() -> None:
 
 def test_it_converts_and_says_what_is_left(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    command = [sys.executable, "-m", "ckptfix", "convert", str(FIXTURES / "whole_module.pt"), str(out)]
+    source = FIXTURES / "whole_module.pt"
+    command = [sys.executable, "-m", "ckptfix", "convert", str(source), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "their_project.models.TheirNet, apart from its weights" in done.stderr
     assert same(ckptfix.load_state_dict(out), ckptfix.load_state_dict(FIXTURES / "whole_module.pt"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import OrderedDict
 from itertools import product
@@ -17,7 +16,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.optim.swa_utils import AveragedModel
 
 from ckptfix import wrappers
-from ckptfix.errors import KeyCollisionError, PartialPrefixError
+from ckptfix.errors import KeyCollisionError, PartialPrefixError, RenameError
 
 if TYPE_CHECKING:
     from ckptfix.wrappers import Renaming
@@ -283,8 +282,10 @@ def test_substitute_of_a_parameters_name_leaves_modules() -> None:
 def test_substitute_refuses_collisions_and_invalid_expressions() -> None:
     with pytest.raises(KeyCollisionError):
         wrappers.substitute(["layer1.w", "layer2.w"], r"\d", "")
-    with pytest.raises(re.error):
-        wrappers.substitute(["a"], "(", "")
+    for pattern, replacement in (("(", ""), ("a", r"\1"), ("a", r"\g<name>"), ("a", "\\")):
+        with pytest.raises(RenameError) as refused:
+            wrappers.substitute(["a"], pattern, replacement)
+        assert refused.value.slug == "bad-pattern"
 
 
 # With a target

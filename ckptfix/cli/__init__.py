@@ -111,8 +111,7 @@ def main() -> NoReturn:
     except CkptfixError as error:
         code = output.error(error.message, error.hint or _usage(), error.slug)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        code = 2
+        code = output.usage(error.format_message())
     except click.UsageError as error:
         hint = getattr(error, "hint", None) or _usage(error.ctx)
         code = output.error(error.format_message().rstrip("."), hint, "usage")

@@ -12,11 +12,17 @@ from ckptfix.state_dicts import choose
 
 
 @click.command("add-prefix")
-@options.writes
+@options.edits
 @options.select
 @click.option("--prefix", metavar="TEXT", default="module.", show_default=True, help="What to add.")
 def command(
-    source: str, target: str, force: bool, dry_run: bool, select: str | None, prefix: str
+    source: str,
+    target: str,
+    force: bool,
+    dry_run: bool,
+    in_place: bool,
+    select: str | None,
+    prefix: str,
 ) -> int:
     r"""Put `module.` or another prefix before every key of a state dict.
 
@@ -24,17 +30,22 @@ def command(
     else in IN is carried along. The extension of OUT names its container.
 
     \b
-    Example:
+    Examples:
       ckptfix add-prefix plain.pt ddp.pt
+      ckptfix add-prefix --in-place plain.pt
 
     \b
     Exit codes:
-      0  OUT was written
+      0  OUT was written, or IN was changed in place
+      1  there is nothing to add; nothing was written
       2  IN cannot be read, or holds several state dicts (name one with
          --select), or OUT cannot be written; nothing was written
     """
-    job = Job("add-prefix", source, target, force, dry_run)
+    job = Job("add-prefix", source, target, force, dry_run, in_place=in_place)
     document = job.open()
     state = choose(document, select)
-    changes = [(state, wrappers.add(state.mapping, prefix))]
+    with job.naming_the_input():
+        changes = [(state, wrappers.add(state.mapping, prefix))]
+    if not changes[0][1].changed:
+        return job.nothing("an empty prefix changes no key")
     return write_renamed(job, edits.rename(document, changes), changes)

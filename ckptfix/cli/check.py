@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckptfix import formats
 from ckptfix import target as targets
-from ckptfix.cli import options, output
+from ckptfix.cli import findings, options, output
 from ckptfix.compare import Difference, Report, shape
-from ckptfix.diagnose import Remedy, remedy
+from ckptfix.diagnose import Remedy, diagnose, remedy
+from ckptfix.errors import DamagedError
 from ckptfix.state_dicts import StateDict, choose
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ckptfix.document import Document
+    from ckptfix.findings import Finding
     from ckptfix.target import Target
 
 _SHOWN = 12
@@ -44,26 +47,57 @@ def command(
 
     \b
     Exit codes:
-      0  it is sound, and fits
+      0  its structure is sound, and it fits
       1  it does not fit, or is damaged
-      2  it cannot be read, or there is nothing to compare with
+      2  it is no checkpoint, or the model cannot be built
     """
     wanted = options.wanted(model, init, like)
-    document = formats.read(file)
+    answer: dict[str, Any] = {"command": "check", "input": file}
+    try:
+        document = formats.read(file)
+    except DamagedError as error:
+        return _say_damaged(answer, file, error)
+    found = diagnose(document)
+    answer |= {"sound": True, "container": document.container, "findings": findings.rows(found)}
     if wanted is None:
-        output.answer(
-            {"command": "check", "input": file, "sound": True, "container": document.container},
-            f"{file}: sound ({document.container}, {output.size(document.nbytes)})",
-        )
+        if select is not None:
+            choose(document, select)
+        output.answer(answer, lambda console: _draw_sound(console, document, found))
         return 0
     state = choose(document, select)
     report = targets.report(state, wanted)
     cure = None if report.loads else remedy(document, state, wanted)
-    output.answer(
-        {"command": "check", "input": file, "sound": True, **_data(state, wanted, report, cure)},
-        lambda console: _draw(console, document, state, wanted, report, cure),
-    )
+    beside = [finding for finding in found if finding.code not in _ABOUT_NAMES]
+
+    def draw(console: Console) -> None:
+        _draw(console, document, state, wanted, report)
+        _draw_cure(console, cure)
+        findings.draw(console, document, beside)
+
+    output.answer({**answer, **_data(state, wanted, report, cure)}, draw)
     return 0 if report.loads else 1
+
+
+_ABOUT_NAMES = frozenset(
+    {"prefix-wrapper", "partial-prefix", "key-collision", "wrapper-inside", "swa-layout"}
+)
+"""Findings about which a target knows better."""
+
+
+def _say_damaged(answer: dict[str, Any], file: str, error: DamagedError) -> int:
+    what = error.message.removeprefix(f"{file}: ")
+    problem = {"code": error.slug, "message": error.message, "hint": error.hint}
+    output.answer({**answer, "sound": False, "problem": problem}, f"{file}: damaged: {what}")
+    if error.hint:
+        output.hint(error.hint)
+    return 1
+
+
+def _draw_sound(console: Console, document: Document, found: list[Finding]) -> None:
+    where = f"{document.container}, {output.size(document.nbytes)}"
+    sound = ("structure is sound", "bold green")
+    console.print(output.text(f"{document.name}: ", sound, f" ({where})"))
+    findings.draw(console, document, found)
 
 
 def _data(state: StateDict, wanted: Target, report: Report, cure: Remedy | None) -> dict[str, Any]:
@@ -89,62 +123,63 @@ def _data(state: StateDict, wanted: Target, report: Report, cure: Remedy | None)
 
 
 def _draw(
-    console: Console,
-    document: Document,
-    state: StateDict,
-    wanted: Target,
-    report: Report,
-    cure: Remedy | None,
+    console: Console, document: Document, state: StateDict, wanted: Target, report: Report
 ) -> None:
-    from rich.text import Text
-
     where = "" if state.path == "/" else f" ({state.path})"
-    verdict = "matches" if report.loads else "does not match"
-    style = "bold green" if report.loads else "bold red"
-    name = output.printable(document.name)
-    console.print(Text.assemble(f"{name}{where} ", (verdict, style), f" {wanted.name}"))
-    console.print(_counts(report))
+    verdict = ("matches", "bold green") if report.loads else ("does not match", "bold red")
+    console.print(output.text(f"{document.name}{where} ", verdict, f" {wanted.name}"))
+    for line in _counts(report):
+        console.print(line)
     for title, sign, rows in _sections(report):
-        console.print(Text(f"\n{title}", "bold"))
+        console.print()
+        console.print(output.text((title, "bold")))
         for row in rows[:_SHOWN]:
-            console.print(Text(f"  {sign} {output.printable(row)}"), overflow="fold")
+            console.print(output.text(f"  {sign} {row}"), soft_wrap=True)
         if len(rows) > _SHOWN:
-            console.print(Text(f"  … and {len(rows) - _SHOWN:,} more (--json has all)", "dim"))
+            more = f"  … and {len(rows) - _SHOWN:,} more (--json has all)"
+            console.print(output.text((more, "dim")))
     if report.random_numel:
         console.print(
             f"\nWith strict=False, {report.random_numel:,} of {report.target_numel:,} elements "
             f"would silently stay at random."
         )
-    if cure is not None:
-        console.print(Text(f"\n{cure.message}"))
-        if cure.command is not None:
-            console.print(Text(f"  {output.printable(cure.command)}", "cyan"), soft_wrap=True)
 
 
-def _counts(report: Report) -> str:
+def _draw_cure(console: Console, cure: Remedy | None) -> None:
+    if cure is None:
+        return
+    console.print()
+    console.print(output.text(cure.message))
+    if cure.command is not None:
+        console.print(output.text("  ", (cure.command, "cyan")), soft_wrap=True)
+
+
+def _counts(report: Report) -> list[str]:
     total = len(report.matched) + len(report.missing) + len(report.shape_mismatch)
-    counts = (
-        f"{len(report.matched):,} of {total:,} keys matched ({report.share:.1%} of the elements)",
-        f"{len(report.missing):,} missing",
-        f"{len(report.unexpected):,} unexpected",
-        f"{len(report.shape_mismatch):,} of another shape",
-        f"{len(report.dtype_difference):,} of another dtype",
-    )
-    return ", ".join(counts)
+    share = math.floor(report.share * 1000) / 10  # 100 % is said only of all
+    counts = {
+        "missing": len(report.missing),
+        "unexpected": len(report.unexpected),
+        "of another shape": len(report.shape_mismatch),
+        "of another dtype": len(report.dtype_difference),
+    }
+    told = [f"{count:,} {what}" for what, count in counts.items() if count]
+    matched = f"{len(report.matched):,} of {total:,} keys match, {share:.1f}% of the elements"
+    return [matched, *([", ".join(told)] if told else [])]
 
 
 def _sections(report: Report) -> list[tuple[str, str, list[str]]]:
     shapes = [
-        f"{row.key}: {shape(row.found)}, the model has {shape(row.wanted)}"
+        f"{row.key}: {shape(row.found)}, wanted {shape(row.wanted)}"
         for row in report.shape_mismatch
     ]
     dtypes = [
-        f"{row.key}: {row.found.dtype}, the model has {row.wanted.dtype}"
+        f"{row.key}: {row.found.dtype}, wanted {row.wanted.dtype}"
         for row in report.dtype_difference
     ]
     sections = [
-        ("missing: the model has them, the file does not", "-", report.missing),
-        ("unexpected: the file has them, the model does not", "+", report.unexpected),
+        ("missing: wanted, and not in the file", "-", report.missing),
+        ("unexpected: in the file, and not wanted", "+", report.unexpected),
         ("of another shape", "!", shapes),
         ("of another dtype (torch casts them when it loads)", "~", dtypes),
     ]

@@ -2,27 +2,60 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from ckptfix import formats
-from ckptfix.cli import options, output
+from ckptfix import casting, compacting, edits, formats
+from ckptfix.cli import casts, options, output
 from ckptfix.cli.writing import Job
-from ckptfix.state_dicts import find
+from ckptfix.formats.sharding import MAX_SHARD_SIZE
+from ckptfix.state_dicts import choose, choose_all, find, of_models
+from ckptfix.weights_only import weights_only
+
+if TYPE_CHECKING:
+    from ckptfix.document import Document
+    from ckptfix.dtypes import DType
 
 
 @click.command("convert")
 @options.writes
 @options.select
-def command(source: str, target: str, force: bool, dry_run: bool, select: str | None) -> int:
-    r"""Write a checkpoint in another container: .pt, .pth, .bin, .ckpt or .safetensors.
+@options.max_shard_size
+@click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors: float16, bf16, …")
+@click.option("--weights-only", "bare", is_flag=True, help="Keep the tensors of one state dict.")
+@click.option(
+    "--compact/--no-compact",
+    help="Cut storages to what their tensors use. [.safetensors: always]",
+)
+def command(
+    source: str,
+    target: str,
+    force: bool,
+    dry_run: bool,
+    select: str | None,
+    max_shard_size: int | None,
+    dtype: str | None,
+    bare: bool,
+    compact: bool,
+) -> int:
+    r"""Write a checkpoint in another container: .pt, .bin, .ckpt, .safetensors or a folder.
 
     A .pt file keeps everything, or only --select. A .safetensors file holds one state dict and
-    nothing else: what is left out (optimizer, epoch, values that are no tensors) is named.
+    nothing else: what is left out (optimizer, epoch, values that are no tensors) is named. With
+    --weights-only a .pt file holds as much, for torch.load(weights_only=True). An OUT that ends in
+    / becomes a folder of .safetensors files and their index, as Hugging Face's libraries load it.
+
+    --dtype casts the floating-point tensors of state dicts, nothing else: integers, complex and
+    quantized tensors and an optimizer stay. Values that overflow, underflow or are NaN are counted.
+    --compact cuts a storage of which tensors use a part; those that share one still do.
 
     \b
     Examples:
       ckptfix convert model.pt model.safetensors
       ckptfix convert old_legacy.pt new.pt
+      ckptfix convert model.pt folder/ --max-shard-size 2GB
+      ckptfix convert training.ckpt weights.pt --weights-only --dtype bfloat16
 
     \b
     Exit codes:
@@ -30,9 +63,37 @@ def command(source: str, target: str, force: bool, dry_run: bool, select: str | 
       2  IN cannot be read, or holds several state dicts (name one with
          --select), or OUT cannot hold it; nothing was written
     """
-    job = Job("convert", source, target, force, dry_run)
+    wanted = None if dtype is None else casting.dtype_of(dtype)
+    target = target if max_shard_size is None else options.as_folder(target)
+    job = Job("convert", source, target, force, dry_run, max_shard_size or MAX_SHARD_SIZE)
     document = job.open()
-    container = formats.writable(target).name
-    tensors = sum(len(state.tensors) for state in find(document.root) if state.role != "optimizer")
-    done = f"{document.container} to {container}, {output.plural(tensors, 'tensor')}"
-    return job.write(document, done, {"from": document.container, "to": container}, select)
+    container = formats.writable(target)
+    data: dict[str, Any] = {"from": document.container, "to": container.name}
+    left_out: list[tuple[str, str]] = []
+    if bare or (select is not None and not container.tensors_only):
+        state = choose(document, select)
+        fitted = weights_only(document, state) if bare else edits.only(document, state)
+        document, left_out, select = fitted.document, fitted.left_out, None
+    if wanted is not None:
+        states = [choose(document, select)] if container.tensors_only else choose_all(document)
+        document = casting.cast(document, states, wanted)
+    if compact and not container.tensors_only:
+        document, data["saved_bytes"] = compacting.compact(document)
+
+    def after() -> dict[str, Any]:
+        return {} if wanted is None else {"cast": casts.report(document, wanted, dry_run=dry_run)}
+
+    kept = choose(document, select) if container.tensors_only else None
+    done = _said(document, kept, wanted, data)
+    return job.write(document, done, data, select, left_out=left_out, after=after)
+
+
+def _said(
+    document: Document, kept: StateDict | None, dtype: DType | None, data: dict[str, Any]
+) -> str:
+    states = of_models(find(document.root)) if kept is None else [kept]
+    tensors = sum(len(state.tensors) for state in states)
+    done = f"{data['from']} to {data['to']}, {output.plural(tensors, 'tensor')}"
+    if "saved_bytes" in data:
+        done += f", {output.size(data['saved_bytes'])} of unused storage left out"
+    return done if dtype is None else f"{done}, {casts.said(document, dtype)}"

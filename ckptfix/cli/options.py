@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -75,19 +76,39 @@ def wanted(model: str | None, init: str | None, like: str | None) -> Target | No
     return targets.of_file(like) if like is not None else None
 
 
+_DRY_RUN = click.option(
+    "--dry-run", "-n", is_flag=True, help="Say what would be done; write nothing."
+)
+_FORCE = click.option("--force", "-f", is_flag=True, help="Replace OUT if it is there.")
+_IN = click.argument("source", metavar="IN", type=click.Path())
+
+
 def writes(function: _Function) -> _Function:
     """`IN OUT --force --dry-run --json`: what every command that writes a file takes."""
-    for decorate in (
-        as_json,
-        click.option(
-            "--dry-run", "-n", is_flag=True, help="Say what would be done; write nothing."
-        ),
-        click.option("--force", "-f", is_flag=True, help="Replace OUT if it is there."),
-        click.argument("target", metavar="OUT", type=click.Path()),
-        click.argument("source", metavar="IN", type=click.Path()),
-    ):
+    out = click.argument("target", metavar="OUT", type=click.Path())
+    for decorate in (as_json, _DRY_RUN, _FORCE, out, _IN):
         function = decorate(function)
     return function
+
+
+def edits(function: _Function) -> _Function:
+    """As `writes`, or `--in-place IN` without OUT: then the target is IN."""
+
+    @functools.wraps(function)
+    def checked(*, source: str, target: str | None, in_place: bool, **others: Any) -> Any:
+        if in_place and target is not None:
+            raise click.UsageError("OUT and --in-place: give one of them")
+        if not in_place and target is None:
+            raise click.UsageError("OUT is missing; to change IN itself, add --in-place")
+        target = source if in_place else target
+        return function(source=source, target=target, in_place=in_place, **others)
+
+    out = click.argument("target", metavar="[OUT]", required=False, type=click.Path())
+    flag = click.option("--in-place", is_flag=True, help="Change IN itself; no OUT is written.")
+    decorated: Any = checked
+    for decorate in (as_json, _DRY_RUN, _FORCE, flag, out, _IN):
+        decorated = decorate(decorated)
+    return cast("_Function", decorated)
 
 
 _UNITS = {"": 1, "B": 1}

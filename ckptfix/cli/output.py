@@ -5,6 +5,7 @@ Names in a checkpoint are a stranger's text: what a terminal could take for a co
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -46,7 +47,7 @@ def printable(text: object) -> str:
 
 
 def text(*parts: str | tuple[str, str]) -> Text:
-    """Text for `console`, made of texts and of pairs of a text and its style, all printable."""
+    """Text for a console, made of texts and of pairs of a text and its style, all printable."""
     from rich.text import Text
 
     pairs = [(part, "") if isinstance(part, str) else part for part in parts]
@@ -70,10 +71,9 @@ def aside(draw: Callable[[Console], None]) -> None:
 
 
 def _drawn(draw: Callable[[Console], None]) -> str:
-    drawing = console()
-    with drawing.capture() as captured:
-        draw(drawing)
-    return captured.get()
+    drawn = io.StringIO()
+    draw(_console(drawn))
+    return "".join(f"{line.rstrip()}\n" for line in drawn.getvalue().split("\n")[:-1])
 
 
 def _write(answer: str) -> None:
@@ -81,7 +81,8 @@ def _write(answer: str) -> None:
     if sys.stdout is None:
         return
     try:
-        sys.stdout.write(answer)
+        for start in range(0, len(answer), _PIECE):  # unbuffered (-u), a cut write is not noticed
+            sys.stdout.write(answer[start : start + _PIECE])
         sys.stdout.flush()
     except OSError as error:
         # or Python would try again when it exits, and complain
@@ -93,12 +94,13 @@ def _write(answer: str) -> None:
         raise WriteError(f"the answer cannot be written: {why}", hint=hint) from None
 
 
+_PIECE = 16_384
 _NO_READER = 141
 """As a shell reports a program that SIGPIPE ended."""
 
 
-def console() -> Console:
-    """A rich console for stdout; text is printed as it is, without markup.
+def _console(drawn: io.StringIO) -> Console:
+    """A console that draws for stdout; text stays as it is, without markup.
 
     It is as wide as the terminal, or COLUMNS where that is set; in a pipe no line is broken.
     """
@@ -106,6 +108,8 @@ def console() -> Console:
 
     terminal = sys.stdout is not None and sys.stdout.isatty()
     return Console(
+        file=drawn,
+        force_terminal=terminal or None,
         highlight=False,
         markup=False,
         emoji=False,
@@ -129,10 +133,26 @@ def error(message: str, hint: str | None, code: str, *, exit_code: int = 2) -> i
         described = {"code": code, "message": message, "hint": hint}
         with suppress(WriteError, click.exceptions.Exit):
             _write(json.dumps({"schema": SCHEMA, "error": described}, indent=2) + "\n")
-    _say(f"{click.style('error:', fg='red', bold=True)} {printable(message)}")
-    if hint is not None:
-        _say(f"{click.style('hint:', fg='cyan', bold=True)} {printable(hint)}")
+    complain(message, hint)
     return exit_code
+
+
+def usage(text: str) -> int:
+    """Show how something is used; returns the exit code."""
+    _say(text)
+    return 2
+
+
+def complain(message: str, told: str | None = None) -> None:
+    """An error and its hint, for people."""
+    _say(f"{click.style('error:', fg='red', bold=True)} {printable(message)}")
+    if told is not None:
+        hint(told)
+
+
+def hint(told: str) -> None:
+    """What may help, mostly a command."""
+    _say(f"{click.style('hint:', fg='cyan', bold=True)} {printable(told)}")
 
 
 def _say(line: str) -> None:

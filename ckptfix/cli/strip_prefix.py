@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("strip-prefix")
-@options.writes
+@options.edits
 @options.select_many
 @click.option("--prefix", metavar="TEXT", help="Remove this prefix instead, such as model.")
 @click.option("--partial", is_flag=True, help="Strip the keys that have it, though others do not.")
@@ -28,6 +28,7 @@ def command(
     target: str,
     force: bool,
     dry_run: bool,
+    in_place: bool,
     select: tuple[str, ...],
     prefix: str | None,
     partial: bool,
@@ -40,26 +41,29 @@ def command(
     extension of OUT names its container.
 
     \b
-    Example:
+    Examples:
       ckptfix strip-prefix ddp.pt plain.pt
+      ckptfix strip-prefix --in-place ddp.pt
 
     \b
     Exit codes:
-      0  OUT was written
+      0  OUT was written, or IN was changed in place
       1  there is nothing to strip; nothing was written
       2  IN cannot be read, or only some keys carry the prefix, or two keys
          would become one, or OUT cannot be written; nothing was written
     """
-    job = Job("strip-prefix", source, target, force, dry_run)
+    job = Job("strip-prefix", source, target, force, dry_run, in_place=in_place)
     document = job.open()
     states = choose_all(document, select)
-    found = [
-        (state, wrappers.strip(state.mapping, prefix=prefix, partial=partial)) for state in states
-    ]
-    changes = [(state, renaming) for state, renaming in found if renaming.changed]
-    if not changes:
-        if prefix is None and not partial:
+    with job.naming_the_input():
+        found = [
+            (state, wrappers.strip(state.mapping, prefix=prefix, partial=partial))
+            for state in states
+        ]
+        changes = [(state, renaming) for state, renaming in found if renaming.changed]
+        if not changes and prefix is None and not partial:
             _explain(states)
+    if not changes:
         what = f"no key begins with {prefix!r}" if prefix else "no key has a wrapper's prefix"
         return job.nothing(what)
     return write_renamed(job, edits.rename(document, changes), changes)
@@ -76,10 +80,15 @@ def _explain(states: list[StateDict]) -> None:
             raise PartialPrefixError("module.", seen.carrying, seen.lacking)
 
 
-def write_renamed(job: Job, document: Document, changes: list[tuple[StateDict, Renaming]]) -> int:
-    """Write a document with renamed keys, and say which were renamed."""
+def write_renamed(
+    job: Job, document: Document, changes: list[tuple[StateDict, Renaming]], label: str = ""
+) -> int:
+    """Write a document with renamed keys, and say which were renamed.
+
+    `label` says it for people; without one the prefixes are named.
+    """
     total = sum(renaming.changed for _, renaming in changes)
-    labels = ", ".join(dict.fromkeys(renaming.label for _, renaming in changes))
+    labels = label or ", ".join(dict.fromkeys(renaming.label for _, renaming in changes))
     where = ", ".join(state.path for state, _ in changes if state.path != "/")
     done = f"{output.plural(total, 'key')} renamed ({labels})" + (f" in {where}" if where else "")
     rows = [

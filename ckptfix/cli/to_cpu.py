@@ -10,24 +10,25 @@ from ckptfix.cli.writing import Job
 
 
 @click.command("to-cpu")
-@options.writes
-def command(source: str, target: str, force: bool, dry_run: bool) -> int:
+@options.edits
+def command(source: str, target: str, force: bool, dry_run: bool, in_place: bool) -> int:
     r"""Tag every storage `cpu`, so that it loads where there is no GPU.
 
     Only the tags change: keys, values and everything else in IN are carried along, `torch.device`
     values among hyper-parameters too. The extension of OUT names its container.
 
     \b
-    Example:
+    Examples:
       ckptfix to-cpu gpu.pt cpu.pt
+      ckptfix to-cpu --in-place gpu.pt
 
     \b
     Exit codes:
-      0  OUT was written
+      0  OUT was written, or IN was changed in place
       1  every storage is on the CPU already; nothing was written
       2  IN cannot be read, or OUT cannot be written; nothing was written
     """
-    job = Job("to-cpu", source, target, force, dry_run)
+    job = Job("to-cpu", source, target, force, dry_run, in_place=in_place)
     document, tags = edits.to_cpu(job.open())
     if not tags:
         return job.nothing("every storage is on the CPU already")

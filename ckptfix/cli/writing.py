@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from ckptfix import edits, formats
 from ckptfix.cli import output
-from ckptfix.errors import WriteError
-from ckptfix.files import check_output
+from ckptfix.errors import InPlaceError, RenameError, WriteError
+from ckptfix.formats.sharding import MAX_SHARD_SIZE
 from ckptfix.trees import storages
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from ckptfix.document import Document
 
 _SHOWN = 10
@@ -27,9 +33,18 @@ class Job:
     target: str
     force: bool
     dry_run: bool
+    max_shard_size: int = MAX_SHARD_SIZE
+    in_place: bool = False
+    """The source itself is changed, and is the target."""
 
     def open(self) -> Document:
         """Read the input, once it is sure that the output could be written."""
+        if not self.in_place:
+            self.check()
+        return formats.read(self.source)
+
+    def check(self) -> None:
+        """Refuse early what could not be written later. Raises `WriteError`."""
         formats.writable(self.target)
         if _same_file(self.source, self.target):
             raise WriteError(
@@ -37,42 +52,109 @@ class Job:
                 hint="give another name for the output",
                 code="same-file",
             )
-        check_output(self.target, force=self.force)
-        return formats.read(self.source)
+        formats.check_output(self.target, force=self.force)
 
     def nothing(self, why: str) -> int:
         """Say that there was nothing to do; returns the exit code for it."""
-        data = {"command": self.command, "input": self.source, "output": None, "done": why}
+        data = {
+            "command": self.command,
+            "input": self.source,
+            "output": None,
+            "dry_run": self.dry_run,
+            "done": why,
+        }
         output.answer(data, f"{self.source}: {why}; nothing written")
         return 1
 
+    @contextmanager
+    def naming_the_input(self) -> Iterator[None]:
+        """Have errors about keys begin with the name of the file, as all others do."""
+        try:
+            yield
+        except RenameError as error:
+            error.message = f"{self.source}: {error.message}"
+            raise
+
     def write(
-        self, document: Document, done: str, data: dict[str, Any], select: str | None = None
+        self,
+        document: Document,
+        done: str,
+        data: dict[str, Any],
+        select: str | None = None,
+        *,
+        left_out: Sequence[tuple[str, str]] = (),
+        after: Callable[[], dict[str, Any]] = dict,
     ) -> int:
         """Write a document to the output and say so; returns the exit code.
 
-        `done` says what was changed, `data` the same for JSON.
+        `done` says what was changed, `data` the same for JSON. `left_out` has path and kind of what
+        was left out before; `after` is called once everything is written, and adds to `data`.
         """
+        if self.in_place:
+            return self._edit(document, done, {**data, **after()})
         fitted = edits.fit(document, self.target, select)
+        fitted.left_out[:0] = left_out
         found = storages(fitted.document.root)
         total = sum(storage.nbytes for storage in found)
         if not self.dry_run:
             with output.progress(f"writing {self.target}", total) as advance:
-                formats.write(fitted.document, self.target, force=self.force, progress=advance)
+                formats.write(
+                    fitted.document,
+                    self.target,
+                    force=self.force,
+                    progress=advance,
+                    max_shard_size=self.max_shard_size,
+                )
         self._say_left_out(fitted.left_out)
+        data = {**data, **after()}
         verb = "would write" if self.dry_run else "wrote"
-        left_out = [{"path": path, "kind": kind} for path, kind in fitted.left_out]
+        rows = [{"path": path, "kind": kind} for path, kind in fitted.left_out]
         answer = {
             "command": self.command,
             "input": self.source,
             "output": self.target,
+            "in_place": False,
             "dry_run": self.dry_run,
             "done": done,
-            "left_out": left_out,
+            "left_out": rows,
             **data,
         }
         output.answer(answer, f"{verb} {self.target}: {done}")
         return 0
+
+    def _edit(self, document: Document, done: str, data: dict[str, Any]) -> int:
+        """Change the input itself and say so; returns the exit code."""
+        from ckptfix import inplace
+
+        try:
+            edit = inplace.prepare(document)
+            if not self.dry_run:
+                inplace.apply(edit)
+        except InPlaceError as error:
+            error.hint = f"write a copy: {self._copy()}"
+            raise
+        verb = "would change" if self.dry_run else "changed"
+        answer = {
+            "command": self.command,
+            "input": self.source,
+            "output": self.target,
+            "in_place": True,
+            "dry_run": self.dry_run,
+            "done": done,
+            "left_out": [],
+            **data,
+        }
+        size = output.size(edit.nbytes)
+        output.answer(answer, f"{verb} {self.target} in place: {done}; {size} of it rewritten")
+        return 0
+
+    def _copy(self) -> str:
+        """The command that was given, with an output instead of `--in-place`."""
+        source = PurePath(self.source)
+        known = any(source.suffix.lower() in kind.extensions for kind in formats.WRITABLE)
+        target = source.with_name(f"{source.stem}.fixed{source.suffix if known else '.pt'}")
+        given = (argument for argument in sys.argv[1:] if argument != "--in-place")
+        return shlex.join(["ckptfix", *given, str(target)])
 
     def _say_left_out(self, left_out: list[tuple[str, str]]) -> None:
         if not left_out:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.errors import CkptfixError, DamagedError, ReadError, UnsupportedError, VerifyError
+from ckptfix import journal
+from ckptfix.errors import CkptfixError, DamagedError, UnsupportedError, VerifyError
+from ckptfix.files import check_output as check_file
 from ckptfix.files import replacing
+from ckptfix.findings import Finding
 from ckptfix.formats import (
     not_checkpoints,
     packed,
     plain_pickle,
     safetensors,
+    sharded,
+    sharding,
     torch_legacy,
     torch_tar,
     torch_zip,
@@ -34,30 +41,56 @@ class Writable(NamedTuple):
 
     name: str
     extensions: tuple[str, ...]
+    tensors_only: bool
+    """Whether it holds one state dict of dense tensors and nothing else."""
     write: Callable[[Document, Sink], None]
     difference: Callable[[Document, Document], str | None]
 
 
 WRITABLE = (
-    Writable(torch_zip.NAME, torch_zip.EXTENSIONS, torch_zip.write, torch_zip.difference),
-    Writable(safetensors.NAME, safetensors.EXTENSIONS, safetensors.write, safetensors.difference),
+    Writable(torch_zip.NAME, torch_zip.EXTENSIONS, False, torch_zip.write, torch_zip.difference),
+    Writable(
+        safetensors.NAME, safetensors.EXTENSIONS, True, safetensors.write, safetensors.difference
+    ),
 )
+FOLDER = Writable(sharding.NAME, (), True, safetensors.write, safetensors.difference)
+"""A folder of safetensors files: what stands here is for one of them."""
 
 
 def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
     """Read what a file holds: its structure, not its weights. The extension plays no part.
 
+    Where an edit in place of the file was interrupted, it is undone first, and `notes` say so.
     Raises `ReadError` and its kin: not a checkpoint, damaged, unsafe or unsupported.
     """
     if os.path.isdir(path):
         return _read_folder(Path(path), limits)
+    undone = journal.recover(path)
+    document = _read_file(FileSource(path), limits)
+    if undone is None:
+        return document
+    return replace(document, notes=(Finding("rolled-back", undone), *document.notes))
+
+
+def _read_file(source: Source, limits: Limits, name: str | None = None) -> Document:
+    if sharded.matches(source):
+        return sharded.read(source, _read_shard, limits, name)
+    return read_source(source, limits)
+
+
+def _read_shard(path: str, limits: Limits) -> Document:
+    journal.recover(path)
     return read_source(FileSource(path), limits)
 
 
 def _read_folder(path: Path, limits: Limits) -> Document:
+    found = sharded.locate(path)
+    if found is not None:
+        journal.recover(found)
+        return _read_file(FileSource(found), limits, str(path))
     if torch_zip.is_unpacked(path):
         return torch_zip.read_folder(path, limits)
-    raise ReadError(f"{path}: is a folder without a checkpoint", hint="give a file in it")
+    raise sharded.missing(path)
 
 
 def read_source(source: Source, limits: Limits = DEFAULT) -> Document:
@@ -98,7 +131,9 @@ def _read_tar(source: Source, limits: Limits) -> Document:
 
 
 def writable(path: str | os.PathLike[str]) -> Writable:
-    """The container that the extension of an output path asks for."""
+    """The container that an output path asks for: by its extension, or as a folder."""
+    if sharding.is_folder(path):
+        return FOLDER
     extension = Path(path).suffix.lower()
     for container in WRITABLE:
         if extension in container.extensions:
@@ -106,9 +141,15 @@ def writable(path: str | os.PathLike[str]) -> Writable:
     known = ", ".join(extension for container in WRITABLE for extension in container.extensions)
     raise UnsupportedError(
         f"{path}: no container has the extension {extension!r}",
-        hint=f"end the name with one of {known}",
+        hint=f"end the name with one of {known}, or with / for a folder of shards",
         code="extension",
     )
+
+
+def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
+    """Refuse early what could not be written later. Raises `WriteError` and its kin."""
+    check = sharding.check_output if writable(path) is FOLDER else check_file
+    check(path, force=force)
 
 
 def write(
@@ -117,12 +158,20 @@ def write(
     *,
     force: bool = False,
     progress: Progress | None = None,
+    max_shard_size: int = sharding.MAX_SHARD_SIZE,
 ) -> None:
     """Write a document to a file, whole or not at all, and read it back before it gets its name.
 
-    Raises `WriteError` and its kin, `UnsupportedError` for what the container cannot hold.
+    A folder is written in files of at most `max_shard_size` bytes of tensors each. Raises
+    `WriteError` and its kin, `UnsupportedError` for what the container cannot hold.
     """
     container = writable(path)
+    if container is FOLDER:
+        write_shard = partial(write, force=True, progress=progress)
+        sharding.write(
+            document, path, _read_shard, write_shard, max_shard_size=max_shard_size, force=force
+        )
+        return
 
     def verify(written: str) -> None:
         try:
@@ -133,5 +182,7 @@ def write(
         if place is not None:
             raise VerifyError(f"{path}: reads back differently at {place}")
 
+    if force:
+        journal.recover(path)  # or a journal of the old file would be left beside the new one
     with replacing(path, force=force, progress=progress, verify=verify) as sink:
         container.write(document, sink)

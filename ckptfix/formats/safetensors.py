@@ -18,6 +18,8 @@ file is turned into a .pt again.
 from __future__ import annotations
 
 import json
+from collections import Counter
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ckptfix.document import (
@@ -35,7 +37,7 @@ from ckptfix.spans import Source, Span
 from ckptfix.tensors import as_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from ckptfix.files import Sink
 
@@ -46,27 +48,41 @@ VERSIONS = "ckptfix.module_versions"
 
 _ALIGNMENT = 8
 _MAX_SIZE = 1 << 63
+_MAX_DIMS = 64  # torch's own
 
 
 def matches(head: bytes) -> bool:
     """Whether a file that begins with `head` is meant to be safetensors."""
-    return len(head) >= 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _MAX_SIZE
+    return len(head) >= 9 and head[8:9] == b"{" and head[7] == 0  # a text holds no zero byte
 
 
-def read(source: Source, limits: Limits = DEFAULT) -> Document:
-    """The document in a safetensors file: a mapping of names to tensors. Reads the header only."""
+def read(source: Source, limits: Limits = DEFAULT, lost: list[Storage] | None = None) -> Document:
+    """The document in a safetensors file: a mapping of names to tensors. Reads the header only.
+
+    A file that is cut short is refused, unless there is a list that takes the storages it lost.
+    """
     header, start = _header(source, limits)
     metadata = header.pop("__metadata__", {})
     if not _is_metadata(metadata):
         raise DamagedError(f"{source.name}: __metadata__ does not map text to text")
+    if not _is_unicode((*header, *metadata, *metadata.values())):
+        raise DamagedError(f"{source.name}: the header holds half of a surrogate pair")
     entries = {name: _entry(name, entry, source) for name, entry in header.items()}
-    _check_layout(entries, source.size - start, source.name)
+    available = source.size - start
+    announced = max((end for _, _, _, end in entries.values()), default=0)
+    _check_layout(entries, available if lost is None else max(available, announced), source.name)
     root = OrderedMap(
         (name, _tensor(name, dtype, shape, Span(source, start + begin, end - begin)))
         for name, (dtype, shape, begin, end) in entries.items()
     )
-    root.attributes = _attributes(metadata)
+    if lost is not None:
+        torn = [name for name, (_, _, _, end) in entries.items() if end > available]
+        lost += [root[name].storage for name in torn]
+    root.attributes = attributes(metadata)
     _restore_ties(root, metadata)
+    told = {VERSIONS} if root.attributes else set()  # what the tree says now may change with it
+    told.update(name for name in root if name not in entries)
+    metadata = {key: text for key, text in metadata.items() if key not in told}
     return Document(root, NAME, source.name, source.size, metadata=metadata)
 
 
@@ -83,7 +99,9 @@ def _header(source: Source, limits: Limits) -> tuple[dict[str, Any], int]:
             hint="copy or download it again",
         )
     try:
-        header = json.loads(source.read(8, length), object_pairs_hook=_unique)
+        header = json.loads(source.read(8, length).decode(), object_pairs_hook=_unique)
+    except UnsafeError as error:
+        raise UnsafeError(f"{source.name}: {error.message}") from None
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{source.name}: the header is no JSON ({error})") from None
     if not isinstance(header, dict):
@@ -94,14 +112,22 @@ def _header(source: Source, limits: Limits) -> tuple[dict[str, Any], int]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UnsafeError(f"the safetensors header holds the key {twice!r} twice")
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise UnsafeError(f"the header holds the key {twice!r} twice")
     return found
 
 
 def _is_metadata(metadata: Any) -> bool:
     return isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+
+
+def _is_unicode(texts: Iterable[str]) -> bool:
+    """Whether texts can be written as UTF-8; JSON's escapes can spell more than that."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 Entry = tuple[str, tuple[int, ...], int, int]
@@ -110,7 +136,9 @@ Entry = tuple[str, tuple[int, ...], int, int]
 def _entry(name: str, entry: Any, source: Source) -> Entry:
     """dtype, shape, begin and end of one tensor, each of the right type and range."""
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(shape, list) or len(shape) > _MAX_DIMS:
+            raise TypeError
     except (TypeError, KeyError, ValueError):
         raise DamagedError(f"{source.name}: the header describes {name!r} wrongly") from None
     for number in (*shape, begin, end):
@@ -118,7 +146,7 @@ def _entry(name: str, entry: Any, source: Source) -> Entry:
             raise DamagedError(f"{source.name}: the header gives {name!r} the number {number!r}")
     if not isinstance(dtype, str) or dtype not in BY_SAFETENSORS:
         raise UnsupportedError(f"{source.name}: {name!r} has the unknown dtype {dtype!r}")
-    return dtype, shape, begin, end
+    return dtype, tuple(shape), begin, end
 
 
 def _check_layout(entries: Mapping[str, Entry], size: int, source: str) -> None:
@@ -144,10 +172,12 @@ def _tensor(name: str, dtype_name: str, shape: tuple[int, ...], span: Span) -> T
     dtype = BY_SAFETENSORS[dtype_name]
     if dtype.packed > 1:
         if not shape or shape[-1] % dtype.packed:
-            raise DamagedError(f"{name!r} of {dtype_name} does not fill whole bytes")
+            raise DamagedError(
+                f"{span.source.name}: {name!r} of {dtype_name} does not fill whole bytes"
+            )
         shape = (*shape[:-1], shape[-1] // dtype.packed)
     tensor = Tensor(Storage(dtype, 0, "cpu", (span,), name), dtype, shape, contiguous_stride(shape))
-    if tensor.nbytes != span.length:
+    if tensor.nbytes != span.length or prod(size or 1 for size in shape) >= _MAX_SIZE:
         raise DamagedError(
             f"{span.source.name}: {name!r} of {dtype_name} and shape {list(shape)} has "
             f"{span.length} bytes instead of {tensor.nbytes}"
@@ -156,7 +186,8 @@ def _tensor(name: str, dtype_name: str, shape: tuple[int, ...], span: Span) -> T
     return tensor
 
 
-def _attributes(metadata: Mapping[str, str]) -> Node:
+def attributes(metadata: Mapping[str, str]) -> Node:
+    """The attributes of a state dict that `module_versions` kept; None where there are none."""
     try:
         versions = json.loads(metadata[VERSIONS])
     except (KeyError, ValueError, RecursionError):
@@ -182,15 +213,17 @@ def write(document: Document, sink: Sink) -> None:
     `edits.flatten`). Larger alignments come first, then names, as the safetensors library orders
     them.
     """
-    tensors, aliases = _without_ties(document.root)
-    metadata = {"format": "pt", **document.metadata, **aliases, **_versions(document.root)}
+    tensors, aliases = without_ties(document.root)
+    metadata = {"format": "pt", **document.metadata, **aliases, **module_versions(document.root)}
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
+    begins = {}
     for name in order:
-        tensor = tensors[name]
-        header[name] = _description(tensor, position)
-        position += tensor.nbytes
+        begins[name] = position
+        position += tensors[name].nbytes
+    for name, tensor in tensors.items():  # the header keeps the order of the state dict
+        header[name] = description(tensor, begins[name])
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     encoded += b" " * (-len(encoded) % _ALIGNMENT)
     sink.write(len(encoded).to_bytes(8, "little") + encoded)
@@ -215,7 +248,7 @@ def _check_once(sink: Sink, tensor: Tensor, name: str, checked: set[int]) -> Non
             sink.check(span, f"{name!r}")
 
 
-def _without_ties(root: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def without_ties(root: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by name, each once, and for each further name of one the name that is kept."""
     kept: dict[Any, str] = {}
     tensors, aliases = {}, {}
@@ -223,6 +256,8 @@ def _without_ties(root: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str
         tensor = as_tensor(node)
         if tensor is None:
             raise UnsupportedError(f"{name!r} is no tensor, and safetensors holds nothing else")
+        if type(name) is not str or name == "__metadata__" or not _is_unicode([name]):
+            raise UnsupportedError(f"{name!r} cannot be the name of a tensor in safetensors")
         first = kept.setdefault(tensor.view, name) if tensor.numel else name
         if first == name:
             tensors[name] = tensor
@@ -231,12 +266,17 @@ def _without_ties(root: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str
     return tensors, aliases
 
 
-def _versions(root: Node) -> dict[str, str]:
+def module_versions(root: Node) -> dict[str, str]:
+    """The `_metadata` of a state dict, as an entry of `__metadata__`."""
     versions = root.metadata if isinstance(root, OrderedMap) else None
-    return {} if versions is None else {VERSIONS: json.dumps(versions)}
+    try:
+        return {} if versions is None else {VERSIONS: json.dumps(versions)}
+    except (TypeError, ValueError, RecursionError):
+        raise UnsupportedError("its `_metadata` holds what safetensors cannot keep") from None
 
 
-def _description(tensor: Tensor, position: int) -> dict[str, Any]:
+def description(tensor: Tensor, position: int) -> dict[str, Any]:
+    """The entry of a tensor in the header; its bytes begin `position` bytes into the data."""
     shape = list(tensor.shape)
     if tensor.dtype.packed > 1:
         shape[-1] *= tensor.dtype.packed

@@ -47,8 +47,11 @@ def matches(head: bytes) -> bool:
     return type(first) is int and first == MAGIC_NUMBER
 
 
-def read(source: Source, limits: Limits = DEFAULT) -> Document:
-    """The document in a legacy file. Reads the pickles and the length of each storage."""
+def read(source: Source, limits: Limits = DEFAULT, lost: list[Storage] | None = None) -> Document:
+    """The document in a legacy file. Reads the pickles and the length of each storage.
+
+    A file that is cut short is refused, unless there is a list that takes the storages it lost.
+    """
     data = mapped(source)
     storages: dict[str, Storage] = {}
     label, position = source.name, 0
@@ -61,9 +64,9 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
         data, _loader(storages), name=label, start=position, limits=limits
     )
     keys, position = pickles.read(data, _refuse, name=label, start=position, limits=limits)
-    end = _place(storages, keys, source, position, byteorder)
+    end = _place(storages, keys, source, position, byteorder, lost)
     root = without_views(root)
-    surplus = source.size - end
+    surplus = max(source.size - end, 0)
     notes = (Finding("trailing-bytes", f"{surplus} bytes follow the last storage"),)
     return Document(root, NAME, label, source.size, byteorder, notes=notes if surplus else ())
 
@@ -85,7 +88,7 @@ def _check_headers(headers: list[Node], name: str) -> Literal["little", "big"]:
     if magic != MAGIC_NUMBER:
         raise DamagedError(f"{name}: does not begin as torch's legacy files do")
     if version != PROTOCOL_VERSION:
-        raise UnsupportedError(f"{name}: version {version!r} of the legacy format is not known")
+        raise UnsupportedError(f"{name}: this version of the legacy format is not known")
     little = system.get("little_endian", True) if isinstance(system, dict) else True
     return "little" if little else "big"
 
@@ -100,12 +103,13 @@ def _loader(storages: dict[str, Storage]) -> Persistent:
         known = storages.setdefault(storage.key, storage)
         if (known.dtype, known.numel) != (storage.dtype, storage.numel):
             raise UnsafeError(f"storage {storage.key!r} is described in two ways")
-        return known if pid[5] is None else _view(known, pid[5])
+        return known if pid[5] is None else view(known, pid[5])
 
     return load
 
 
-def _view(storage: Storage, described: Node) -> StorageView:
+def view(storage: Storage, described: Node) -> StorageView:
+    """The stretch of a storage that `(key, offset, numel)` describes."""
     if type(described) is not tuple or len(described) != 3:
         raise DamagedError("a view of a storage is described wrongly")
     _, offset, numel = described
@@ -137,12 +141,18 @@ def _place(
     source: Source,
     position: int,
     byteorder: Literal["little", "big"],
+    lost: list[Storage] | None,
 ) -> int:
     """Give each storage its span, in the order of `keys`; returns where the last one ends."""
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+    known = isinstance(keys, list) and all(type(key) is str for key in keys)
+    if not known or sorted(keys) != sorted(storages):
         raise DamagedError(f"{source.name}: the list of storages does not fit the tree")
     for key in keys:
         storage = storages[key]
+        if lost is not None and position + _COUNT + storage.nbytes > source.size:
+            lost.append(storage)
+            position += _COUNT + storage.nbytes
+            continue
         count = int.from_bytes(source.read(position, _COUNT), byteorder, signed=True)
         if count != storage.numel:
             raise UnsafeError(

@@ -98,7 +98,7 @@ class _Objects:
             return pid[0]
         if isinstance(pid, tuple):
             pid = parse_persistent_id(pid).key
-        key = str(pid)
+        key = _key(pid)
         made = self._tensors.get(key) or self._storages.get(key)
         if made is None:
             raise DamagedError(f"no tensor or storage is called {key!r}")
@@ -116,16 +116,17 @@ class _Objects:
             key, device, cls = reader.row(3)
             dtype = BY_STORAGE.get(cls.name) if type(cls) is Global else None
             if dtype is None or type(device) is not str:
-                raise UnsupportedError(f"{span.source.name}: storage of class {cls} is not known")
+                raise UnsupportedError(f"{span.source.name}: the class of a storage is not known")
             (numel,) = reader.numbers("<q")
-            storage = Storage(dtype, numel, device, key=str(key))
+            storage = Storage(dtype, numel, device, key=_key(key))
             storage.spans = (reader.skip(storage.nbytes),)
             self._storages[storage.key] = storage
         for view in reader.rest():
             key, root, offset, numel = view
-            whole = self._storages.get(str(root))
+            whole = self._storages.get(_key(root))
             if isinstance(whole, Storage):
-                self._storages[str(key)] = StorageView(whole, offset, numel)
+                described = (None, offset, numel)
+                self._storages[_key(key)] = torch_legacy.view(whole, described)
 
     def _read_tensors(self, span: Span) -> None:
         reader = _Pickles(span, self._limits)
@@ -138,11 +139,11 @@ class _Objects:
             stride = reader.numbers(f"<{dimensions}q")
             (offset,) = reader.numbers("<q")
             layout = (offset, shape, stride)
-            whole = self._storages.get(str(storage))
+            whole = self._storages.get(_key(storage))
             made = torch_objects.tensor(whole, None, layout, self._limits)
             if made is None:
-                raise DamagedError(f"{span.source.name}: tensor {key!r} has no storage")
-            self._tensors[str(key)] = made
+                raise DamagedError(f"{span.source.name}: tensor {_key(key)!r} has no storage")
+            self._tensors[_key(key)] = made
 
 
 class _Pickles:
@@ -168,14 +169,18 @@ class _Pickles:
         """A pickled number of things to come."""
         found = self._next()
         if type(found) is not int or not 0 <= found <= len(self._data):
-            raise DamagedError(f"{self._span.source.name}: {found!r} is no count", hint=_RETRY)
+            raise DamagedError(
+                f"{self._span.source.name}: a count is no number that fits", hint=_RETRY
+            )
         return found
 
     def row(self, length: int) -> tuple[Node, ...]:
         """A pickled tuple of `length` values."""
         found = self._next()
         if type(found) is not tuple or len(found) != length:
-            raise DamagedError(f"{self._span.source.name}: {found!r} is no row", hint=_RETRY)
+            raise DamagedError(
+                f"{self._span.source.name}: a row does not have {length} values", hint=_RETRY
+            )
         return found
 
     def rest(self) -> list[tuple[Node, ...]]:
@@ -202,6 +207,13 @@ class _Pickles:
         span = self._span.slice(self._position, length)
         self._position += length
         return span
+
+
+def _key(node: Node) -> str:
+    """The key of a storage or tensor: text, or the address that it once had."""
+    if type(node) is str or (type(node) is int and node.bit_length() <= 64):
+        return str(node)
+    raise DamagedError("a key is neither text nor a number", hint=_RETRY)
 
 
 def _refuse(_: Node) -> Node:

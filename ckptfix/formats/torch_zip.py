@@ -27,6 +27,7 @@ from ckptfix import pickles, trees
 from ckptfix.document import Document, Global, Node, Storage
 from ckptfix.dtypes import BY_STORAGE
 from ckptfix.errors import DamagedError, NotACheckpointError, UnsafeError, UnsupportedError
+from ckptfix.files import check_crc
 from ckptfix.findings import Finding
 from ckptfix.formats import zips
 from ckptfix.limits import DEFAULT, Limits
@@ -44,7 +45,7 @@ NAME = "torch zip"
 MAGIC = b"PK\x03\x04"
 EXTENSIONS = (".pt", ".pth", ".bin", ".ckpt")
 
-_OWN = {
+OWN = {
     "data.pkl", "byteorder", "version", ".format_version", ".storage_alignment",
     ".data/serialization_id",
 }  # fmt: skip
@@ -66,7 +67,7 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
     if source.size > archive.end:
         surplus = source.size - archive.end
         notes.append(Finding("trailing-bytes", f"{surplus} bytes follow the end of the archive"))
-    return _document(records, source.name, source.size, tuple(notes), limits)
+    return from_records(records, source.name, source.size, tuple(notes), limits)
 
 
 def read_folder(path: Path, limits: Limits = DEFAULT) -> Document:
@@ -75,7 +76,7 @@ def read_folder(path: Path, limits: Limits = DEFAULT) -> Document:
     sources = {file.relative_to(path).as_posix(): FileSource(file) for file in files}
     records = {name: Span(source, 0, source.size) for name, source in sources.items()}
     size = sum(span.length for span in records.values())
-    return _document(records, str(path), size, (), limits)
+    return from_records(records, str(path), size, (), limits)
 
 
 def is_unpacked(path: Path) -> bool:
@@ -83,21 +84,38 @@ def is_unpacked(path: Path) -> bool:
     return (path / "data.pkl").is_file() or len(list(path.glob("*/data.pkl"))) == 1
 
 
-def _document(
-    records: Mapping[str, Span], name: str, size: int, notes: tuple[Finding, ...], limits: Limits
+def from_records(
+    records: Mapping[str, Span],
+    name: str,
+    size: int,
+    notes: tuple[Finding, ...] = (),
+    limits: Limits = DEFAULT,
+    lost: list[Storage] | None = None,
 ) -> Document:
+    """The document in the records of an archive.
+
+    A storage whose record is absent or short is refused, unless there is a list that takes it.
+    """
     folder = _folder(records, name)
     pickle = records[f"{folder}data.pkl"]
     if pickle.length > limits.pickle_bytes:
         raise UnsafeError(f"{name}: its pickle has {pickle.length} bytes")
-    storages = _Storages(records, folder)
+    check_crc(pickle, f"{folder}data.pkl")
+    storages = _Storages(records, folder, lost)
     label = f"{name}: {folder}data.pkl"
     root, _ = pickles.read(pickle.read(), storages.load, name=label, limits=limits)
-    extras = {
+    others = {
         record.removeprefix(folder): span
         for record, span in records.items()
-        if record.removeprefix(folder) not in _OWN and record not in storages.names
+        if record.removeprefix(folder) not in OWN and record not in storages.names
     }
+    if len({record.removeprefix(folder) for record in records}) < len(records):
+        raise UnsafeError(f"{name}: holds a record of one name inside {folder!r} and outside")
+    extras = {record: span for record, span in others.items() if not record.startswith("data/")}
+    unused = sum(span.length for record, span in others.items() if record not in extras)
+    if len(others) > len(extras):
+        message = f"{len(others) - len(extras)} records of {unused} bytes belong to no tensor"
+        notes = (*notes, Finding("unused-records", message))
     return Document(
         root,
         "TorchScript zip" if "constants.pkl" in extras else NAME,
@@ -137,7 +155,10 @@ def _byteorder(records: Mapping[str, Span], folder: str, name: str) -> Literal["
 class _Storages:
     """Turns persistent ids into storages over the records of an archive, one for each key."""
 
-    def __init__(self, records: Mapping[str, Span], folder: str) -> None:
+    def __init__(
+        self, records: Mapping[str, Span], folder: str, lost: list[Storage] | None
+    ) -> None:
+        self._lost = lost
         self._records = records
         self._folder = folder
         self._known: dict[str, Storage] = {}
@@ -148,10 +169,18 @@ class _Storages:
         storage = parse_persistent_id(pid)
         known = self._known.setdefault(storage.key, storage)
         if known is storage:
-            storage.spans = (self._span(storage),)
+            self._place(storage)
         elif _description(known) != _description(storage):
             raise UnsafeError(f"storage {storage.key!r} is described in two ways")
         return known
+
+    def _place(self, storage: Storage) -> None:
+        try:
+            storage.spans = (self._span(storage),)
+        except (DamagedError, UnsafeError):
+            if self._lost is None:
+                raise
+            self._lost.append(storage)
 
     def _span(self, storage: Storage) -> Span:
         name = f"{self._folder}data/{storage.key}"
@@ -178,9 +207,12 @@ def parse_persistent_id(pid: Node) -> Storage:
     _, cls, key, device, numel = pid
     dtype = BY_STORAGE.get(cls.name) if type(cls) is Global else None
     if dtype is None:
-        raise UnsupportedError(f"a storage of class {cls} is not known")
-    if type(key) is not str or type(device) is not str or type(numel) is not int or numel < 0:
+        named = cls if type(cls) is Global else type(cls).__name__
+        raise UnsupportedError(f"a storage of class {named} is not known")
+    if type(key) is not str or type(device) is not str or type(numel) is not int:
         raise DamagedError("a storage is described wrongly")
+    if not 0 <= numel < 1 << 63:
+        raise UnsafeError(f"a storage of {numel:#x} elements is announced")
     return Storage(dtype, numel, device, key=key)
 
 

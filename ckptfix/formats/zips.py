@@ -40,6 +40,7 @@ _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED, _DESCRIBED, _UTF8 = 0x0001, 0x0008, 0x0800
 _DESCRIPTOR_SIZES = (0, 12, 16, 20, 24)
 _STORED, _DEFLATED = 0, 8
+_MAX_NAME = 4096
 _RETRY = "the archive is cut short or damaged: copy or download it again"
 
 
@@ -56,6 +57,8 @@ class Record(NamedTuple):
     """Where its local header begins."""
     data: int = 0
     """Where its data begins."""
+    entry: int = 0
+    """Where its entry begins, counted from the beginning of the central directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +104,13 @@ def _find_directory(source: Source) -> tuple[int, int, int, int]:
     window = min(source.size, END.size + _MAX16 + (1 << 12))
     tail = source.read(source.size - window, window)
     found = tail.rfind(_END_MAGIC)
-    while found >= 0 and len(tail) - found >= END.size:
+    while found >= 0:
         place = source.size - window + found
-        fields = END.unpack_from(tail, found)
-        located = _locate(source, place, fields)
-        if located is not None:
-            return (*located, place + END.size + fields[7])
+        if place + END.size <= source.size:
+            fields = END.unpack_from(tail, found)
+            located = _locate(source, place, fields)
+            if located is not None:
+                return (*located, place + END.size + fields[7])
         found = tail.rfind(_END_MAGIC, 0, found)
     raise DamagedError(f"{source.name}: the zip archive has no end record", hint=_RETRY)
 
@@ -187,9 +191,13 @@ def _central_entry(directory: bytes, position: int, name: str) -> tuple[Record, 
         offset = wide.pop(0) if offset == _MAX32 and wide else offset
     if flags & _ENCRYPTED:
         raise UnsupportedError(f"{name}: {label!r} is encrypted")
-    if method not in (_STORED, _DEFLATED) or (method == _STORED and packed != size):
+    if method not in (_STORED, _DEFLATED):
         raise UnsupportedError(f"{name}: {label!r} is packed with method {method}")
-    return Record(label, flags, method, crc, packed, size, offset), end
+    if method == _STORED and packed != size:
+        raise UnsafeError(f"{name}: {label!r} is stored, and has two sizes: {packed} and {size}")
+    if "\0" in label or len(label) > _MAX_NAME:  # readers end a name at a zero byte, or do not
+        raise UnsafeError(f"{name}: a record's name is too long, or holds a zero byte")
+    return Record(label, flags, method, crc, packed, size, offset, entry=position), end
 
 
 def _decode(label: bytes, flags: int) -> str:
@@ -215,24 +223,23 @@ def _with_data(source: Source, entry: Record, directory: int) -> Record:
     header = source.read(entry.header, min(LOCAL.size + 256, directory - entry.header))
     fields = LOCAL.unpack_from(header)
     magic, _, flags, method, _, _, crc, packed, size, named, extra = fields
-    label = header[LOCAL.size : LOCAL.size + named]
-    if len(label) < named:
-        label = source.read(entry.header + LOCAL.size, named)
     if magic != _LOCAL_MAGIC:
         raise DamagedError(f"{source.name}: {entry.name!r} has no header", hint=_RETRY)
+    if len(header) < LOCAL.size + named + extra:
+        header = source.read(entry.header, LOCAL.size + named + extra)
+    label = _decode(header[LOCAL.size : LOCAL.size + named], flags)
+    if _MAX32 in (packed, size):
+        wide = _zip64_values(header[LOCAL.size + named : LOCAL.size + named + extra])
+        size = wide.pop(0) if size == _MAX32 and wide else size
+        packed = wide.pop(0) if packed == _MAX32 and wide else packed
     described = flags & _DESCRIBED and crc == packed == size == 0
-    wide = _MAX32 in (packed, size)  # then the extra field has them, and the directory is believed
-    same = described or (
-        crc == entry.crc and (wide or (packed, size) == (entry.packed, entry.size))
-    )
-    if not same or method != entry.method or _decode(label, flags) != entry.name:
+    same = described or (crc, packed, size) == (entry.crc, entry.packed, entry.size)
+    if not same or (method, label) != (entry.method, entry.name) or flags & _ENCRYPTED:
         raise UnsafeError(
             f"{source.name}: header and directory of the archive disagree about {entry.name!r}"
         )
     data = entry.header + LOCAL.size + named + extra
-    return Record(
-        entry.name, flags, method, entry.crc, entry.packed, entry.size, entry.header, data
-    )
+    return entry._replace(flags=flags, data=data)
 
 
 def _check_layout(records: Sequence[Record], directory: int, source: Source) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ckptfix.document import Global, How, Inert, Node, OrderedMap
 from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedError
 from ckptfix.limits import DEFAULT, Limits
-from ckptfix.pickles.torch_objects import BUILDERS, Builder, hashable
+from ckptfix.pickles.torch_objects import BUILDERS, Builder, class_name, hashable
 
 if TYPE_CHECKING:
     import mmap
@@ -116,11 +116,14 @@ class _Machine:
 
     def name(self, module: str, name: str) -> Global:
         found = Global(module, name)
-        return self.globals.setdefault(found, found)
+        known = self.globals.get(found)
+        if known is None:
+            known = self.globals[found] = class_name(module, name, self.limits)
+        return known
 
     def call(self, function: Node, args: Node, how: How = "reduce", kwargs: Node = None) -> Node:
         if type(args) is not tuple:
-            raise DamagedError(f"the arguments of {function} are no tuple")
+            raise DamagedError(f"a {type(args).__name__} stands for the arguments of a call")
         builder = (
             self.builders.get(function) if type(function) is Global and how == "reduce" else None
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
-from ckptfix.dtypes import BY_NAME, DType
+from ckptfix.dtypes import BY_NAME, UNTYPED, DType
 from ckptfix.errors import UnsafeError
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ def encode(args: Arguments, limits: Limits) -> bytes | None:
 
 
 def byte_array(args: Arguments, limits: Limits) -> bytearray | None:
-    """`bytearray("…", "latin-1")` in protocol 2, `bytearray(b"…")` in protocols 3 and 4."""
-    if len(args) == 1 and type(args[0]) is bytes:
-        return bytearray(args[0])
+    """`bytearray("…", "latin-1")` in protocol 2, `bytearray(b"…")` in 3 and 4, `bytearray()`."""
+    if not args or (len(args) == 1 and type(args[0]) is bytes):
+        return bytearray(*args)
     data = encode(args, limits)
     return None if data is None else bytearray(data)
 
@@ -53,7 +53,7 @@ def empty_bytes(args: Arguments, limits: Limits) -> bytes | None:
 def nested_class(args: Arguments, limits: Limits) -> Global | None:
     """`getattr(Outer, "Inner")`: a nested class in protocols before 4."""
     if len(args) == 2 and type(args[0]) is Global and type(args[1]) is str:
-        return Global(args[0].module, f"{args[0].name}.{args[1]}")
+        return class_name(args[0].module, f"{args[0].name}.{args[1]}", limits)
     return None
 
 
@@ -113,7 +113,7 @@ def tensor(
         return None
     if type(storage) is StorageView:
         offset, storage = storage.offset + offset, storage.storage
-    if type(storage) is not Storage:
+    if type(storage) is not Storage or (dtype is None and storage.dtype is UNTYPED):
         return None
     dtype = dtype or storage.dtype
     _check_bounds(storage, dtype, offset, shape, stride, limits)
@@ -142,16 +142,12 @@ def _check_bounds(
     limits: Limits,
 ) -> None:
     """What torch checks when a tensor is set on a storage, before anything is allocated."""
+    if len(shape) > _MAX_DIMS or not all(0 <= x < _INT64 for x in (offset, *shape, *stride)):
+        raise UnsafeError("a tensor has sizes, strides or an offset that no tensor can have")
     last, count = offset, dtype.itemsize
-    negative = offset < 0
     for size, step in zip(shape, stride, strict=True):
-        negative = negative or size < 0 or step < 0
         count *= size
         last += (size - 1) * step
-    if negative:
-        raise UnsafeError(
-            f"a tensor of shape {shape}, stride {stride}, offset {offset} is negative"
-        )
     if count and (last + 1) * dtype.itemsize > storage.nbytes:
         raise UnsafeError(
             f"a tensor of shape {shape}, stride {stride}, offset {offset} reaches outside its "
@@ -159,6 +155,21 @@ def _check_bounds(
         )
     if count > limits.tensor_bytes and count > storage.nbytes:
         raise UnsafeError(f"a tensor of shape {shape} would expand to {count} bytes")
+
+
+_INT64 = 1 << 63
+_MAX_DIMS = 64
+"""What torch's operations work with; products of more could take long."""
+
+
+def class_name(module: str, name: str, limits: Limits) -> Global:
+    """A name that a pickle of any protocol can spell; raises `UnsafeError` for others."""
+    if len(module) + len(name) > limits.name_characters:
+        raise UnsafeError(f"a class name of {len(module) + len(name)} characters")
+    if "\n" in module or "\n" in name:
+        raise UnsafeError("a class name that holds a line break")
+    f"{module}.{name}".encode()  # UnicodeEncodeError: half a surrogate pair
+    return Global(module, name)
 
 
 def hashable(key: Node, limits: Limits) -> bool:

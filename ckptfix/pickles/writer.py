@@ -13,30 +13,35 @@ from typing import TYPE_CHECKING
 
 from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.dtypes import UNTYPED, DType
-from ckptfix.errors import UnsupportedError
+from ckptfix.errors import UnsafeError, UnsupportedError
+from ckptfix.trees import REOPENED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Hashable, Iterable
+    from collections.abc import Callable, Collection, Generator, Hashable, Iterable
 
     Frame = Generator[Node, None, None]
 
 
-def write(root: Node) -> tuple[bytes, list[Storage]]:
+def write(root: Node, *, own_keys: bool = False) -> tuple[bytes, list[Storage]]:
     """The pickle of a tree, and its storages: the n-th is the one that the pickle calls `str(n)`.
 
-    Raises `UnsupportedError` for a node that no tree may hold.
+    With `own_keys` the pickle calls each storage by the key that it was read with. Raises
+    `UnsupportedError` for a node that no tree may hold.
     """
-    return _Writer().run(root)
+    return _Writer(own_keys).run(root)
 
 
 class _Writer:
-    def __init__(self) -> None:
+    def __init__(self, own_keys: bool) -> None:
+        self.own_keys = own_keys
         self.chunks: list[bytes] = [b"\x80\x02"]
         self.emit = self.chunks.append
         self.places: dict[Hashable, int] = {}
         self.references: dict[Hashable, bytes] = {}
         self.kept: list[Node] = []  # tuples made here: an id is taken only while its object lives
         self.storages: list[Storage] = []
+        self.opened: set[int] = set()
+        self.reopened = 0
 
     def run(self, root: Node) -> tuple[bytes, list[Storage]]:
         frames: list[Iterable[Node]] = [iter((root,))]
@@ -136,6 +141,7 @@ class _Writer:
 
     def tuple_frame(self, node: tuple[Node, ...]) -> Frame:
         length = len(node)
+        self.open(node, length)
         if length > 3:
             self.emit(b"(")
         yield from node
@@ -145,6 +151,17 @@ class _Writer:
         else:
             self.emit((b"t", b"\x85", b"\x86", b"\x87")[length if length <= 3 else 0])
             self.remember(id(node))
+
+    def open(self, node: Node, length: int) -> None:
+        """Begin what cannot be referred to until it is whole; refuse what never gets there.
+
+        What holds itself is begun again inside itself, which squares the size of the pickle.
+        """
+        if id(node) in self.opened:
+            self.reopened += length
+            if self.reopened > REOPENED:
+                raise UnsafeError("its tuples hold themselves in too many ways")
+        self.opened.add(id(node))
 
     def write_list(self, node: list[Node]) -> Frame | None:
         return None if self.refer(id(node)) else self.list_frame(node)
@@ -174,19 +191,19 @@ class _Writer:
             yield node.attributes
             self.emit(b"b")
 
-    def items(self, items: Iterable[Node]) -> Frame:
+    def items(self, items: Collection[Node]) -> Frame:
         if items:
-            self.emit(b"(")
+            self.emit(b"(" if len(items) > 1 else b"")
             yield from items
-            self.emit(b"e")
+            self.emit(b"e" if len(items) > 1 else b"a")
 
-    def pairs(self, pairs: Iterable[tuple[Node, Node]]) -> Frame:
+    def pairs(self, pairs: Collection[tuple[Node, Node]]) -> Frame:
         if pairs:
-            self.emit(b"(")
+            self.emit(b"(" if len(pairs) > 1 else b"")
             for key, value in pairs:
                 yield key
                 yield value
-            self.emit(b"u")
+            self.emit(b"u" if len(pairs) > 1 else b"s")
 
     # --- objects
 
@@ -208,8 +225,18 @@ class _Writer:
 
     def call_reduce(self, node: Inert) -> Frame:
         yield node.function
-        yield node.args
+        if node.function in _SETS and len(node.args) == 1 and type(node.args[0]) is list:
+            yield from self.members(node.args[0])
+        else:
+            yield node.args
         self.emit(b"R")
+
+    def members(self, items: list[Node]) -> Frame:
+        """The argument of a set, never shared: a set inside itself would be made of half of it."""
+        self.open(items, len(items))
+        self.emit(b"]")
+        yield from self.items(items)
+        self.emit(b"\x85")
 
     def call_newobj(self, node: Inert) -> Frame:
         yield node.function
@@ -238,7 +265,7 @@ class _Writer:
         self.emit(b"(")
         self.write_str("storage")
         self.write_global(_storage_class(node.dtype))
-        self.write_str(str(len(self.storages)))
+        self.write_str(node.key if self.own_keys else str(len(self.storages)))
         self.write_str(node.device)
         self.emit(_integer(node.numel if typed else node.nbytes) + b"tQ")
         self.remember(id(node))
@@ -277,6 +304,9 @@ _BYTEARRAY = Global("__builtin__", "bytearray")
 _ENCODE = Global("_codecs", "encode")
 _NEWOBJ_EX = Global("copy_reg", "__newobj_ex__")
 _ORDERED_DICT = Global("collections", "OrderedDict")
+_SETS = frozenset(
+    Global(module, name) for module in ("builtins", "__builtin__") for name in ("set", "frozenset")
+)
 _TENSOR_V2 = Global("torch._utils", "_rebuild_tensor_v2")
 _TENSOR_V3 = Global("torch._utils", "_rebuild_tensor_v3")
 
@@ -294,7 +324,7 @@ def _integer(value: int) -> bytes:
         return b"M" + value.to_bytes(2, "little")
     if -(1 << 31) <= value < 1 << 31:
         return b"J" + value.to_bytes(4, "little", signed=True)
-    length = value.bit_length() // 8 + 1
+    length = (value if value >= 0 else ~value).bit_length() // 8 + 1
     size = b"\x8a%c" % length if length < 256 else b"\x8b" + _U4.pack(length)
     return size + value.to_bytes(length, "little", signed=True)
 

@@ -1,0 +1,58 @@
+"""What `convert --dtype` says: how much was cast, and what the cast lost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ckptfix import casting
+from ckptfix.cli import output
+
+if TYPE_CHECKING:
+    from ckptfix.casting import Cast
+    from ckptfix.document import Document
+    from ckptfix.dtypes import DType
+
+_SHOWN = 5
+_LOSSES = {
+    "overflow": "beyond the range of {dtype}",
+    "underflow": "too small for {dtype}, zero now",
+    "nan": "NaN before and after",
+}
+
+
+def said(document: Document, dtype: DType) -> str:
+    """How many tensors of a document are cast."""
+    return f"{sum(len(cast.keys) for cast in casting.casts(document)):,} of them cast to {dtype}"
+
+
+def report(document: Document, dtype: DType, *, dry_run: bool) -> dict[str, Any]:
+    """Say what was lost by casting, and what was not cast; returns the same for JSON."""
+    if dry_run:
+        casting.measure(document)
+    casts = casting.casts(document)
+    for loss, what in _LOSSES.items():
+        _note_losses(casts, loss, what.format(dtype=dtype))
+    others = casting.others(document, dtype)
+    if others:
+        count = output.plural(others, "other floating-point tensor")
+        output.note(f"{count} not cast: outside state dicts (an optimizer), or not dense")
+    return {"dtype": dtype.name, "tensors": [_row(cast) for cast in casts], "not_cast": others}
+
+
+def _note_losses(casts: list[Cast], loss: str, what: str) -> None:
+    rows = [(cast.keys[0], getattr(cast.losses, loss)) for cast in casts]
+    rows = sorted(((key, count) for key, count in rows if count), key=lambda row: -row[1])
+    if rows:
+        shown = ", ".join(f"{key} ({count:,})" for key, count in rows[:_SHOWN])
+        more = f", and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+        total = output.plural(sum(count for _, count in rows), "value")
+        output.note(f"{total} {what}: {shown}{more}")
+
+
+def _row(cast: Cast) -> dict[str, Any]:
+    return {
+        "keys": list(cast.keys),
+        "from": cast.before.name,
+        "elements": cast.numel,
+        **cast.losses._asdict(),
+    }

@@ -1,0 +1,226 @@
+"""`ckptfix diff`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from ckptfix import formats
+from ckptfix.cli import options, output
+from ckptfix.compare import Spec, shape
+from ckptfix.differences import compare
+from ckptfix.trees import storages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.console import Console
+
+    from ckptfix.compare import Difference
+    from ckptfix.differences import Diff, StateDiff, ValueDifference
+
+_SHOWN = 10
+_KEY_WIDTH = 40
+
+
+@click.command("diff")
+@click.argument("a", metavar="A", type=click.Path())
+@click.argument("b", metavar="B", type=click.Path())
+@click.option(
+    "--select",
+    metavar="PATH",
+    multiple=True,
+    help="Compare only this state dict; given twice: that of A, then that of B.",
+)
+@click.option("--keys-only", is_flag=True, help="Keys, shapes and dtypes; no values.")
+@click.option("--read-data", is_flag=True, help="Compare bytes where checksums could tell.")
+@click.option("--all", "everything", is_flag=True, help="List every difference.")
+@options.as_json
+def command(
+    a: str, b: str, select: tuple[str, ...], keys_only: bool, read_data: bool, everything: bool
+) -> int:
+    r"""Compare two checkpoints: keys, shapes, dtypes, values, and everything beside.
+
+    State dicts are paired by their paths. Keys that a prefix sets apart are recognised, and so is a
+    tensor that stands under another name. Equal checksums on record count as equal values, so that
+    large files take no time; where they are lacking, bytes are compared. Of tensors that differ,
+    the largest difference is told, absolute, and relative to the larger of the two values.
+
+    \b
+    Examples:
+      ckptfix diff before.pt after.pt
+      ckptfix diff --keys-only model.pt model.safetensors
+      ckptfix diff --select state_dict --select state_dict_ema run.pt run.pt
+
+    \b
+    Exit codes:
+      0  they are the same
+      1  they differ
+      2  one cannot be read, or there is no such state dict
+    """
+    paths = _paths(select)
+    one, other = formats.read(a), formats.read(b)
+    total = sum(storage.nbytes for storage in storages(one.root))
+    with output.progress("comparing", total) as advance:
+        found = compare(
+            one, other, select=paths, keys_only=keys_only, read_data=read_data, progress=advance
+        )
+    data = {"command": "diff", "a": a, "b": b, "same": found.same, "keys_only": keys_only}
+    rows = [_data(state) for state in found.state_dicts]
+    others = [row._asdict() for row in found.others]
+    output.answer(
+        {**data, "state_dicts": rows, "others": others},
+        lambda console: _draw(console, found, None if everything else _SHOWN, keys_only),
+    )
+    return 0 if found.same else 1
+
+
+def _paths(select: Sequence[str]) -> tuple[str, str] | None:
+    if len(select) > 2:
+        raise click.UsageError("--select: give it once for both sides, or twice: A's, then B's")
+    return (select[0], select[-1]) if select else None
+
+
+# --- as JSON
+
+
+def _data(state: StateDiff) -> dict[str, Any]:
+    return {
+        "a": state.a,
+        "b": state.b,
+        "equal": state.equal,
+        "removed": _listed(state.removed),
+        "added": _listed(state.added),
+        "renamed": state.renamed,
+        "shapes": [_pair(row) for row in state.shapes],
+        "dtypes": [_pair(row) for row in state.dtypes],
+        "values": [_value(row) for row in state.values],
+    }
+
+
+def _listed(specs: dict[str, Spec]) -> list[dict[str, Any]]:
+    return [{"key": key, **spec._asdict()} for key, spec in specs.items()]
+
+
+def _pair(row: Difference) -> dict[str, Any]:
+    return {"key": row.key, "a": row.found._asdict(), "b": row.wanted._asdict()}
+
+
+def _value(row: ValueDifference) -> dict[str, Any]:
+    """JSON has no infinity: a difference without bound is null, and so is one of no numbers."""
+    differing, *sizes = row.distance
+    absolute, relative = (None if s in (None, float("inf")) else s for s in sizes)
+    return {
+        "key": row.key,
+        "other": row.other,
+        "elements": row.numel,
+        "differing": differing,
+        "max_abs": absolute,
+        "max_rel": relative,
+    }
+
+
+# --- for people
+
+
+class _Section(NamedTuple):
+    title: str
+    sign: str
+    rows: list[str]
+    style: str
+
+
+def _draw(console: Console, found: Diff, limit: int | None, keys_only: bool) -> None:
+    from rich.text import Text
+
+    for state in found.state_dicts:
+        _draw_sections(console, list(_sections(state, limit)), limit)
+    others = [f"{row.path}: {_change(row.a, row.b)}" for row in found.others]
+    if others:
+        _draw_sections(console, [_Section("other values", "~", others, "yellow")], limit)
+    verdict, style = ("the same", "bold green") if found.same else ("different", "bold red")
+    names = (output.printable(name) for name in (found.a, found.b))
+    console.print(Text.assemble(" and ".join(names), ": ", (verdict, style)), soft_wrap=True)
+    for state in found.state_dicts:
+        console.print(Text(output.printable(_summary(state, keys_only))))
+    if found.others:
+        console.print(output.plural(len(found.others), "other difference"))
+
+
+def _draw_sections(console: Console, sections: list[_Section], limit: int | None) -> None:
+    from rich.text import Text
+
+    for title, sign, rows, style in sections:
+        console.print(Text(f"{title} ({len(rows):,})", "bold"))
+        for row in rows[:limit]:
+            console.print(Text(f"  {sign} {output.printable(row)}", style), soft_wrap=True)
+        if limit is not None and len(rows) > limit:
+            console.print(Text(f"  … and {len(rows) - limit:,} more (--all has them)", "dim"))
+
+
+def _sections(state: StateDiff, limit: int | None) -> Iterator[_Section]:
+    where = "" if state.a == state.b == "/" else f" in {state.a}"
+    if state.a != state.b:
+        where = f" in {state.a} (A), {state.b} (B)"
+    label = f": {state.label}" if state.label else ""
+    renamed = [f"{_cut(old, limit)} -> {new}" for old, new in state.renamed.items()]
+    shapes = [f"{_cut(r.key, limit)}  {shape(r.found)} -> {shape(r.wanted)}" for r in state.shapes]
+    dtypes = [f"{_cut(r.key, limit)}  {r.found.dtype} -> {r.wanted.dtype}" for r in state.dtypes]
+    sections = (
+        _Section(f"only in A{where}", "-", _specs(state.removed, limit), "red"),
+        _Section(f"only in B{where}", "+", _specs(state.added, limit), "green"),
+        _Section(f"renamed{where}{label}", ">", renamed, ""),
+        _Section(f"of another shape{where}", "!", shapes, "red"),
+        _Section(f"of another dtype{where}", "~", dtypes, "yellow"),
+        _Section(f"of other values{where}", "~", _value_rows(state, limit), "yellow"),
+    )
+    yield from (section for section in sections if section.rows)
+
+
+def _specs(specs: dict[str, Spec], limit: int | None) -> list[str]:
+    return [f"{_cut(key, limit)}  {spec.dtype or ''} {shape(spec)}" for key, spec in specs.items()]
+
+
+def _value_rows(state: StateDiff, limit: int | None) -> list[str]:
+    """The largest difference first, in columns as `git diff --stat` has them."""
+    ordered = sorted(state.values, key=lambda row: -(row.distance.max_abs or 0))
+    keys = [_cut(row.key, limit) for row in ordered]
+    width = max(map(len, keys[:limit]), default=0)
+    return [f"{key:{width}} | {_measured(row)}" for key, row in zip(keys, ordered, strict=True)]
+
+
+def _measured(row: ValueDifference) -> str:
+    differing, absolute, relative = row.distance
+    if differing is None:
+        return "other bytes"
+    if row.distance.in_bits_only:
+        return "equal, but not bit by bit (-0, NaN)"
+    share = "all" if differing == row.numel else f"{differing:,} of"
+    return f"{share} {row.numel:,}, abs {absolute:.1e}, rel {relative:.1e}"
+
+
+def _cut(key: str, limit: int | None) -> str:
+    """A key, its beginning left out where it is long: the end tells more."""
+    return key if limit is None or len(key) <= _KEY_WIDTH else f"…{key[1 - _KEY_WIDTH :]}"
+
+
+def _change(a: str | None, b: str | None) -> str:
+    if a is None or b is None:
+        return f"only in {'A' if b is None else 'B'} ({b if a is None else a})"
+    return f"{a} -> {b}" if a != b else f"{a}, of another value"
+
+
+def _summary(state: StateDiff, keys_only: bool) -> str:
+    counts = (
+        (len(state.removed), "only in A"),
+        (len(state.added), "only in B"),
+        (len(state.renamed), "renamed"),
+        (len(state.shapes), "of another shape"),
+        (len(state.dtypes), "of another dtype"),
+        (len(state.values), "of other values"),
+    )
+    path = "" if state.a == state.b == "/" else f"{state.a}: "
+    alike = "alike, values not compared" if keys_only else "equal"
+    equal = f"{output.plural(state.equal, 'tensor')} {alike}"
+    return path + ", ".join([equal, *(f"{count:,} {what}" for count, what in counts if count)])

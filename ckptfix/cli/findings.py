@@ -1,0 +1,69 @@
+"""Findings, as lines for people and as rows for JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ckptfix.cli.output import text
+from ckptfix.diagnose import command
+from ckptfix.findings import Severity
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from ckptfix.document import Document
+    from ckptfix.findings import Finding
+
+_STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
+_INDENT = " " * 8
+
+
+def rows(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """Findings for JSON."""
+    return [
+        {
+            "code": finding.code,
+            "severity": finding.severity,
+            "where": finding.where,
+            "message": finding.message,
+            "command": finding.command,
+        }
+        for finding in findings
+    ]
+
+
+def draw(console: Console, document: Document, findings: Sequence[Finding]) -> None:
+    """Print findings after an empty line, each with the command that mends it.
+
+    Messages are wrapped; commands never are, so that they can be copied.
+    """
+    commands: list[str] = []
+    for finding in findings:
+        if finding is findings[0]:
+            console.print()
+        console.print(_entry(finding))
+        if finding.command in commands:
+            console.print(text(f"{_INDENT}the same command mends it"))
+        elif finding.command is not None:
+            commands.append(finding.command)
+            _draw_command(console, finding.command)
+    if sum(found.startswith("ckptfix ") for found in commands) > 1:
+        console.print(text("all     at once:"))
+        _draw_command(console, command("fix", document, "fixed"))
+
+
+def _entry(finding: Finding) -> Table:
+    from rich.table import Table
+
+    where = "" if finding.where == "/" else f" ({finding.where})"
+    label = text((f"{finding.severity:7}", _STYLES[finding.severity]))
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_row(label, text((finding.code, "bold"), f"{where}: {finding.message}"))
+    return table
+
+
+def _draw_command(console: Console, line: str) -> None:
+    console.print(text(_INDENT, (line, "cyan")), soft_wrap=True)

@@ -1,0 +1,68 @@
+"""`ckptfix rename`."""
+
+from __future__ import annotations
+
+import click
+
+from ckptfix import edits, wrappers
+from ckptfix.cli import options
+from ckptfix.cli.strip_prefix import write_renamed
+from ckptfix.cli.writing import Job
+from ckptfix.state_dicts import choose_all
+
+
+@click.command("rename")
+@options.edits
+@options.select_many
+@click.option(
+    "--sub",
+    "pairs",
+    metavar="RE REPL",
+    nargs=2,
+    multiple=True,
+    required=True,
+    help="Replace what RE matches in a key by REPL, as Python's re.sub does (may be repeated; "
+    "each works on what the one before it left).",
+)
+def command(
+    source: str,
+    target: str,
+    force: bool,
+    dry_run: bool,
+    in_place: bool,
+    select: tuple[str, ...],
+    pairs: tuple[tuple[str, str], ...],
+) -> int:
+    r"""Rename keys of state dicts by regular expressions.
+
+    RE may match anywhere in a key; `^` and `$` tie it to an end. Modules in `_metadata` and an
+    optimizer that is keyed by names are renamed with the keys. Two keys that would become one are
+    an error. Everything else in IN is carried along. The extension of OUT names its container.
+
+    \b
+    Examples:
+      ckptfix rename old.pt new.pt --sub '^backbone\.' 'encoder.'
+      ckptfix rename old.pt new.pt --sub 'gamma$' weight --sub 'beta$' bias
+      ckptfix rename --in-place model.pt --sub '^net\.' ''
+
+    \b
+    Exit codes:
+      0  OUT was written, or IN was changed in place
+      1  no key matches; nothing was written
+      2  RE is not valid, or IN cannot be read, or two keys would become
+         one, or OUT cannot be written; nothing was written
+    """
+    job = Job("rename", source, target, force, dry_run, in_place=in_place)
+    document = job.open()
+    states = choose_all(document, select)
+    with job.naming_the_input():
+        found = [(state, wrappers.substitute_in_turn(state.mapping, pairs)) for state in states]
+    changes = [(state, renaming) for state, renaming in found if renaming.changed]
+    if not changes:
+        return job.nothing(f"no key matches {' or '.join(repr(pattern) for pattern, _ in pairs)}")
+    return write_renamed(job, edits.rename(document, changes), changes, _example(changes[0][1]))
+
+
+def _example(renaming: wrappers.Renaming) -> str:
+    old, new = next(pair for pair in renaming.keys.items() if pair[0] != pair[1])
+    return f"{old} -> {new}" + (", …" if renaming.changed > 1 else "")

@@ -1,0 +1,96 @@
+"""Read every byte of a checkpoint: are the checksums right, and are the numbers numbers?"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptfix.errors import DamagedError
+from ckptfix.files import check_crc
+from ckptfix.state_dicts import find
+from ckptfix.trees import storages
+
+if TYPE_CHECKING:
+    from ckptfix.document import Document, Storage, Tensor
+    from ckptfix.materialize import Materializer
+
+_CHUNK = 1 << 22
+"""Elements that are looked at together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What reading all bytes has shown."""
+
+    verified: int
+    """Storages whose bytes have the checksum on record."""
+    unverified: int
+    """Storages of containers that keep no checksums; that is not damage."""
+    damaged: list[str]
+    """Messages, one for each storage whose bytes are not those that were saved."""
+    nan: dict[str, int]
+    """Path of each tensor that holds NaN, and how many."""
+    inf: dict[str, int]
+    """Path of each tensor that holds infinities, and how many."""
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether no damage was found. NaN and infinities are what was saved."""
+        return not self.damaged
+
+
+def read_data(document: Document) -> Reading:
+    """Check every checksum, on as many threads as there are cores, and count NaN and infinities."""
+    held = list(storages(document.root))
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        damaged = [message for message in pool.map(_damage, held) if message is not None]
+    verified = sum(all(span.crc is not None for span in storage.spans) for storage in held)
+    nan, inf = ({}, {}) if damaged else _not_numbers(document)
+    return Reading(verified - len(damaged), len(held) - verified, damaged, nan, inf)
+
+
+def _damage(storage: Storage) -> str | None:
+    try:
+        for span in storage.spans:
+            check_crc(span, f"storage {storage.key!r}")
+    except DamagedError as error:
+        return error.message
+    return None
+
+
+def _not_numbers(document: Document) -> tuple[dict[str, int], dict[str, int]]:
+    from ckptfix.materialize import Materializer
+
+    materializer = Materializer(byteorder=document.byteorder)
+    nan: dict[str, int] = {}
+    inf: dict[str, int] = {}
+    for state in find(document.root):
+        if state.role == "optimizer":
+            continue
+        for key, tensor in state.tensors.items():
+            path = key if state.path == "/" else f"{state.path}/{key}"
+            nans, infs = _count(tensor, materializer)
+            nan.update({path: nans} if nans else {})
+            inf.update({path: infs} if infs else {})
+    return nan, inf
+
+
+def _count(tensor: Tensor, materializer: Materializer) -> tuple[int, int]:
+    """NaN and infinities in a tensor, looked at in pieces so that memory does not grow."""
+    import torch
+
+    if not tensor.dtype.name.startswith(("float", "bfloat", "complex")) or not tensor.numel:
+        return 0, 0
+    made = materializer.tensor(tensor).detach()
+    if made.dtype in (torch.complex32, torch.complex64, torch.complex128):
+        made = torch.view_as_real(made.resolve_conj().resolve_neg())
+    if made.dtype == getattr(torch, "float4_e2m1fn_x2", None):  # has neither
+        return 0, 0
+    nans = infs = 0
+    for piece in torch.split(made.reshape(-1), _CHUNK) if made.is_contiguous() else (made,):
+        numbers = piece.float() if made.element_size() < 4 else piece
+        nans += int(torch.isnan(numbers).sum())
+        infs += int(torch.isinf(numbers).sum())
+    return nans, infs

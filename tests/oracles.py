@@ -1,0 +1,65 @@
+"""The command line as a process, and equality of loaded checkpoints to the bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def ckptfix_command(*arguments: str | Path, cwd: Path | None = None) -> Any:
+    """Run `ckptfix` as a process of its own; returns what `subprocess.run` does."""
+    command = [sys.executable, "-m", "ckptfix", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def done(*arguments: str | Path, cwd: Path | None = None) -> str:
+    """Run `ckptfix`, insist that it succeeds, and return its answer."""
+    ran = ckptfix_command(*arguments, cwd=cwd)
+    assert ran.returncode == 0, ran.stderr
+    return str(ran.stdout)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """The elements of a dense tensor in row-major order, as they lie in memory."""
+    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    if not dense.numel():
+        return b""
+    flat = dense.as_strided((dense.numel(),), (1,))  # a single element may have any stride
+    return bytes(flat.view(torch.uint8).numpy())
+
+
+def unlike(one: Any, other: Any, where: str = "") -> str | None:
+    """Where two loaded trees first differ, to the bit and in order; None where they are equal."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return None if _same_tensor(one, other) else where or "/"
+    if type(one) is not type(other):
+        return where or "/"
+    if isinstance(one, Mapping):
+        if list(one) != list(other):
+            return f"{where}: keys"
+        if getattr(one, "_metadata", None) != getattr(other, "_metadata", None):
+            return f"{where}: _metadata"
+        return _first((one[key], other[key], f"{where}/{key}") for key in one)
+    if isinstance(one, (list, tuple)):
+        if len(one) != len(other):
+            return f"{where}: length"
+        rows = zip(one, other, strict=True)
+        return _first((a, b, f"{where}/{index}") for index, (a, b) in enumerate(rows))
+    if hasattr(one, "__dict__"):
+        return unlike(vars(one), vars(other), where)
+    return None if one == other else where or "/"
+
+
+def _same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and bits(one) == bits(other)
+
+
+def _first(rows: Any) -> str | None:
+    return next((found for row in rows if (found := unlike(*row)) is not None), None)

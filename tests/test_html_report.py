@@ -1,0 +1,68 @@
+"""The page of `inspect --html`: whole in itself, and safe to open whatever the keys say."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from ckptfix import formats, html_report
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+HOSTILE = "</script><script>document.title='run'</script><img src=x onerror=document.title='run'>"
+
+
+def page_of(path: Path) -> str:
+    return html_report.of_document(formats.read(path))
+
+
+def opened(page: str, folder: Path) -> str:
+    """The page after its script has run, as a browser has it."""
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    command = [
+        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+        "--no-first-run", "--disable-background-networking", "--disable-component-update",
+        "--disable-sync", f"--user-data-dir={folder / 'profile'}", "--dump-dom",
+        (folder / "page.html").as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+def test_it_needs_nothing_from_elsewhere() -> None:
+    page = page_of(FIXTURES / "dataparallel_cuda_training.pt")
+    assert not re.search(r"(?:src|href)=|https?:|@import|url\(", page)
+
+
+def test_it_has_tensors_findings_and_commands() -> None:
+    page = page_of(FIXTURES / "dataparallel_cuda.pt")
+    assert "module.linears.0.weight" in page
+    assert "ckptfix to-cpu" in page
+
+
+def test_keys_cannot_leave_the_data(tmp_path: Path) -> None:
+    torch.save({HOSTILE: torch.ones(1)}, tmp_path / "in.pt")
+    page = page_of(tmp_path / "in.pt")
+    assert page.count("</script>") == html_report.page("", [], [], [], []).count("</script>")
+    assert "onerror" in page
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_draws_the_map_and_the_table(tmp_path: Path) -> None:
+    drawn = opened(page_of(FIXTURES / "resnet18_dataparallel_cuda.pt"), tmp_path)
+    assert drawn.count('class="cell"') > 10
+    assert drawn.count("<tr>") == 122
+    assert "122 of 122" in drawn
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_runs_nothing_from_the_keys(tmp_path: Path) -> None:
+    torch.save({HOSTILE: torch.ones(9), "__proto__.x": torch.ones(9)}, tmp_path / "in.pt")
+    drawn = opened(page_of(tmp_path / "in.pt"), tmp_path)
+    assert "<title>ckptfix report</title>" in drawn
+    assert "2 of 2" in drawn

@@ -1,0 +1,156 @@
+"""What imports what: one direction through the house, and nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import FIXTURES
+
+PACKAGE = Path(__file__).parents[1] / "ckptfix"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+LAYERS = [
+    ("errors", "limits", "dtypes", "known_errors"),
+    ("findings", "document", "spans", "trees", "journal", "wrappers"),
+    ("pickles", "files"),
+    ("tensors", "modules", "materialize", "describe"),
+    ("formats", "state_dicts", "compacting"),
+    ("edits", "compare", "casting", "values", "target"),
+    ("diagnose", "differences", "inplace", "explain"),
+    ("fix", "weights_only", "recover", "soundness", "loaders"),
+    ("api",),
+    ("__init__",),
+    ("cli",),
+    ("__main__",),
+]
+"""Rooms from the ground up: one imports from its own layer, or from those before it."""
+LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+HEAVY = ("torch", "rich", "numpy")
+
+
+def imports(module: str, *, at_once: bool = False) -> set[str]:
+    """What a module imports when it runs; `at_once`: when it is imported itself."""
+    found: set[str] = set()
+    pending: list[Any] = [ast.parse(MODULES[module].read_text("utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if at_once and isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+        pending.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module: str) -> None:
+    assert room(module) in LAYER_OF, f"give {room(module)} its place in LAYERS"
+    wrong = [
+        name
+        for name in imports(module)
+        if name in MODULES and name != "ckptfix" and LAYER_OF[room(name)] > LAYER_OF[room(module)]
+    ]
+    assert not wrong
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    pending = {name: imports(name, at_once=True) & set(MODULES) for name in MODULES}
+    while pending:
+        free = {name for name, wanted in pending.items() if not wanted & set(pending) - {name}}
+        assert free, f"a circle among {sorted(pending)}"
+        pending = {name: wanted for name, wanted in pending.items() if name not in free}
+
+
+def test_every_layer_names_rooms_that_are_there() -> None:
+    assert set(LAYER_OF) == {room(name) for name in MODULES}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_command_line_imports_click_and_rich(module: str) -> None:
+    outside = {name.partition(".")[0] for name in imports(module)}
+    if room(module) != "cli":
+        assert not outside & {"click", "rich"}
+    assert "rich" not in {name.partition(".")[0] for name in imports(module, at_once=True)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_torch_is_imported_late(module: str) -> None:
+    at_once = {name.partition(".")[0] for name in imports(module, at_once=True)}
+    assert "torch" not in at_once or module in ("ckptfix.materialize", "ckptfix.describe")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_output_prints(module: str) -> None:
+    calls = [
+        ast.unparse(node.func)
+        for node in ast.walk(ast.parse(MODULES[module].read_text("utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+    prints = [call for call in calls if call in ("print", "click.echo", "click.secho")]
+    assert not prints or module == "ckptfix.cli.output"
+
+
+def loaded(*arguments: str | Path) -> set[str]:
+    """The heavy modules that Python has imported once it ran something."""
+    command = [sys.executable, "-X", "importtime", *map(str, arguments)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode in (0, 1), ran.stderr
+    seen = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
+    return seen & set(HEAVY)
+
+
+@pytest.mark.parametrize("statement", ["import ckptfix", "import ckptfix; ckptfix.open"])
+def test_importing_ckptfix_imports_nothing_heavy(statement: str) -> None:
+    assert not loaded("-c", statement)
+
+
+def test_the_heavy_modules_are_seen_where_they_are_imported() -> None:
+    assert loaded("-c", "import rich") == {"rich"}
+
+
+TRAINED = FIXTURES / "dataparallel_cuda_training.pt"
+DRAWING = {
+    "inspect": ["inspect", TRAINED],
+    "check": ["check", TRAINED, "--like", FIXTURES / "cpu.pt"],
+    "diff": ["diff", TRAINED, FIXTURES / "cpu.pt", "--keys-only"],
+    "fix": ["fix", TRAINED, "OUT.pt"],
+}
+PLAIN = {
+    "help": ["--help"],
+    "strip-prefix": ["strip-prefix", TRAINED, "OUT.pt"],
+    "strip-prefix to safetensors": ["strip-prefix", TRAINED, "OUT.safetensors"],
+    "add-prefix": ["add-prefix", FIXTURES / "cpu.pt", "OUT.pt"],
+    "rename": ["rename", FIXTURES / "cpu.pt", "OUT.pt", "--sub", "linears", "layers"],
+    "to-cpu": ["to-cpu", TRAINED, "OUT.pt"],
+    "convert": ["convert", FIXTURES / "legacy.pt", "OUT.safetensors"],
+    "convert back": ["convert", FIXTURES / "dataparallel.safetensors", "OUT.pt"],
+    "inspect as JSON": ["inspect", "--json", TRAINED],
+    "check as JSON": ["check", "--json", TRAINED],
+}
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *DRAWING])
+def test_commands_do_without_torch_and_most_without_rich(name: str, tmp_path: Path) -> None:
+    arguments = [
+        tmp_path / word if str(word).startswith("OUT") else word
+        for word in {**PLAIN, **DRAWING}[name]
+    ]
+    assert loaded("-m", "ckptfix", *arguments) <= ({"rich"} if name in DRAWING else set())

@@ -1,0 +1,49 @@
+"""Reading every byte: checksums, NaN and infinities."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ckptfix import formats
+from ckptfix.soundness import read_data
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+FLOATS = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2,
+    torch.complex64, torch.complex128,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_nan_and_infinities_are_counted_by_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = torch.tensor([1.0, float("nan"), float("inf"), -float("inf"), 0.0]).to(dtype)
+    weights = {"bad": values, "turned": torch.stack([values, values]).t(), "good": torch.ones(3)}
+    torch.save({"model": weights}, tmp_path / "in.pt")
+    found = read_data(formats.read(tmp_path / "in.pt"))
+    assert found.nan == {"model/bad": 1, "model/turned": 2}
+    assert found.inf == {"model/bad": 2, "model/turned": 4}
+    assert found.is_sound
+
+
+def test_a_large_tensor_is_counted_to_its_end(tmp_path: Path) -> None:
+    values = torch.zeros((1 << 22) + 5)
+    values[-1] = float("nan")
+    torch.save({"w": values}, tmp_path / "in.pt")
+    assert read_data(formats.read(tmp_path / "in.pt")).nan == {"w": 1}
+
+
+def test_a_flipped_byte_is_damage(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(100.0), "b": torch.ones(3)}, tmp_path / "in.pt")
+    data = bytearray((tmp_path / "in.pt").read_bytes())
+    data[data.find(torch.arange(100.0).numpy().tobytes()) + 7] ^= 1
+    (tmp_path / "in.pt").write_bytes(data)
+    found = read_data(formats.read(tmp_path / "in.pt"))
+    assert (found.verified, len(found.damaged), found.is_sound) == (1, 1, False)
+    assert "'0'" in found.damaged[0]
+
+
+@pytest.mark.parametrize("name", ["legacy.pt", "plain.safetensors"])
+def test_no_checksums_is_not_damage(name: str) -> None:
+    found = read_data(formats.read(FIXTURES / name))
+    assert (found.verified, found.unverified, found.is_sound) == (0, 3, True)
