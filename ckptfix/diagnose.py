@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix import formats, wrappers
+from ckptfix import fitting, formats, wrappers
 from ckptfix.compacting import compact
 from ckptfix.document import Document, Global, Inert, Tensor
 from ckptfix.dtypes import BY_NAME, BY_STORAGE
@@ -20,6 +20,7 @@ from ckptfix.trees import storages, walk
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ckptfix.renaming import Renaming
     from ckptfix.target import Target
 
 
@@ -254,7 +255,7 @@ class Remedy(NamedTuple):
 
 def remedy(document: Document, state: StateDict, wanted: Target) -> Remedy | None:
     """What makes the keys of a state dict those of the target; None where no renaming does."""
-    ways = wrappers.fits(state.mapping, wanted.specs_for(state))
+    ways = fitting.fits(state.mapping, wanted.specs_for(state))
     if len(ways) > 1:
         listed = "; ".join(way.label for way in ways)
         return Remedy(f"The keys fit in {len(ways)} ways: {listed}.", None)
@@ -271,7 +272,7 @@ def remedy(document: Document, state: StateDict, wanted: Target) -> Remedy | Non
 
 
 def _command_for(
-    way: wrappers.Renaming, document: Document, state: StateDict, select: tuple[str, ...]
+    way: Renaming, document: Document, state: StateDict, select: tuple[str, ...]
 ) -> str | None:
     """The command that renames exactly as `way` does."""
     keys = state.mapping

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix import edits, wrappers
+from ckptfix import edits, fitting, wrappers
 from ckptfix.compare import Difference, Spec, specs
 from ckptfix.document import Global, Inert, Node, Storage, Tensor
 from ckptfix.state_dicts import choose, choose_all, find, of_models
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 
     from ckptfix.document import Document
+    from ckptfix.renaming import Renaming
     from ckptfix.state_dicts import StateDict
 
     Same = Callable[[Tensor, Tensor], bool]
@@ -222,9 +223,9 @@ def _paired(comparer: _Comparer, a: StateDict, b: StateDict) -> tuple[dict[str, 
     return {key: pairs[key] for key in ours if key in pairs}, label
 
 
-def _renaming(a: StateDict, b: StateDict) -> wrappers.Renaming:
+def _renaming(a: StateDict, b: StateDict) -> Renaming:
     """The one way to strip or add prefixes that makes most keys of the first the second's."""
-    ways = wrappers.fits(a.mapping, b.mapping) or wrappers.nearest(a.mapping, b.mapping)
+    ways = fitting.fits(a.mapping, b.mapping) or fitting.nearest(a.mapping, b.mapping)
     if len(ways) == 1:
         return ways[0]
     ours, theirs = specs(a.mapping), specs(b.mapping)

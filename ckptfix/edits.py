@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Hashable, Iterable, Mapping
 
-    from ckptfix.wrappers import Renaming
+    from ckptfix.renaming import Renaming
 
 
 def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) -> Document:

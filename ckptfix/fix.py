@@ -13,7 +13,7 @@ import shlex
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix import edits, wrappers
+from ckptfix import edits, fitting, wrappers
 from ckptfix import target as targets
 from ckptfix.compare import describe
 from ckptfix.document import Document, Node, OrderedMap
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from ckptfix.compare import Report
+    from ckptfix.renaming import Renaming
     from ckptfix.target import Target
-    from ckptfix.wrappers import Renaming
 
 _SHOWN = 5
 
@@ -157,7 +157,7 @@ def _only_way(document: Document, wanted: Target, select: str | None) -> _Way:
 
 def _ways(state: StateDict, wanted: Target) -> list[_Way]:
     specs = wanted.specs_for(state)
-    renamings = wrappers.fits(state.mapping, specs) or wrappers.nearest(state.mapping, specs)
+    renamings = fitting.fits(state.mapping, specs) or fitting.nearest(state.mapping, specs)
     ways = []
     for renaming in renamings:
         report = targets.report(state, wanted, renaming)

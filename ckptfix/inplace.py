@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,10 @@ from ckptfix.formats import patches
 from ckptfix.spans import FileSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable
 
-    from ckptfix.document import Document, Node
+    from ckptfix.document import Document, Storage
     from ckptfix.journal import Patch
-    from ckptfix.spans import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class Edit:
     document: Document
     source: FileSource
     patches: list[Patch]
+    storages: list[Storage]
+    """Those of the document, in the order of the tree."""
 
     @property
     def nbytes(self) -> int:
@@ -48,27 +50,24 @@ def prepare(document: Document) -> Edit:
     if document.container not in patches.CONTAINERS:
         why = f"that cannot be done to a checkpoint in the form {document.container!r}"
         raise InPlaceError(document.name, why)
-    source = _source(document)
+    storages = list(trees.storages(document.root))
+    source = _source(document, storages)
     if os.fstat(source.fileno()).st_nlink > 1:
         raise InPlaceError(document.name, "it has several names (hard links), and all would change")
-    return Edit(document, source, patches.make(document, source))
+    return Edit(document, source, patches.make(document, source, storages), storages)
 
 
-def _source(document: Document) -> FileSource:
+def _source(document: Document, storages: list[Storage]) -> FileSource:
     """The one file that all bytes of a document lie in."""
-    sources = set(_sources(document))
+    sources = {span.source for storage in storages for span in storage.spans}
+    sources.update(span.source for span in document.extras.values())
     files = [source for source in sources if isinstance(source, FileSource)]
     if len(files) < len(sources):
         raise InPlaceError(document.name, "its tensors are compressed, or have to be computed")
     if len(files) != 1:
-        raise InPlaceError(document.name, "its tensors do not lie in one file")
+        why = "its tensors do not lie in one file" if files else "there is no tensor in it"
+        raise InPlaceError(document.name, why)
     return files[0]
-
-
-def _sources(document: Document) -> Iterator[Source]:
-    for storage in trees.storages(document.root):
-        yield from (span.source for span in storage.spans)
-    yield from (span.source for span in document.extras.values())
 
 
 def apply(edit: Edit) -> None:
@@ -107,21 +106,27 @@ def _verify(edit: Edit) -> None:
     place = trees.difference(document.root, found.root)
     if place is not None or list(document.extras) != list(found.extras):
         place = place or "its further records"
-    elif _places(document.root) != _places(found.root):
+    elif _places(edit.storages) != _places(trees.storages(found.root)):
         place = "the places of its tensors"
     if place is not None:
         raise VerifyError(f"{path}: reads back differently at {place}; it was put back")
 
 
-def _places(root: Node) -> list[tuple[int, int]]:
-    return [(s.offset, s.length) for storage in trees.storages(root) for s in storage.spans]
+def _places(storages: Iterable[Storage]) -> list[tuple[int, int]]:
+    return [(span.offset, span.length) for storage in storages for span in storage.spans]
 
 
 def _error(edit: Edit, error: OSError) -> WriteError:
     path, reason = edit.source.name, (error.strerror or str(error)).lower()
-    hint = None
+    hint, folder = None, shlex.quote(os.path.dirname(os.path.realpath(path)))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = f"see what is free: df -h {edit.source.path.parent}"
+        hint = f"see what is free: df -h {folder}"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        hint = (
+            f"the file and its folder have to be writable: chmod u+w {shlex.quote(path)} {folder}"
+        )
     if os.path.lexists(journal.beside(edit.source.path)):
-        hint = f"it is put back by the next command that opens it: ckptfix inspect {path}"
+        hint = (
+            f"it is put back by the next command that opens it: ckptfix inspect {shlex.quote(path)}"
+        )
     return WriteError(f"{path}: cannot be changed in place: {reason}", hint=hint)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from ckptfix import formats, materialize, target, wrappers
+from ckptfix import fitting, formats, materialize, target, wrappers
 from ckptfix.compare import Report, describe
 from ckptfix.errors import KeyMismatchError, RenameError, SelectionError, UnsupportedError
 from ckptfix.state_dicts import StateDict, choose, find, is_special_tensor, of_models
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from ckptfix.document import Document
     from ckptfix.materialize import MapLocation
+    from ckptfix.renaming import Renaming
     from ckptfix.target import Target
-    from ckptfix.wrappers import Renaming
 
 
 def load(path: str | os.PathLike[str], *, map_location: MapLocation = "cpu") -> Any:
@@ -124,7 +124,7 @@ def fit(
         return choose(document, select), None
     state = _choose_fitting(document, wanted, select)
     specs = wanted.specs_for(state)
-    ways = wrappers.fits(state.mapping, specs) or wrappers.nearest(state.mapping, specs)
+    ways = fitting.fits(state.mapping, specs) or fitting.nearest(state.mapping, specs)
     if len(ways) > 1:
         listed = "; ".join(way.label for way in ways)
         raise RenameError(
@@ -148,7 +148,7 @@ def _choose_fitting(document: Document, wanted: Target, select: str | None) -> S
 
 
 def _fits(state: StateDict, wanted: Target) -> bool:
-    ways = wrappers.fits(state.mapping, wanted.specs_for(state))
+    ways = fitting.fits(state.mapping, wanted.specs_for(state))
     return any(target.report(state, wanted, way).loads for way in ways)
 
 

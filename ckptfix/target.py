@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ckptfix.document import Document
+    from ckptfix.renaming import Renaming
     from ckptfix.state_dicts import StateDict
-    from ckptfix.wrappers import Renaming
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ LAYERS = [
     ("formats", "state_dicts", "compacting"),
     ("edits", "compare", "casting", "values", "target"),
     ("diagnose", "differences", "inplace", "explain"),
-    ("fix", "weights_only", "recover", "soundness", "loaders"),
+    ("fix", "weights_only", "recover", "soundness", "html_report", "loaders"),
     ("api",),
     ("__init__",),
     ("cli",),
@@ -127,13 +127,13 @@ def test_the_heavy_modules_are_seen_where_they_are_imported() -> None:
 
 
 TRAINED = FIXTURES / "dataparallel_cuda_training.pt"
-DRAWING = {
+DRAWING: dict[str, list[str | Path]] = {
     "inspect": ["inspect", TRAINED],
     "check": ["check", TRAINED, "--like", FIXTURES / "cpu.pt"],
     "diff": ["diff", TRAINED, FIXTURES / "cpu.pt", "--keys-only"],
     "fix": ["fix", TRAINED, "OUT.pt"],
 }
-PLAIN = {
+PLAIN: dict[str, list[str | Path]] = {
     "help": ["--help"],
     "strip-prefix": ["strip-prefix", TRAINED, "OUT.pt"],
     "strip-prefix to safetensors": ["strip-prefix", TRAINED, "OUT.safetensors"],

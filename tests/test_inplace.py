@@ -13,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
 from dataclasses import replace
@@ -26,7 +27,9 @@ import torch
 import ckptfix
 from ckptfix import edits, formats, inplace, journal, pickles, trees, wrappers
 from ckptfix.errors import (
+    CkptfixError,
     InPlaceError,
+    ReadError,
     RenameError,
     SelectionError,
     UnsupportedError,
@@ -40,7 +43,7 @@ from tests.conftest import CHECKPOINTS, FIXTURES, LEGACY, SAFETENSORS
 from tests.oracles import ckptfix_command, done, unlike
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ckptfix import Checkpoint
     from ckptfix.document import Document
@@ -110,6 +113,30 @@ def test_an_edit_in_place_gives_what_the_copy_holds(path: Path, how: str, tmp_pa
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             assert archive.testzip() is None
+
+
+CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CORPUS.is_dir(), reason="the corpus is not here")
+@pytest.mark.parametrize("how", ["strip", "cpu"])
+def test_real_checkpoints_too(how: str, tmp_path: Path) -> None:
+    equal = 0
+    for path in sorted(path for path in CORPUS.rglob("*") if path.is_file()):
+        file = tmp_path / "file"
+        copy = tmp_path / ("copy.safetensors" if path.suffix == ".safetensors" else "copy.pt")
+        shutil.copy(path, file)
+        try:
+            edited = EDITS[how](ckptfix.open(file))
+            edited.save(copy, force=True)
+            edited.save_in_place()
+        except CkptfixError:
+            assert file.read_bytes() == path.read_bytes()
+            continue
+        assert trees.difference(formats.read(copy).root, formats.read(file).root) is None, path
+        equal += 1
+    assert equal > 50
 
 
 def test_only_the_pickle_and_its_checksums_change(ddp: Path) -> None:
@@ -356,18 +383,41 @@ def test_what_does_not_read_back_is_put_back(ddp: Path) -> None:
         edit = inplace.prepare(ckptfix.open(ddp).strip_prefix().document)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may do anything")
-def test_a_read_only_file_or_folder_is_a_clear_error(ddp: Path) -> None:
-    ddp.chmod(0o444)
-    with pytest.raises(WriteError, match="cannot be changed in place: permission denied"):
-        ckptfix.open(ddp).to_cpu().save_in_place()
-    ddp.chmod(0o644)
-    ddp.parent.chmod(0o555)
-    try:
-        with pytest.raises(WriteError, match="cannot be changed in place: permission denied"):
-            ckptfix.open(ddp).to_cpu().save_in_place()
-    finally:
-        ddp.parent.chmod(0o755)
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder of somebody who may not do everything, which is who the test runs as."""
+    with tempfile.TemporaryDirectory() as folder:
+        if os.geteuid() != 0:
+            yield Path(folder)
+            return
+        os.chown(folder, 65534, -1)
+        os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="permissions work otherwise there")
+def test_a_read_only_file_or_folder_is_a_clear_error(ddp: Path, request: Any) -> None:
+    old = ddp.read_bytes()
+    ckptfix.open(ddp).to_cpu().save_in_place()  # imports what root alone might be able to read
+    folder = request.getfixturevalue("unprivileged")
+    file = folder / "a.pt"
+    file.write_bytes(old)
+    for locked in (file, folder):
+        mode = locked.stat().st_mode
+        locked.chmod(0o555)
+        with pytest.raises(WriteError, match="cannot be changed in place: permission denied") as no:
+            ckptfix.open(file).to_cpu().save_in_place()
+        locked.chmod(mode)
+        assert no.value.hint is not None
+        assert f"chmod u+w {file}" in no.value.hint
+        assert (file.read_bytes(), os.listdir(folder)) == (old, ["a.pt"])
+    (folder / "a.pt.ckptfix-journal").touch()
+    file.chmod(0o444)
+    with pytest.raises(ReadError, match="cannot be undone: permission denied"):
+        ckptfix.open(file)
 
 
 # --- safetensors

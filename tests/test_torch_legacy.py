@@ -189,8 +189,8 @@ def test_a_class_that_is_saved_with_its_source_is_a_name() -> None:
 
 
 REFUSED: dict[str, tuple[bytes, type[ReadError], str]] = {
-    "another version": (by_hand([], [], version=1002), UnsupportedError, "version 1002"),
-    "version as a list": (by_hand([], [], version=[]), UnsupportedError, "version"),
+    "another version": (by_hand([], [], version=1002), UnsupportedError, "this version"),
+    "version as a list": (by_hand([], [], version=[]), UnsupportedError, "this version"),
     "a storage without bytes": (by_hand([storage()], []), DamagedError, "list of storages"),
     "bytes without a storage": (by_hand([], ["0"]) + DATA, DamagedError, "list of storages"),
     "a key twice": (by_hand([storage()], ["0", "0"]) + DATA, DamagedError, "list of storages"),

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.optim.swa_utils import AveragedModel
 
-from ckptfix import wrappers
+from ckptfix import fitting, wrappers
 from ckptfix.errors import KeyCollisionError, PartialPrefixError, RenameError
 
 if TYPE_CHECKING:
-    from ckptfix.wrappers import Renaming
+    from ckptfix.renaming import Renaming
 
 
 def new_keys(renaming: Renaming) -> list[str]:
@@ -94,7 +94,7 @@ def test_2_a_child_called_module_stays_under_ddp_too() -> None:
 
 def test_3_a_target_that_owns_module_keeps_it() -> None:
     keys = ["_orig_mod.module.0.weight", "_orig_mod.module.0.bias"]
-    renaming = only(wrappers.fits(keys, ["module.0.bias", "module.0.weight"]))
+    renaming = only(fitting.fits(keys, ["module.0.bias", "module.0.weight"]))
     assert new_keys(renaming) == ["module.0.weight", "module.0.bias"]
     assert renaming.removed == "_orig_mod."
     assert renaming.of_modules(["", "_orig_mod", "_orig_mod.module", "_orig_mod.module.0"]) == {
@@ -149,9 +149,9 @@ def test_5_module_inside_stays_unless_the_target_says_otherwise() -> None:
     keys = ["net.norms.0.module.weight", "net.head.weight"]
     assert wrappers.strip(keys).changed == 0
     assert wrappers.detect(keys).inside == {"module": 1}
-    renaming = only(wrappers.fits(keys, ["net.norms.0.weight", "net.head.weight"]))
+    renaming = only(fitting.fits(keys, ["net.norms.0.weight", "net.head.weight"]))
     assert new_keys(renaming) == ["net.norms.0.weight", "net.head.weight"]
-    back = only(wrappers.fits(renaming.keys.values(), keys))
+    back = only(fitting.fits(renaming.keys.values(), keys))
     assert new_keys(back) == keys
     assert back.added == "module."
     assert back.of_modules(["net.norms.0"]) == {"net.norms.0": "net.norms.0.module"}
@@ -185,7 +185,7 @@ def test_9_averaged_model_is_a_layout_and_no_partial_prefix() -> None:
     assert not seen.own_child
     assert seen.collision is None
     assert wrappers.strip(state_dict).changed == 0
-    best = wrappers.closest(state_dict, Net().state_dict())
+    best = fitting.closest(state_dict, Net().state_dict())
     assert set(new_keys(best)) == {"n_averaged", *Net().state_dict()}
 
 
@@ -304,32 +304,32 @@ PAIRS = [*product(WRAPPED, WRAPPED + NAMED), *product(NAMED, WRAPPED)]
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
 def test_the_target_decides_what_goes_and_what_comes(ours: str, theirs: str) -> None:
-    renaming = only(wrappers.fits(with_prefix(ours), with_prefix(theirs)))
+    renaming = only(fitting.fits(with_prefix(ours), with_prefix(theirs)))
     assert new_keys(renaming) == with_prefix(theirs)
-    assert renaming == wrappers.closest(with_prefix(ours), with_prefix(theirs))
+    assert renaming == fitting.closest(with_prefix(ours), with_prefix(theirs))
     metadata = renaming.of_modules([ours[:-1], f"{ours}conv"])
     assert metadata == {ours[:-1]: theirs[:-1], f"{ours}conv": f"{theirs}conv"}
 
 
 def test_one_name_of_the_users_own_is_not_taken_for_another() -> None:
-    assert wrappers.fits(["fc.weight", "fc.bias"], ["linear.weight", "linear.bias"]) == []
-    assert wrappers.fits(with_prefix("model."), with_prefix("backbone.")) == []
-    assert wrappers.fits(with_prefix("model.net."), with_prefix("model.")) == []
+    assert fitting.fits(["fc.weight", "fc.bias"], ["linear.weight", "linear.bias"]) == []
+    assert fitting.fits(with_prefix("model."), with_prefix("backbone.")) == []
+    assert fitting.fits(with_prefix("model.net."), with_prefix("model.")) == []
 
 
 def test_an_exact_match_is_the_only_answer() -> None:
     keys = ["module.module.w", "module.w"]
-    assert only(wrappers.fits(keys, reversed(keys))).changed == 0
+    assert only(fitting.fits(keys, reversed(keys))).changed == 0
 
 
 def test_the_target_may_own_a_child_called_module() -> None:
     keys = ["module.module.w", "module.w"]
-    assert new_keys(only(wrappers.fits(keys, ["w", "module.w"]))) == ["module.w", "w"]
+    assert new_keys(only(fitting.fits(keys, ["w", "module.w"]))) == ["module.w", "w"]
 
 
 def test_two_ways_that_fit_are_both_listed() -> None:
     keys = ["_orig_mod.a.module.w", "a.a._orig_mod.w"]
-    ways = wrappers.fits(keys, ["a.module.w", "module.module.w"])
+    ways = fitting.fits(keys, ["a.module.w", "module.module.w"])
     assert sorted(map(new_keys, ways)) == [
         ["a.module.w", "module.module.w"],
         ["module.module.w", "a.module.w"],
@@ -339,53 +339,53 @@ def test_two_ways_that_fit_are_both_listed() -> None:
 def test_the_target_may_have_its_wrappers_elsewhere() -> None:
     keys = ["module.layers.0._fsdp_wrapped_module.w", "module.n"]
     target = ["_orig_mod.layers.0._checkpoint_wrapped_module.w", "_orig_mod.n"]
-    renaming = only(wrappers.fits(keys, target))
+    renaming = only(fitting.fits(keys, target))
     assert new_keys(renaming) == target
     assert renaming.removed == "module., _fsdp_wrapped_module."
     assert renaming.added == "_orig_mod., _checkpoint_wrapped_module."
 
 
 def test_nothing_fits_where_a_key_is_missing_or_too_many() -> None:
-    assert wrappers.fits(with_prefix("module."), PLAIN[1:]) == []
-    assert wrappers.fits(with_prefix("module.")[1:], PLAIN) == []
+    assert fitting.fits(with_prefix("module."), PLAIN[1:]) == []
+    assert fitting.fits(with_prefix("module.")[1:], PLAIN) == []
 
 
 def test_closest_strips_in_spite_of_missing_and_surplus_keys() -> None:
     keys = [*with_prefix("model."), "model.head.weight", "loss.weight"]
-    best = wrappers.closest(keys, [*PLAIN, "extra.weight"])
+    best = fitting.closest(keys, [*PLAIN, "extra.weight"])
     assert new_keys(best) == [*PLAIN, "head.weight", "loss.weight"]
     assert best.removed == "model."
 
 
 def test_closest_adds_in_spite_of_missing_and_surplus_keys() -> None:
-    best = wrappers.closest([*PLAIN, "old.w"], [*with_prefix("backbone."), "head.w"])
+    best = fitting.closest([*PLAIN, "old.w"], [*with_prefix("backbone."), "head.w"])
     assert new_keys(best) == [*with_prefix("backbone."), "backbone.old.w"]
 
 
 def test_closest_leaves_keys_that_match_nothing_better() -> None:
-    assert wrappers.closest(PLAIN, ["a", "b"]).changed == 0
-    assert wrappers.closest([], PLAIN).changed == 0
-    assert wrappers.closest(PLAIN, []).changed == 0
+    assert fitting.closest(PLAIN, ["a", "b"]).changed == 0
+    assert fitting.closest([], PLAIN).changed == 0
+    assert fitting.closest(PLAIN, []).changed == 0
 
 
 def test_one_key_that_matches_by_chance_is_no_reason_to_strip() -> None:
     keys = [*PLAIN, "teacher.head.weight"]
-    assert wrappers.closest(keys, [*PLAIN, "head.weight"]).changed == 0
+    assert fitting.closest(keys, [*PLAIN, "head.weight"]).changed == 0
 
 
 def test_nearest_lists_a_student_and_a_teacher_of_one_build() -> None:
     keys = [*with_prefix("encoder_q."), *with_prefix("encoder_k."), "queue"]
-    choices = wrappers.nearest(keys, PLAIN)
+    choices = fitting.nearest(keys, PLAIN)
     assert {choice.removed for choice in choices} == {"encoder_q.", "encoder_k."}
-    assert only(wrappers.nearest(with_prefix("module."), PLAIN)).removed == "module."
+    assert only(fitting.nearest(with_prefix("module."), PLAIN)).removed == "module."
 
 
 def test_fifty_thousand_keys_take_no_time_to_speak_of() -> None:
     plain = [f"layers.{i // 100}.experts.{i % 100}.w{j}" for i in range(10_000) for j in range(5)]
     keys = [f"module.{key}" for key in plain]
     start = time.process_time()
-    assert only(wrappers.fits(keys, plain)).removed == "module."
-    assert wrappers.closest([*keys, "n_averaged"], plain).removed == "module."
+    assert only(fitting.fits(keys, plain)).removed == "module."
+    assert fitting.closest([*keys, "n_averaged"], plain).removed == "module."
     assert wrappers.detect(keys).leading == ("module",)
     assert time.process_time() - start < 10, "generous, for slow machines: quadratic takes hours"
 
@@ -430,9 +430,9 @@ def test_names_that_only_contain_a_wrappers_name_are_left_alone(keys: list[str])
 
 @given(KEYS, KEYS)
 def test_fits_and_nearest_tell_the_truth_about_any_keys(keys: list[str], target: list[str]) -> None:
-    for renaming in wrappers.fits(keys, target):
+    for renaming in fitting.fits(keys, target):
         assert set(new_keys(renaming)) == set(target)
-    for renaming in wrappers.nearest(keys, target):
+    for renaming in fitting.nearest(keys, target):
         assert list(renaming.keys) == keys
         assert len(set(new_keys(renaming))) == len(keys)
 
@@ -443,4 +443,4 @@ def test_what_strip_does_fits_the_target_that_it_leads_to(keys: list[str]) -> No
         renaming = wrappers.strip(keys)
     except KeyCollisionError:
         return
-    assert new_keys(renaming) in map(new_keys, wrappers.fits(keys, renaming.keys.values()))
+    assert new_keys(renaming) in map(new_keys, fitting.fits(keys, renaming.keys.values()))

@@ -16,6 +16,7 @@ from ckptfix.weights_only import weights_only
 if TYPE_CHECKING:
     from ckptfix.document import Document
     from ckptfix.dtypes import DType
+    from ckptfix.state_dicts import StateDict
 
 
 @click.command("convert")

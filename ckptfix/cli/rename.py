@@ -63,6 +63,6 @@ def command(
     return write_renamed(job, edits.rename(document, changes), changes, _example(changes[0][1]))
 
 
-def _example(renaming: wrappers.Renaming) -> str:
+def _example(renaming: Renaming) -> str:
     old, new = next(pair for pair in renaming.keys.items() if pair[0] != pair[1])
     return f"{old} -> {new}" + (", …" if renaming.changed > 1 else "")

@@ -14,8 +14,8 @@ from ckptfix.state_dicts import choose_all
 
 if TYPE_CHECKING:
     from ckptfix.document import Document
+    from ckptfix.renaming import Renaming
     from ckptfix.state_dicts import StateDict
-    from ckptfix.wrappers import Renaming
 
 
 @click.command("strip-prefix")

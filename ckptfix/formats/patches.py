@@ -16,13 +16,13 @@ import struct
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from ckptfix import pickles, trees
+from ckptfix import pickles
 from ckptfix.errors import InPlaceError
 from ckptfix.formats import safetensors, torch_zip, zips
 from ckptfix.journal import Patch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from ckptfix.document import Document, Storage, Tensor
     from ckptfix.formats.zips import Archive, Record
@@ -32,13 +32,17 @@ _CRC = struct.Struct("<I")
 _CRC_IN_LOCAL, _CRC_IN_CENTRAL = 14, 16
 
 
-def make(document: Document, source: Source) -> list[Patch]:
+def make(document: Document, source: Source, storages: Iterable[Storage]) -> list[Patch]:
     """The patches that turn the file that a document was read from into that document.
 
-    Raises `InPlaceError` where a copy has to be written instead.
+    `storages` are those of the document. Raises `InPlaceError` where a copy has to be written
+    instead.
     """
-    maker = _safetensors if document.container == safetensors.NAME else _torch_zip
-    return [patch for patch in maker(document, source) if patch.old != patch.new]
+    if document.container == safetensors.NAME:
+        made = _safetensors(document, source)
+    else:
+        made = _torch_zip(document, source, storages)
+    return [patch for patch in made if patch.old != patch.new]
 
 
 CONTAINERS = (torch_zip.NAME, safetensors.NAME)
@@ -54,13 +58,13 @@ def _check_room(document: Document, what: str, length: int, room: int) -> None:
 # --- torch zip
 
 
-def _torch_zip(document: Document, source: Source) -> list[Patch]:
+def _torch_zip(document: Document, source: Source, storages: Iterable[Storage]) -> list[Patch]:
     archive = zips.read(source)
     folder = f"{document.archive}/" if document.archive else ""
     record = archive.records[f"{folder}data.pkl"]
     if record.method:
         raise InPlaceError(document.name, "its pickle is compressed")
-    _check_records(document, archive, folder)
+    _check_records(document, archive, folder, storages)
     pickle, _ = pickles.write(document.root, own_keys=True)
     _check_room(document, "pickle", len(pickle), record.size)
     new, old = padded(pickle, record.size), source.read(record.data, record.size)
@@ -73,10 +77,12 @@ def _torch_zip(document: Document, source: Source) -> list[Patch]:
     return patches
 
 
-def _check_records(document: Document, archive: Archive, folder: str) -> None:
+def _check_records(
+    document: Document, archive: Archive, folder: str, storages: Iterable[Storage]
+) -> None:
     """Every storage is a record of this very archive, and every record is what it was."""
     unclaimed = {name.removeprefix(folder) for name in archive.records} - torch_zip.OWN
-    for storage in trees.storages(document.root):
+    for storage in storages:
         record = archive.records.get(f"{folder}data/{storage.key}")
         if record is None or not _is_record(storage, record):
             raise InPlaceError(document.name, "its tensors are not those of the file")

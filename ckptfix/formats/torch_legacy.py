@@ -29,7 +29,7 @@ from ckptfix.spans import Source, Span
 from ckptfix.trees import rebuild, walk
 
 if TYPE_CHECKING:
-    from ckptfix.pickles.reader import Data, Persistent
+    from ckptfix.pickles.machine import Data, Persistent
 
 NAME = "torch legacy"
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C

@@ -33,7 +33,7 @@ from ckptfix.spans import Reader, Span
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ckptfix.pickles.reader import Data
+    from ckptfix.pickles.machine import Data
     from ckptfix.pickles.torch_objects import Arguments
     from ckptfix.spans import Source
 

@@ -1,0 +1,52 @@
+"""The inputs: `python benchmarks/inputs.py KIND AMOUNT FILE`, in a process of its own.
+
+Checkpoints as a training run under DataParallel leaves them, of random bytes: a state dict of
+weights and biases, keys that begin with `module.`, storages tagged `cuda:0`. KIND is `pt` or
+`safetensors`, AMOUNT being the bytes of the weights, or `many`, AMOUNT being the number of tensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+
+import torch
+from safetensors.torch import save_file
+
+LARGEST = 64 << 20
+"""Bytes of a weight, at most; a file has 16 weights or more."""
+
+
+def layers(nbytes: int) -> OrderedDict[str, torch.Tensor]:
+    """Weights of `nbytes` bytes in all, each with a bias of 4 KiB."""
+    size = min(LARGEST, nbytes // 16)
+    state_dict = OrderedDict()
+    for index in range(nbytes // size):
+        state_dict[f"module.layers.{index}.weight"] = noise(size).view(-1, 1024)
+        state_dict[f"module.layers.{index}.bias"] = noise(4096)
+    return state_dict
+
+
+def small(number: int) -> OrderedDict[str, torch.Tensor]:
+    """Tensors of 64 bytes, named as the experts of a mixture are."""
+    names = (f"module.layers.{i // 80}.experts.{i % 80}.weight" for i in range(number))
+    return OrderedDict((name, noise(64).view(4, 4)) for name in names)
+
+
+def noise(nbytes: int) -> torch.Tensor:
+    """A float32 tensor of random bytes."""
+    return torch.randint(-(2**63), 2**63 - 1, (nbytes // 8,)).view(torch.float32)
+
+
+def main(kind: str, amount: str, path: str) -> None:
+    torch.manual_seed(0)
+    state_dict = (small if kind == "many" else layers)(int(amount))
+    if kind == "safetensors":
+        save_file(state_dict, path)
+        return
+    torch.serialization.location_tag = lambda storage: "cuda:0"
+    torch.save(state_dict, path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

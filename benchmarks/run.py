@@ -1,0 +1,257 @@
+"""ckptfix beside `cp`, the pasted recipe and other programs: `python benchmarks/run.py`.
+
+Every program runs as a process of its own, in turn, there and back again (A B C, C B A, …), on one
+input that lies in the page cache. README.md says what is measured and how. Needs Linux for memory
+and bytes written; elsewhere those columns stay empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+HERE = Path(__file__).resolve().parent
+if str(HERE.parent) not in sys.path:  # as a script, only its own folder is importable
+    sys.path.insert(0, str(HERE.parent))
+
+from benchmarks import machine, measure, report  # noqa: E402
+from benchmarks.contenders import Contender, Work, missing, works  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+SIZES = "64M,512M,2G"
+LARGE = ",8G"
+ROOM = 3.1
+"""Times the size of a checkpoint that has to be free: two inputs and an output."""
+LOADS = 4
+"""Loads in a process for each run of the others; they take milliseconds."""
+LOAD_WORK = "load"
+Record = dict[str, Any]
+
+
+class Bench:
+    """One run of the benchmark: its inputs on disk, and what was measured so far."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options = options
+        self.folder = folder
+        self.measured: list[Record] = []
+        self.inputs: dict[str, Record] = {}
+        self.skipped: dict[str, str] = {}
+
+    def run(self) -> None:
+        chosen = self.options.only
+        for work in works(self.options.peers):
+            if chosen and work.name not in chosen:
+                continue
+            contenders = [one for one in work.contenders if self._takes_part(one)]
+            for amount in [self.options.tensors] if work.reads == "many" else self.options.sizes:
+                if work.reads == "many" or self._has_room(amount):
+                    self._work(work, contenders, amount)
+        if not chosen or LOAD_WORK in chosen:
+            for amount in filter(self._has_room, self.options.sizes):
+                self._loads(amount)
+
+    def _work(self, work: Work, contenders: list[Contender], amount: int) -> None:
+        label = label_of(work.reads, amount)
+        print(f"{work.title}, {label}", flush=True)
+        source = self._input(work.reads, amount)
+        for number in range(self.options.runs):
+            for contender in contenders if number % 2 == 0 else contenders[::-1]:
+                if contender.name not in self.skipped:
+                    self._once(work, contender, source, label, number)
+        for line in report.medians(self.measured, work.name, label):
+            print(f"  {line}", flush=True)
+
+    def _once(
+        self, work: Work, contender: Contender, source: Path, label: str, number: int
+    ) -> None:
+        target = self.folder / f"out{work.writes}"
+        try:
+            with removed(target):
+                if work.in_place:
+                    shutil.copyfile(source, target)
+                sample = self._timed(contender, target if work.in_place else source, target)
+                if work.writes and size_of(target) < 0.9 * source.stat().st_size:
+                    raise measure.RunError("its output is too small")
+        except measure.RunError as error:
+            if not contender.peer:
+                raise measure.RunError(f"{contender.name}: {error}") from None
+            self._skip(contender.name, str(error))
+            return
+        self._keep(work.name, label, contender.name, number, sample)
+
+    def _timed(self, contender: Contender, source: Path, target: Path) -> measure.Sample:
+        measure.settle()
+        measure.warm(source)
+        return measure.run(contender.words(source, target), self.folder)
+
+    def _keep(self, work: str, label: str, name: str, number: int, sample: measure.Sample) -> None:
+        self.measured.append(
+            {
+                "work": work,
+                "size": label,
+                "contender": name,
+                "round": number,
+                "wall_s": round(sample.wall, 5),
+                "cpu_s": round(sample.cpu, 5),
+                "peak_rss_anon": sample.memory,
+                "bytes_written": sample.written,
+            }
+        )
+
+    def _loads(self, amount: int) -> None:
+        label = label_of("pt", amount)
+        print(f"load_state_dict inside a process, {label}", flush=True)
+        path = self._input("pt", amount)
+        measure.settle()
+        measure.warm(path)
+        rounds = str(LOADS * self.options.runs)
+        words = [sys.executable, str(HERE / "loading.py"), str(path), rounds]
+        told = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True).stdout
+        for number, pair in enumerate(json.loads(told)):
+            for name, wall in zip(report.LOADERS, pair, strict=True):
+                sample = measure.Sample(wall, wall, None, None)
+                self._keep(LOAD_WORK, label, name, number, sample)
+        for line in report.medians(self.measured, LOAD_WORK, label):
+            print(f"  {line}", flush=True)
+
+    def _input(self, kind: str, amount: int) -> Path:
+        """The input of one kind and size, made the first time it is asked for."""
+        suffix = ".safetensors" if kind == "safetensors" else ".pt"
+        path = self.folder / f"{kind}-{amount}{suffix}"
+        if not path.exists():
+            words = [sys.executable, str(HERE / "inputs.py"), kind, str(amount), str(path)]
+            subprocess.run(words, check=True)
+            self.inputs[label_of(kind, amount)] = {"bytes": path.stat().st_size} | structure(path)
+        return path
+
+    def _has_room(self, amount: int) -> bool:
+        """Whether inputs and outputs of a size fit; what lies there already counts as used."""
+        made = sum(path.stat().st_size for path in self.folder.glob(f"*-{amount}.*"))
+        if shutil.disk_usage(self.folder).free + made >= ROOM * amount:
+            return True
+        self._skip(label_of("pt", amount), f"needs {ROOM} times as much free space")
+        return False
+
+    def _takes_part(self, contender: Contender) -> bool:
+        why = missing(contender, self.options.peers)
+        if why is not None:
+            self._skip(contender.name, why)
+        return why is None
+
+    def _skip(self, what: str, why: str) -> None:
+        if what not in self.skipped:
+            print(f"skipped: {what}: {why}", flush=True)
+            self.skipped[what] = why
+
+    def results(self) -> Record:
+        """Everything that results.json holds."""
+        command = shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])
+        return {
+            "schema": 1,
+            "command": command,
+            "runs": self.options.runs,
+            "machine": machine.describe(self.folder),
+            "versions": machine.versions(self.options.peers),
+            "inputs": self.inputs,
+            "skipped": self.skipped,
+            "measurements": self.measured,
+        }
+
+
+@contextmanager
+def removed(path: Path) -> Iterator[None]:
+    """Whatever a run leaves at a path is gone afterwards."""
+    try:
+        yield
+    finally:
+        if path.is_dir():
+            shutil.rmtree(path)
+        with suppress(FileNotFoundError):
+            path.unlink()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the files of a folder."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.exists())
+
+
+def structure(path: Path) -> Record:
+    """Bytes of the pickle and of the directory of a torch zip: all that an edit in place writes."""
+    if not zipfile.is_zipfile(path):
+        return {}
+    with zipfile.ZipFile(path) as archive:
+        pickle = next(info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
+        directory = path.stat().st_size - archive.start_dir
+    return {"pickle_and_directory": pickle.file_size + directory}
+
+
+def label_of(kind: str, amount: int) -> str:
+    """What a size is called: `2 GiB`, `50,000 tensors`."""
+    if kind == "many":
+        return f"{amount:,} tensors"
+    return report.bytes_text(amount) + (" .safetensors" if kind == "safetensors" else "")
+
+
+def parse_size(text: str) -> int:
+    """The bytes in `64M`, `2G`."""
+    match = re.fullmatch(r"(\d+)([KMG])", text.strip().upper())
+    if match is None or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 64M or 2G")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    add = parser.add_argument
+    add("--sizes", default=SIZES, help=f"of the checkpoints (default {SIZES})")
+    add("--large", action="store_true", help="8G as well")
+    add("--runs", type=int, default=5, help="of each program (default 5)")
+    add("--tensors", type=int, default=50_000, help="in the file of small tensors")
+    add("--only", default="", help="these works, such as strip-prefix,in-place,load")
+    add("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where to work")
+    add("--out", type=Path, default=HERE / "results", help="where results go")
+    add("--peers", default=sys.executable, help="the Python that has the optional programs")
+    options = parser.parse_args(arguments)
+    names = {work.name for work in works("")} | {LOAD_WORK}
+    options.only = set(filter(None, options.only.split(",")))
+    if not options.only <= names:
+        parser.error(f"--only knows {', '.join(sorted(names))}")
+    try:
+        texts = (options.sizes + LARGE * options.large).split(",")
+        options.sizes = sorted({parse_size(text) for text in texts})
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
+    return options
+
+
+def main() -> int:
+    options = parse()
+    with tempfile.TemporaryDirectory(prefix="ckptfix-bench-", dir=options.dir) as folder:
+        bench = Bench(options, Path(folder))
+        try:
+            bench.run()
+        except measure.RunError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        results = bench.results()
+    print(report.write(results, options.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
