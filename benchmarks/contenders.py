@@ -36,6 +36,7 @@ MMAP_SAFETENSORS = LOAD_MAPPED + (
     "from safetensors.torch import save_file; save_file(state_dict, sys.argv[2])"
 )
 MMAP_HUB = LOAD_MAPPED + (
+    "import os; os.mkdir(sys.argv[2])\n"
     "from huggingface_hub import save_torch_state_dict\n"
     "save_torch_state_dict(state_dict, sys.argv[2], max_shard_size='1TB')"
 )

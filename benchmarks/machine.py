@@ -43,7 +43,7 @@ def _packages(python: str, names: tuple[str, ...]) -> dict[str, str]:
 
 def _version_of_cp() -> str:
     done = subprocess.run(["cp", "--version"], capture_output=True, text=True, check=False)
-    return done.stdout.partition("\n")[0] or "the system's"
+    return done.stdout.partition("\n")[0].removeprefix("cp ") or "of the system"
 
 
 def _first(path: str, name: str) -> str | None:

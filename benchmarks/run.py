@@ -71,12 +71,12 @@ class Bench:
         for number in range(self.options.runs):
             for contender in contenders if number % 2 == 0 else contenders[::-1]:
                 if contender.name not in self.skipped:
-                    self._once(work, contender, source, label, number)
+                    self._once(work, contender, source, amount, number)
         for line in report.medians(self.measured, work.name, label):
             print(f"  {line}", flush=True)
 
     def _once(
-        self, work: Work, contender: Contender, source: Path, label: str, number: int
+        self, work: Work, contender: Contender, source: Path, amount: int, number: int
     ) -> None:
         target = self.folder / f"out{work.writes}"
         try:
@@ -84,25 +84,26 @@ class Bench:
                 if work.in_place:
                     shutil.copyfile(source, target)
                 sample = self._timed(contender, target if work.in_place else source, target)
-                if work.writes and size_of(target) < 0.9 * source.stat().st_size:
+                if work.writes and size_of(target) < source.stat().st_size / 2:
                     raise measure.RunError("its output is too small")
         except measure.RunError as error:
             if not contender.peer:
                 raise measure.RunError(f"{contender.name}: {error}") from None
             self._skip(contender.name, str(error))
             return
-        self._keep(work.name, label, contender.name, number, sample)
+        self._keep(work.name, amount, contender.name, number, sample)
 
     def _timed(self, contender: Contender, source: Path, target: Path) -> measure.Sample:
         measure.settle()
         measure.warm(source)
         return measure.run(contender.words(source, target), self.folder)
 
-    def _keep(self, work: str, label: str, name: str, number: int, sample: measure.Sample) -> None:
+    def _keep(self, work: str, amount: int, name: str, number: int, sample: measure.Sample) -> None:
         self.measured.append(
             {
                 "work": work,
-                "size": label,
+                "size": label_of(work, amount),
+                "amount": amount,
                 "contender": name,
                 "round": number,
                 "wall_s": round(sample.wall, 5),
@@ -124,7 +125,7 @@ class Bench:
         for number, pair in enumerate(json.loads(told)):
             for name, wall in zip(report.LOADERS, pair, strict=True):
                 sample = measure.Sample(wall, wall, None, None)
-                self._keep(LOAD_WORK, label, name, number, sample)
+                self._keep(LOAD_WORK, amount, name, number, sample)
         for line in report.medians(self.measured, LOAD_WORK, label):
             print(f"  {line}", flush=True)
 
@@ -135,7 +136,9 @@ class Bench:
         if not path.exists():
             words = [sys.executable, str(HERE / "inputs.py"), kind, str(amount), str(path)]
             subprocess.run(words, check=True)
-            self.inputs[label_of(kind, amount)] = {"bytes": path.stat().st_size} | structure(path)
+            self.inputs[f"{kind} {label_of(kind, amount)}"] = {
+                "bytes": path.stat().st_size
+            } | structure(path)
         return path
 
     def _has_room(self, amount: int) -> bool:
@@ -202,9 +205,7 @@ def structure(path: Path) -> Record:
 
 def label_of(kind: str, amount: int) -> str:
     """What a size is called: `2 GiB`, `50,000 tensors`."""
-    if kind == "many":
-        return f"{amount:,} tensors"
-    return report.bytes_text(amount) + (" .safetensors" if kind == "safetensors" else "")
+    return f"{amount:,} tensors" if kind == "many" else report.bytes_text(amount)
 
 
 def parse_size(text: str) -> int:
@@ -227,6 +228,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=HERE / "results", help="where results go")
     add("--peers", default=sys.executable, help="the Python that has the optional programs")
     options = parser.parse_args(arguments)
+    if options.runs < 1 or options.tensors < 1:
+        parser.error("--runs and --tensors begin at 1")
     names = {work.name for work in works("")} | {LOAD_WORK}
     options.only = set(filter(None, options.only.split(",")))
     if not options.only <= names:

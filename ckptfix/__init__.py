@@ -2,9 +2,9 @@
 
     import ckptfix
 
-    state_dict = ckptfix.load_state_dict("ddp_cuda.pt", model=net)  # CPU tensors, keyed as net
-    expects report = ckptfix.load_into(net, "ddp_cuda.pt")                  # raises
-    KeyMismatchError ckptfix.open("ddp_cuda.pt").strip_prefix().to_cpu().save("out.safetensors")
+    state_dict = ckptfix.load_state_dict("ddp_cuda.pt", model=net)  # CPU tensors, keyed for net
+    report = ckptfix.load_into(net, "ddp_cuda.pt")  # raises KeyMismatchError
+    ckptfix.open("ddp_cuda.pt").strip_prefix().to_cpu().save("out.safetensors")
 
 Importing this imports neither torch nor anything heavy; names are resolved when they are first
 used.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Severity(StrEnum):
@@ -17,28 +18,111 @@ class Severity(StrEnum):
     """Worth knowing; nothing is wrong."""
 
 
-CODES: dict[str, tuple[Severity, str]] = {
-    "prefix-wrapper": (Severity.ERROR, "every key begins with a name that a wrapper added"),
-    "partial-prefix": (Severity.NOTE, "some keys begin with `module`, others do not"),
-    "key-collision": (Severity.ERROR, "keys that would become one without their wrapper's name"),
-    "wrapper-inside": (Severity.WARNING, "keys hold a wrapper's name further inside"),
-    "swa-layout": (Severity.NOTE, "averaged weights: `module.*` beside `n_averaged`"),
-    "device-tag": (Severity.ERROR, "storages are tagged with a device other than the CPU"),
-    "blocked-globals": (
-        Severity.WARNING,
-        "`weights_only=True` refuses classes that the file names",
+class Meaning(NamedTuple):
+    """What a code stands for."""
+
+    severity: Severity
+    meaning: str
+    cure: str
+
+
+_ERROR, _WARNING, _NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
+
+CODES: dict[str, Meaning] = {
+    "prefix-wrapper": Meaning(
+        _ERROR, "every key begins with a name that a wrapper added", "`ckptfix strip-prefix`"
     ),
-    "view-bloat": (Severity.WARNING, "storages are larger than the tensors that use them"),
-    "tied-tensors": (Severity.NOTE, "several names for one tensor"),
-    "no-checksums": (Severity.NOTE, "the archive was saved without checksums"),
-    "rolled-back": (Severity.NOTE, "an edit in place had been interrupted, and was undone"),
-    "trailing-bytes": (Severity.WARNING, "bytes follow the end of the checkpoint"),
-    "unused-records": (Severity.WARNING, "storages in the archive that nothing refers to"),
-    "surplus-shard": (Severity.WARNING, "files beside the shards that the index does not name"),
-    "wrong-extension": (Severity.WARNING, "the name says another container than the bytes do"),
-    "no-state-dict": (Severity.ERROR, "nothing in the file maps names to tensors"),
+    "wrapper-inside": Meaning(
+        _WARNING, "keys hold a wrapper's name further inside", "`ckptfix strip-prefix`"
+    ),
+    "partial-prefix": Meaning(
+        _NOTE,
+        "some keys begin with `module`, others do not: a child of the model's own",
+        "none needed; `ckptfix strip-prefix --partial` where it is a wrapper after all",
+    ),
+    "key-collision": Meaning(
+        _ERROR, "keys that would become one without their wrapper's name", "`ckptfix rename`"
+    ),
+    "swa-layout": Meaning(
+        _NOTE,
+        "averaged weights: `module.*` beside `n_averaged`",
+        "load them into `AveragedModel`, or `ckptfix fix --model`",
+    ),
+    "device-tag": Meaning(
+        _ERROR, "storages are tagged with a device other than the CPU", "`ckptfix to-cpu`"
+    ),
+    "blocked-globals": Meaning(
+        _WARNING,
+        "`weights_only=True` refuses classes that the file names",
+        "`ckptfix convert --weights-only`",
+    ),
+    "view-bloat": Meaning(
+        _WARNING,
+        "storages are larger than the tensors that use them",
+        "`ckptfix convert --compact`",
+    ),
+    "tied-tensors": Meaning(
+        _NOTE, "several names for one tensor", "none needed; every container keeps them"
+    ),
+    "no-checksums": Meaning(
+        _NOTE, "the archive was saved without checksums", "`ckptfix convert` gives it some"
+    ),
+    "rolled-back": Meaning(
+        _NOTE,
+        "an edit in place had been interrupted, and was undone",
+        "none needed; run the edit again",
+    ),
+    "trailing-bytes": Meaning(
+        _WARNING, "bytes follow the end of the checkpoint", "`ckptfix convert` leaves them behind"
+    ),
+    "unused-records": Meaning(
+        _WARNING,
+        "storages in the archive that nothing refers to",
+        "`ckptfix convert` leaves them behind",
+    ),
+    "surplus-shard": Meaning(
+        _WARNING, "files beside the shards that the index does not name", "remove them"
+    ),
+    "wrong-extension": Meaning(
+        _WARNING, "the name says another container than the bytes do", "rename the file"
+    ),
+    "no-state-dict": Meaning(
+        _ERROR, "nothing in the file maps names to tensors", "look for another file"
+    ),
+    "crc-mismatch": Meaning(
+        _ERROR,
+        "bytes are not those that were saved (`check --read-data`)",
+        "copy the file again, or `ckptfix recover`",
+    ),
+    "nan-values": Meaning(
+        _WARNING,
+        "tensors hold NaN (`check --read-data`)",
+        "take an earlier checkpoint; the training had diverged",
+    ),
+    "inf-values": Meaning(
+        _WARNING,
+        "tensors hold infinities (`check --read-data`)",
+        "take an earlier checkpoint, or one of a wider dtype",
+    ),
+    "unexpected-keys": Meaning(
+        _NOTE, "keys that the target does not have (`fix`)", "dropped, and named"
+    ),
+    "nested": Meaning(
+        _NOTE,
+        "the state dict lies inside a training checkpoint (`fix --model`)",
+        "taken out; `--keep-training-state` leaves it there",
+    ),
 }
-"""Severity and meaning of each code."""
+"""Severity, meaning and cure of each code; `docs/findings.md` is this table."""
+
+
+def as_markdown() -> str:
+    """The table, as `docs/findings.md` has it."""
+    rows = ["| code | severity | meaning | cure |", "|---|---|---|---|"]
+    rows += [
+        f"| `{code}` | {row.severity} | {row.meaning} | {row.cure} |" for code, row in CODES.items()
+    ]
+    return "\n".join(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,4 +137,4 @@ class Finding:
     @property
     def severity(self) -> Severity:
         """How much it matters; the table decides."""
-        return CODES[self.code][0]
+        return CODES[self.code].severity

@@ -19,7 +19,7 @@ MODULES = {
 }
 LAYERS = [
     ("errors", "limits", "dtypes", "known_errors"),
-    ("findings", "document", "spans", "trees", "journal", "wrappers"),
+    ("findings", "document", "spans", "trees", "journal", "renaming", "wrappers", "fitting"),
     ("pickles", "files"),
     ("tensors", "modules", "materialize", "describe"),
     ("formats", "state_dicts", "compacting"),

