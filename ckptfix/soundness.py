@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from ckptfix.errors import DamagedError
 from ckptfix.files import check_crc
+from ckptfix.findings import Finding
 from ckptfix.state_dicts import find
 from ckptfix.trees import storages
 
@@ -35,6 +36,10 @@ class Reading:
     inf: dict[str, int]
     """Path of each tensor that holds infinities, and how many."""
 
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return asdict(self)
+
     @property
     def is_sound(self) -> bool:
         """Whether no damage was found. NaN and infinities are what was saved."""
@@ -49,6 +54,17 @@ def read_data(document: Document) -> Reading:
     verified = sum(all(span.crc is not None for span in storage.spans) for storage in held)
     nan, inf = ({}, {}) if damaged else _not_numbers(document)
     return Reading(verified - len(damaged), len(held) - verified, damaged, nan, inf)
+
+
+def findings(reading: Reading) -> list[Finding]:
+    """What reading has shown, as findings."""
+    rows = [Finding("crc-mismatch", message) for message in reading.damaged]
+    for code, what, counts in (
+        ("nan-values", "NaN", reading.nan),
+        ("inf-values", "inf", reading.inf),
+    ):
+        rows += [Finding(code, f"{count:,} {what}", path) for path, count in counts.items()]
+    return rows
 
 
 def _damage(storage: Storage) -> str | None:

@@ -1,8 +1,10 @@
 """The page of `inspect --html`: whole in itself, and safe to open whatever the keys say."""
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,33 @@ def test_a_browser_draws_the_map_and_the_table(tmp_path: Path) -> None:
     assert drawn.count('class="cell"') > 10
     assert drawn.count("<tr>") == 122
     assert "122 of 122" in drawn
+
+
+def test_a_diff_tells_what_became_of_each_tensor(tmp_path: Path) -> None:
+    before = {"same": torch.ones(3), "gone": torch.ones(2), "moved": torch.ones(4)}
+    after = {"same": torch.ones(3), "new": torch.zeros(5), "moved": torch.tensor([1.0, 1, 1, 3])}
+    for name, weights in (("a.pt", before), ("b.pt", after)):
+        torch.save(weights, tmp_path / name)
+    command = [sys.executable, "-m", "ckptfix", "diff", "a.pt", "b.pt", "--html", "page.html"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    page = (tmp_path / "page.html").read_text("utf-8")
+    rows = json.loads(page.partition('id="data">')[2].partition("</script>")[0])["tensors"]
+    assert {row["key"]: (row["change"], row["by"]) for row in rows} == {
+        "same": ("same", ""),
+        "gone": ("removed", ""),
+        "moved": ("values", "at most 2"),
+        "new": ("added", ""),
+    }
+
+
+def test_a_page_is_not_replaced_unless_asked(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ckptfix", "inspect", str(FIXTURES / "cpu.pt"), "--html"]
+    codes = [
+        subprocess.run([*command, str(tmp_path / "p.html"), *more], capture_output=True).returncode
+        for more in ([], [], ["--force"])
+    ]
+    assert codes == [0, 2, 0]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")

@@ -1,5 +1,9 @@
 """Reading every byte: checksums, NaN and infinities."""
 
+import json
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +11,7 @@ import torch
 
 from ckptfix import formats
 from ckptfix.soundness import read_data
+from ckptfix.trees import storages
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FLOATS = [
@@ -47,3 +52,31 @@ def test_a_flipped_byte_is_damage(tmp_path: Path) -> None:
 def test_no_checksums_is_not_damage(name: str) -> None:
     found = read_data(formats.read(FIXTURES / name))
     assert (found.verified, found.unverified, found.is_sound) == (0, 3, True)
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ckptfix", "check", "--read-data", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_check_reads_the_data_on_request(tmp_path: Path) -> None:
+    torch.save({"w": torch.tensor([1.0, float("nan")])}, tmp_path / "in.pt")
+    done = run(tmp_path / "in.pt", "--json")
+    answer = json.loads(done.stdout)
+    assert (done.returncode, answer["sound"], answer["data"]["nan"]) == (0, True, {"w": 1})
+    assert [row["code"] for row in answer["findings"]] == ["nan-values"]
+
+
+@pytest.mark.parametrize("name", ["cpu.pt", "resnet18_dataparallel_cuda.pt"])
+def test_check_never_passes_a_flipped_byte_of_a_tensor(tmp_path: Path, name: str) -> None:
+    document = formats.read(FIXTURES / name)
+    spans = [span for storage in storages(document.root) for span in storage.spans if span.length]
+    for span in random.Random(3).sample(spans, min(len(spans), 12)):
+        data = bytearray((FIXTURES / name).read_bytes())
+        data[span.offset + span.length // 2] ^= 0x10
+        (tmp_path / "flip.pt").write_bytes(data)
+        assert not read_data(formats.read(tmp_path / "flip.pt")).is_sound
+    done = run(tmp_path / "flip.pt")
+    assert done.returncode == 1
+    assert "checksum" in done.stdout
+    assert "ckptfix recover" in done.stderr

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import formats
+from ckptfix import formats, soundness
 from ckptfix import target as targets
 from ckptfix.cli import findings, options, output
 from ckptfix.compare import Difference, Report, shape
 from ckptfix.diagnose import Remedy, diagnose, remedy
+from ckptfix.diagnose import command as fixing_command
 from ckptfix.errors import DamagedError
 from ckptfix.state_dicts import StateDict, choose
 
@@ -29,19 +30,27 @@ _SHOWN = 12
 @click.argument("file", metavar="FILE", type=click.Path())
 @options.target
 @options.select
+@click.option("--read-data", is_flag=True, help="Read every byte: checksums, NaN and infinities.")
 @options.as_json
 def command(
-    file: str, model: str | None, init: str | None, like: str | None, select: str | None
+    file: str,
+    model: str | None,
+    init: str | None,
+    like: str | None,
+    select: str | None,
+    read_data: bool,
 ) -> int:
     r"""Say whether a checkpoint is sound, and whether it fits a model.
 
     With a model or another checkpoint to compare with, keys, shapes and dtypes are held against
     it, as load_state_dict would. The model is built on the meta device and takes no memory; its
-    code is run, the checkpoint's never is.
+    code is run, the checkpoint's never is. With --read-data every byte is read: checksums where the
+    container keeps them, and how many NaN and infinities each tensor holds.
 
     \b
     Examples:
       ckptfix check model.pt
+      ckptfix check --read-data model.pt
       ckptfix check model.pt --model net.py:Net --init '{"layers": 3}'
       ckptfix check model.pt --like other.safetensors
 
@@ -58,6 +67,14 @@ def command(
     except DamagedError as error:
         return _say_damaged(answer, file, error)
     found = diagnose(document)
+    if read_data:
+        reading = soundness.read_data(document)
+        answer["data"] = reading.as_dict()
+        found += soundness.findings(reading)
+        if not reading.is_sound:
+            return _say_damaged(
+                answer, file, DamagedError(reading.damaged[0], hint=_recover(document))
+            )
     answer |= {"sound": True, "container": document.container, "findings": findings.rows(found)}
     if wanted is None:
         if select is not None:
@@ -82,6 +99,10 @@ _ABOUT_NAMES = frozenset(
     {"prefix-wrapper", "partial-prefix", "key-collision", "wrapper-inside", "swa-layout"}
 )
 """Findings about which a target knows better."""
+
+
+def _recover(document: Document) -> str:
+    return f"save what is whole: {fixing_command('recover', document, 'recovered')}"
 
 
 def _say_damaged(answer: dict[str, Any], file: str, error: DamagedError) -> int:

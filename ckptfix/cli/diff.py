@@ -36,9 +36,18 @@ _KEY_WIDTH = 40
 @click.option("--keys-only", is_flag=True, help="Keys, shapes and dtypes; no values.")
 @click.option("--read-data", is_flag=True, help="Compare bytes where checksums could tell.")
 @click.option("--all", "everything", is_flag=True, help="List every difference.")
+@click.option("--html", metavar="PAGE", type=click.Path(), help="Draw it as a web page as well.")
+@click.option("--force", "-f", is_flag=True, help="Replace PAGE if it is there.")
 @options.as_json
 def command(
-    a: str, b: str, select: tuple[str, ...], keys_only: bool, read_data: bool, everything: bool
+    a: str,
+    b: str,
+    select: tuple[str, ...],
+    keys_only: bool,
+    read_data: bool,
+    everything: bool,
+    html: str | None,
+    force: bool,
 ) -> int:
     r"""Compare two checkpoints: keys, shapes, dtypes, values, and everything beside.
 
@@ -66,6 +75,10 @@ def command(
         found = compare(
             one, other, select=paths, keys_only=keys_only, read_data=read_data, progress=advance
         )
+    if html is not None:
+        from ckptfix import html_report
+
+        html_report.write(html_report.of_diff(found, one, other), html, force=force)
     data = {"command": "diff", "a": a, "b": b, "same": found.same, "keys_only": keys_only}
     rows = [_data(state) for state in found.state_dicts]
     others = [row._asdict() for row in found.others]

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 @click.command("inspect")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path())
 @click.option("--all", "everything", is_flag=True, help="Show every tensor and value.")
+@click.option("--html", metavar="PAGE", type=click.Path(), help="Draw it as a web page instead.")
+@click.option("--force", "-f", is_flag=True, help="Replace PAGE if it is there.")
 @options.as_json
-def command(files: tuple[str, ...], everything: bool) -> int:
+def command(files: tuple[str, ...], everything: bool, html: str | None, force: bool) -> int:
     r"""Show what is in a checkpoint, and what is wrong with it.
 
     The tree, with each tensor's shape, dtype, bytes and saved device; then what was noticed, each
@@ -37,12 +39,15 @@ def command(files: tuple[str, ...], everything: bool) -> int:
     Examples:
       ckptfix inspect model.pt
       ckptfix inspect --json model.pt
+      ckptfix inspect model.pt --html report.html
 
     \b
     Exit codes:
       0  every file was read
       2  a file cannot be read
     """
+    if html is not None:
+        return _write_page(files, html, force=force)
     if len(files) == 1:
         document = formats.read(files[0])
         found = diagnose(document)
@@ -50,6 +55,16 @@ def command(files: tuple[str, ...], everything: bool) -> int:
         output.answer(data, lambda console: _draw(console, document, found, everything))
         return 0
     return _inspect_all(files, everything=everything)
+
+
+def _write_page(files: tuple[str, ...], html: str, *, force: bool) -> int:
+    from ckptfix import html_report
+
+    if len(files) > 1:
+        raise click.UsageError("--html: draws one FILE")
+    html_report.write(html_report.of_document(formats.read(files[0])), html, force=force)
+    output.answer({"command": "inspect", "file": files[0], "page": html}, f"wrote {html}")
+    return 0
 
 
 def _inspect_all(files: tuple[str, ...], *, everything: bool) -> int:
