@@ -162,10 +162,11 @@ class Bench:
 
     def results(self) -> Record:
         """Everything that results.json holds."""
-        command = shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])
+        places = {str(self.options.peers): "PYTHON", str(self.options.out): "FOLDER"}
+        words = [places.get(word, word) for word in sys.argv[1:]]
         return {
             "schema": 1,
-            "command": command,
+            "command": shlex.join(["python", "benchmarks/run.py", *words]),
             "runs": self.options.runs,
             "machine": machine.describe(self.folder),
             "versions": machine.versions(self.options.peers),

@@ -180,14 +180,15 @@ def of_models(states: Iterable[StateDict]) -> list[StateDict]:
 def choose(document: Document, path: str | None = None) -> StateDict:
     """The state dict at `path`, or without one the only one that can be meant.
 
-    Averaged copies (`ema`) stand back where exactly one other state dict is there. Raises
+    Averaged copies (`ema`), and mappings of nothing but single numbers (the scores that Lightning
+    keeps, a normalizer's mean), stand back where exactly one other state dict is there. Raises
     `SelectionError`, which lists what there is.
     """
     states = of_models(find(document.root))
     if path is not None:
         return choose_all(document, [path])[0]
-    plain = [state for state in states if state.role != "ema"]
-    candidates = plain or states
+    weights = [state for state in states if not _only_numbers(state)] or states
+    candidates = [state for state in weights if state.role != "ema"] or weights
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
@@ -197,6 +198,10 @@ def choose(document: Document, path: str | None = None) -> StateDict:
         hint=f"choose one: add --select {states[0].path}",
         code="ambiguous-state-dict",
     )
+
+
+def _only_numbers(state: StateDict) -> bool:
+    return not state.others and all(tensor.shape == () for tensor in state.tensors.values())
 
 
 def choose_all(document: Document, paths: Sequence[str] = ()) -> list[StateDict]:

@@ -100,6 +100,18 @@ def test_choosing_by_path_and_by_being_the_only_one():
     assert choose(document({"ema": NET, "step": 1})).path == "ema"
 
 
+def test_mappings_of_single_numbers_stand_back_behind_weights():
+    scores = {"/runs/epoch=2_loss=0.12.ckpt": torch.tensor(0.12)}
+    lightning = {"state_dict": NET, "callbacks": {"ModelCheckpoint": {"best_k_models": scores}}}
+    assert choose(document(lightning)).path == "state_dict"
+    normalizer = {"mean": torch.tensor(1.0), "std": torch.tensor(2.0)}
+    assert choose(document({"model": NET, "normalizer": normalizer})).path == "model"
+    assert choose(document({"model": NET, "normalizer": normalizer}), "normalizer").tensors
+    assert choose(document({"normalizer": normalizer})).path == "normalizer"
+    with pytest.raises(SelectionError, match="holds 2 state dicts: a, b"):
+        choose(document({"a": normalizer, "b": scores}))
+
+
 def test_what_is_ambiguous_or_missing_is_refused_and_listed():
     two = document({"a": NET, "b": dict(NET)})
     with pytest.raises(SelectionError, match="holds 2 state dicts: a, b") as raised:

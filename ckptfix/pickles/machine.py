@@ -33,7 +33,8 @@ class Machine:
     """The state that opcodes act on; `stack` is what lies above the topmost mark."""
 
     __slots__ = (
-        "builders", "data", "framed", "globals", "limits", "marks", "memo", "persistent", "stack",
+        "builders", "data", "framed", "globals", "length", "limits", "marks", "memo", "persistent",
+        "stack",
     )  # fmt: skip
 
     def __init__(
@@ -45,6 +46,7 @@ class Machine:
     ) -> None:
         self.builders = builders
         self.data = data
+        self.length = len(data)
         self.persistent = persistent
         self.limits = limits
         self.stack: list[Node] = []
@@ -84,15 +86,14 @@ class Machine:
         """What stands for `function(*args)`: what a builder makes of it, or an inert object."""
         if type(args) is not tuple:
             raise DamagedError(f"a {type(args).__name__} stands for the arguments of a call")
-        builder = (
-            self.builders.get(function) if type(function) is Global and how == "reduce" else None
-        )
-        built = builder(args, self.limits) if builder else None
-        if built is None:
-            if not isinstance(function, (Global, Inert)):
-                raise UnsafeError(f"a {type(function).__name__} is called")
-            built = Inert(function, args, kwargs, how)
-        return built
+        if type(function) is Global and how == "reduce":
+            builder = self.builders.get(function)
+            built = None if builder is None else builder(args, self.limits)
+            if built is not None:
+                return built
+        if not isinstance(function, (Global, Inert)):
+            raise UnsafeError(f"a {type(function).__name__} is called")
+        return Inert(function, args, kwargs, how)
 
     def check_key(self, key: Node) -> None:
         """Refuse a dict key that cannot be hashed, or not quickly."""

@@ -26,6 +26,7 @@ RETRY = "the file is damaged: copy or download it again"
 
 _U1, _U2, _U4, _U8 = (struct.Struct(layout) for layout in ("<B", "<H", "<I", "<Q"))
 _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
+_read_u4 = _U4.unpack_from
 
 
 def _number(layout: struct.Struct, data: Data, at: int) -> int:
@@ -95,7 +96,7 @@ def _binput(m: Machine, at: int) -> int:
 
 
 def _long_binput(m: Machine, at: int) -> int:
-    m.memo[_number(_U4, m.data, at)] = m.stack[-1]
+    m.memo[_read_u4(m.data, at)[0]] = m.stack[-1]
     return at + 4
 
 
@@ -116,7 +117,7 @@ def _binget(m: Machine, at: int) -> int:
 
 
 def _long_binget(m: Machine, at: int) -> int:
-    m.stack.append(m.memo[_number(_U4, m.data, at)])
+    m.stack.append(m.memo[_read_u4(m.data, at)[0]])
     return at + 4
 
 
@@ -143,9 +144,11 @@ def _binint1(m: Machine, at: int) -> int:
 
 
 def _fixed(layout: struct.Struct) -> Operation:
+    read, size = layout.unpack_from, layout.size
+
     def push(m: Machine, at: int) -> int:
-        m.stack.append(_number(layout, m.data, at))
-        return at + layout.size
+        m.stack.append(read(m.data, at)[0])
+        return at + size
 
     return push
 
@@ -188,11 +191,14 @@ def _float(m: Machine, at: int) -> int:
 
 
 def _text(layout: struct.Struct) -> Operation:
+    read, size = layout.unpack_from, layout.size
+
     def push(m: Machine, at: int) -> int:
-        length = _number(layout, m.data, at)
-        at += layout.size
-        m.stack.append(m.take(at, length).decode("utf-8", "surrogatepass"))
-        return at + length
+        start = at + size
+        end = start + read(m.data, at)[0]
+        text = m.data[start:end] if end <= m.length else m.take(start, end - start)
+        m.stack.append(text.decode("utf-8", "surrogatepass"))
+        return end
 
     return push
 
@@ -250,16 +256,20 @@ def _string(m: Machine, at: int) -> int:
 
 
 def _tuple(m: Machine, at: int) -> int:
-    items = m.pop_mark()
-    m.stack.append(tuple(items))
+    items = tuple(m.stack)
+    m.stack = m.marks.pop()
+    m.stack.append(items)
     return at
 
 
 def _short_tuple(length: int) -> Operation:
     def push(m: Machine, at: int) -> int:
-        if len(m.stack) < length:
+        stack = m.stack
+        if len(stack) < length:
             raise IndexError
-        m.stack[-length:] = (tuple(m.stack[-length:]),)
+        items = tuple(stack[-length:])
+        del stack[-length:]
+        stack.append(items)
         return at
 
     return push

@@ -142,18 +142,20 @@ def _check_bounds(
     limits: Limits,
 ) -> None:
     """What torch checks when a tensor is set on a storage, before anything is allocated."""
-    if len(shape) > _MAX_DIMS or not all(0 <= x < _INT64 for x in (offset, *shape, *stride)):
+    numbers = (offset, *shape, *stride)
+    if len(shape) > _MAX_DIMS or min(numbers) < 0 or max(numbers) >= _INT64:
         raise UnsafeError("a tensor has sizes, strides or an offset that no tensor can have")
     last, count = offset, dtype.itemsize
     for size, step in zip(shape, stride, strict=True):
         count *= size
         last += (size - 1) * step
-    if count and (last + 1) * dtype.itemsize > storage.nbytes:
+    nbytes = storage.nbytes
+    if count and (last + 1) * dtype.itemsize > nbytes:
         raise UnsafeError(
             f"a tensor of shape {shape}, stride {stride}, offset {offset} reaches outside its "
             f"storage {storage.key!r} of {storage.numel} elements"
         )
-    if count > limits.tensor_bytes and count > storage.nbytes:
+    if count > limits.tensor_bytes and count > nbytes:
         raise UnsafeError(f"a tensor of shape {shape} would expand to {count} bytes")
 
 

@@ -1,0 +1,119 @@
+"""Why a checkpoint does not fit a target, in one sentence: what differs, and what to do about it.
+
+A head for another number of classes, another vocabulary, other positions, a buffer too many and
+the wrong model altogether look alike in a list of keys; people need to tell them apart.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from typing import TYPE_CHECKING, NamedTuple
+
+from ckptfix.compare import describe, shape
+from ckptfix.errors import KeyMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ckptfix.compare import Difference, Report
+
+_SHOWN = 5
+
+
+class Cause(NamedTuple):
+    """What differs, and what to do about it."""
+
+    what: str
+    hint: str
+
+
+def error(name: str, path: str, report: Report, wanted: str) -> KeyMismatchError:
+    """The refusal of a state dict (at `path` in the checkpoint `name`) that does not fit."""
+    where = name if path == "/" else f"{name} ({path})"
+    found = cause(report, name, wanted)
+    message = f"{where} does not match {wanted}: {found.what}\n{describe(report)}"
+    return KeyMismatchError(report, message, hint=found.hint)
+
+
+def cause(report: Report, name: str, wanted: str) -> Cause:
+    """The sentence that says it best. The report is one that does not load."""
+    if not report.matched and not report.shape_mismatch:
+        return Cause(
+            "nothing matches: is this the right model?",
+            f"see what the file holds: ckptfix inspect --all {shlex.quote(name)}",
+        )
+    if report.missing:
+        return _missing(report, name)
+    if report.shape_mismatch:
+        return _shapes(report.shape_mismatch, name)
+    keys = _listed(report.unexpected)
+    return Cause(
+        f"it has everything that {wanted} wants, and more: {keys}",
+        f"leave that out: ckptfix fix {shlex.quote(name)} OUT --model FILE.py:NAME; "
+        "or load it with strict=False",
+    )
+
+
+def _missing(report: Report, name: str) -> Cause:
+    what = f"the file lacks {_listed(report.missing)}"
+    for key in report.missing[:_SHOWN]:
+        near = difflib.get_close_matches(key, report.unexpected[:2000], 1, cutoff=0.75)
+        if near:
+            rename = f"ckptfix rename {shlex.quote(name)} OUT --sub PATTERN REPLACEMENT"
+            return Cause(what, f"if {near[0]!r} is meant for {key!r}: {rename}")
+    return Cause(what, f"see what it holds: ckptfix inspect --all {shlex.quote(name)}")
+
+
+def _shapes(rows: Sequence[Difference], name: str) -> Cause:
+    sizes = _only_sizes(rows)
+    shown = f"{rows[0].key} {shape(rows[0].found)} vs {shape(rows[0].wanted)}"
+    if sizes is None:
+        return Cause(
+            f"{len(rows)} shapes differ: {shown}",
+            f"build the model as it was trained (--init); see: ckptfix inspect --all "
+            f"{shlex.quote(name)}",
+        )
+    found, _ = sizes
+    if any(_says(row.key, _POSITIONS) for row in rows):
+        return Cause(
+            f"only the position embedding differs: {shown}",
+            f"build the model for {found} positions (--init), or interpolate {rows[0].key} yourself",
+        )
+    if any(_says(row.key, _VOCABULARIES) for row in rows):
+        return Cause(
+            f"only the vocabulary differs: {shown}",
+            f"build the model with a vocabulary of {found} (--init), load it, then resize it",
+        )
+    head = rows[0].key.rpartition(".")[0] or rows[0].key
+    return Cause(
+        f"only the classifier head differs: {shown}",
+        f"build the model with {found} classes (--init), load it, then replace {head!r}",
+    )
+
+
+_POSITIONS = ("pos", "wpe")
+_VOCABULARIES = ("emb", "wte", "vocab", "tok", "lm_head")
+
+
+def _says(key: str, words: Sequence[str]) -> bool:
+    return any(word in key.lower() for word in words)
+
+
+def _only_sizes(rows: Sequence[Difference]) -> tuple[int, int] | None:
+    """The one pair of sizes in which all shapes differ, each in one dimension; else None."""
+    pairs = set()
+    for row in rows:
+        found, wanted = row.found.shape, row.wanted.shape
+        if found is None or wanted is None or len(found) != len(wanted):
+            return None
+        unlike = [pair for pair in zip(found, wanted, strict=True) if pair[0] != pair[1]]
+        if len(unlike) != 1:
+            return None
+        pairs.add(unlike[0])
+    return pairs.pop() if len(pairs) == 1 else None
+
+
+def _listed(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return ", ".join(keys[:_SHOWN]) + more
