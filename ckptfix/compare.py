@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,7 +11,7 @@ from ckptfix.state_dicts import is_special_tensor
 from ckptfix.tensors import as_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping
 
     from ckptfix.document import Node
 
@@ -118,26 +119,57 @@ def _casts(key: str, found: Mapping[str, Spec], wanted: Mapping[str, Spec]) -> b
     return found[key].dtype not in (None, SPECIAL, wanted[key].dtype) and bool(wanted[key].dtype)
 
 
-def describe(report: Report, limit: int = 10) -> str:
+class Section(NamedTuple):
+    """Keys of one kind, as a report lists them: a heading, the sign of each row, the rows."""
+
+    title: str
+    sign: str
+    rows: list[str]
+
+
+def describe(report: Report, limit: int = 12) -> str:
     """A report as lines of text, as a diff would have them: at most `limit` keys of each kind."""
+    lines = counts(report)
+    for title, sign, rows in sections(report):
+        lines += [title, *(f"  {sign} {row}" for row in rows[:limit])]
+        lines += [f"  … and {len(rows) - limit:,} more"] if len(rows) > limit else []
+    return "\n".join(lines)
+
+
+def counts(report: Report) -> list[str]:
+    """How many keys match, and in a second line how many do not."""
     total = len(report.matched) + len(report.missing) + len(report.shape_mismatch)
-    lines = [f"{len(report.matched)} of {total} keys match ({report.share:.1%} of the elements)"]
+    share = math.floor(report.share * 1000) / 10  # 100 % is said only of all
+    found = {
+        "missing": len(report.missing),
+        "unexpected": len(report.unexpected),
+        "of another shape": len(report.shape_mismatch),
+        "of another dtype": len(report.dtype_difference),
+    }
+    told = [f"{count:,} {what}" for what, count in found.items() if count]
+    matched = f"{len(report.matched):,} of {total:,} keys match, {share:.1f}% of the elements"
+    return [matched, *([", ".join(told)] if told else [])]
+
+
+def sections(report: Report) -> list[Section]:
+    """Every key that does not match, by kind; kinds without keys are left out."""
     shapes = [
-        f"{row.key}: {shape(row.found)}, the target has {shape(row.wanted)}"
+        f"{row.key}: {shape(row.found)}, wanted {shape(row.wanted)}"
         for row in report.shape_mismatch
     ]
-    lines += _listed("- missing", report.missing, limit)
-    lines += _listed("+ unexpected", report.unexpected, limit)
-    lines += _listed("! shape", shapes, limit)
-    return "\n".join(lines)
+    dtypes = [
+        f"{row.key}: {row.found.dtype}, wanted {row.wanted.dtype}"
+        for row in report.dtype_difference
+    ]
+    found = [
+        Section("missing: wanted, and not in the file", "-", report.missing),
+        Section("unexpected: in the file, and not wanted", "+", report.unexpected),
+        Section("of another shape", "!", shapes),
+        Section("of another dtype (torch casts them when it loads)", "~", dtypes),
+    ]
+    return [section for section in found if section.rows]
 
 
 def shape(spec: Spec) -> str:
     """A shape as torch prints it: `[2, 3]`."""
     return "no tensor" if spec.shape is None else str(list(spec.shape))
-
-
-def _listed(label: str, rows: Sequence[str], limit: int) -> Iterator[str]:
-    yield from (f"  {label} {row}" for row in rows[:limit])
-    if len(rows) > limit:
-        yield f"  {label}: {len(rows) - limit} more"

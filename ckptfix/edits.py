@@ -249,4 +249,6 @@ def fit(document: Document, path: str | os.PathLike[str], select: str | None = N
     """The document as the container of an output path holds it, reduced to `select` if given."""
     if formats.writable(path).tensors_only:
         return flatten(document, choose(document, select))
-    return Fitted(document) if select is None else only(document, choose(document, select))
+    fitted = Fitted(document) if select is None else only(document, choose(document, select))
+    texts = [(f"__metadata__/{key}", "str") for key in document.metadata if key != "format"]
+    return replace(fitted, left_out=[*fitted.left_out, *texts])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from isal import isal_zlib
 
 from ckptfix.errors import CkptfixError, DamagedError, OutputExistsError, WriteError
-from ckptfix.spans import CHUNK, Span
+from ckptfix.spans import CHUNK, ReadAhead, Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 _COPY = 64 << 20
 """Bytes that the kernel is asked to copy at once: small enough for progress to be seen."""
+
+_SMALL, _AHEAD = 1 << 12, 1 << 14
+"""Spans so small are copied faster here than by the kernel, and read so many bytes at a time."""
 
 _NO_KERNEL_COPY = {
     errno.ENOSYS,
@@ -52,6 +55,7 @@ class Sink:
         self._flushed = 0
         self._kernel_copy = hasattr(os, "copy_file_range")
         self._sums = _Sums()
+        self._ahead: ReadAhead | None = None
         self._checks: list[tuple[str, Span, Sum]] = []
 
     @property
@@ -84,12 +88,21 @@ class Sink:
         if isinstance(part, bytes):
             self.write(part)
             return
+        if part.length <= _SMALL and part.source.fileno() is not None:
+            self.write(self._small(part))
+            self._advance(part.length)
+            return
         descriptor = part.source.fileno()
         done = self._copy_in_kernel(descriptor, part) if descriptor is not None else 0
         if done < part.length:
             for chunk in part.slice(done, part.length - done).chunks():
                 self.write(chunk)
                 self._advance(len(chunk))
+
+    def _small(self, span: Span) -> bytes:
+        if self._ahead is None or self._ahead.source is not span.source:
+            self._ahead = ReadAhead(span.source, _AHEAD)
+        return self._ahead.read(span.offset, span.length)
 
     def copy_summed(self, parts: Sequence[Span | bytes]) -> Sum:
         """Copy spans to the end; the CRC-32 of all their bytes is computed beside that."""

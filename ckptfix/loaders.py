@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from ckptfix import fitting, formats, materialize, target, wrappers
-from ckptfix.compare import Report, describe
-from ckptfix.errors import KeyMismatchError, RenameError, SelectionError, UnsupportedError
-from ckptfix.state_dicts import StateDict, choose, find, is_special_tensor, of_models
+from ckptfix import formats, materialize, mismatches, target, wrappers
+from ckptfix.errors import UnsupportedError
+from ckptfix.matching import Match, match
+from ckptfix.state_dicts import choose, is_special_tensor
 from ckptfix.tensors import as_tensor
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ckptfix.document import Document
+    from ckptfix.compare import Report
+    from ckptfix.document import Document, Node
+    from ckptfix.errors import KeyMismatchError
     from ckptfix.materialize import MapLocation
     from ckptfix.renaming import Renaming
     from ckptfix.target import Target
@@ -56,14 +58,16 @@ def load_state_dict(
 ) -> OrderedDict[str, Tensor]:
     """The state dict in a checkpoint, keyed as `model` expects it.
 
-    Wrapper prefixes are stripped or added as the model wants them. Without a model the keys stay
-    as they are saved. `_metadata` comes along.
+    The state dict that fits is found, prefixes are stripped or added as the model wants them, the
+    part of a larger model that is meant is taken out, and a tie that was not saved is made. Without
+    a model the keys stay as they are saved. `_metadata` comes along.
 
     Args:
         path: a file in any container that ckptfix reads.
         model: what the keys have to fit; it is not changed.
         select: the path of the state dict inside the checkpoint, where it holds several.
         strict: whether every key and shape has to match; otherwise the nearest names are taken.
+            What lies beside the part of a larger model that is meant has to match nothing.
         map_location: as in `load`.
 
     Raises:
@@ -74,11 +78,10 @@ def load_state_dict(
         KeyMismatchError: with `strict`, the keys or shapes do not fit; carries the `Report`.
     """
     document = formats.read(path)
-    wanted = target.of_module(model) if model is not None else None
-    state, renaming = fit(document, wanted, select)
-    if wanted is not None and strict:
-        _insist(target.report(state, wanted, renaming), document, wanted)
-    return _loaded(document, state, renaming, map_location)
+    if model is None:
+        return _loaded(document, choose(document, select).mapping, map_location)
+    found = _meant(document, target.of_module(model), select, strict)
+    return _loaded(document, found.mapping(unexpected=not strict), map_location)
 
 
 def load_into(
@@ -98,6 +101,7 @@ def load_into(
 
     Returns:
         How the keys compared: with `strict=False`, `missing` are those that kept their values.
+        `unexpected` are those that were not used.
 
     Raises:
         KeyMismatchError: the keys or shapes do not fit; carries the `Report`, and prints as a list.
@@ -105,57 +109,24 @@ def load_into(
     """
     document = formats.read(path)
     wanted = target.of_module(model)
-    state, renaming = fit(document, wanted, select)
-    report = target.report(state, wanted, renaming)
-    if strict or report.shape_mismatch:
-        _insist(report, document, wanted)
-    model.load_state_dict(_loaded(document, state, renaming, "cpu"), strict=strict)
-    return report
+    found = _meant(document, wanted, select, strict)
+    if found.report.shape_mismatch:
+        raise _mismatch(document, found, wanted)
+    loaded = _loaded(document, found.mapping(unexpected=not strict), "cpu")
+    model.load_state_dict(loaded, strict=strict)
+    return found.report
 
 
-def fit(
-    document: Document, wanted: Target | None, select: str | None = None
-) -> tuple[StateDict, Renaming | None]:
-    """The state dict that is meant, and the renaming under which it fits the target best.
-
-    Raises `SelectionError` or, where it fits in two ways, `RenameError`.
-    """
-    if wanted is None:
-        return choose(document, select), None
-    state = _choose_fitting(document, wanted, select)
-    specs = wanted.specs_for(state)
-    ways = fitting.fits(state.mapping, specs) or fitting.nearest(state.mapping, specs)
-    if len(ways) > 1:
-        listed = "; ".join(way.label for way in ways)
-        raise RenameError(
-            f"{document.name}: the keys fit {wanted.name} in {len(ways)} ways: {listed}",
-            hint="choose one: ckptfix strip-prefix --prefix PREFIX IN OUT",
-            code="ambiguous-prefix",
-        )
-    return state, ways[0]
+def _meant(document: Document, wanted: Target, select: str | None, strict: bool) -> Match:
+    """The state dict that is meant for a model; with `strict` it has nothing else, as in torch."""
+    found = match(document, wanted, select, partly=not strict)
+    if strict and found.unexpected:
+        raise _mismatch(document, found, wanted)
+    return found
 
 
-def _choose_fitting(document: Document, wanted: Target, select: str | None) -> StateDict:
-    """As `choose`; where several could be meant, the only one that fits the target wholly."""
-    try:
-        return choose(document, select)
-    except SelectionError as error:
-        states = of_models(find(document.root)) if select is None else []
-        fitting = [state for state in states if _fits(state, wanted)]
-        if len(fitting) != 1:
-            raise error from None
-        return fitting[0]
-
-
-def _fits(state: StateDict, wanted: Target) -> bool:
-    ways = fitting.fits(state.mapping, wanted.specs_for(state))
-    return any(target.report(state, wanted, way).loads for way in ways)
-
-
-def _insist(report: Report, document: Document, wanted: Target) -> None:
-    if not report.loads:
-        message = f"{document.name} does not match {wanted.name}\n{describe(report)}"
-        raise KeyMismatchError(report, message)
+def _mismatch(document: Document, found: Match, wanted: Target) -> KeyMismatchError:
+    return mismatches.error(document.name, found.state.path, found.report, wanted.name)
 
 
 def _materializer(document: Document, map_location: MapLocation) -> materialize.Materializer:
@@ -164,17 +135,15 @@ def _materializer(document: Document, map_location: MapLocation) -> materialize.
 
 
 def _loaded(
-    document: Document, state: StateDict, renaming: Renaming | None, map_location: MapLocation
+    document: Document, mapping: dict[str, Node], map_location: MapLocation
 ) -> OrderedDict[str, Any]:
-    for key, node in state.mapping.items():
+    for key, node in mapping.items():
         if as_tensor(node) is None and is_special_tensor(node):
             raise UnsupportedError(
                 f"{document.name}: {key!r} is a sparse, quantized or other special tensor",
                 hint="load it with torch.load, and give that to ckptfix.strip_prefix",
             )
-    made = materialize.tree(state.mapping, _materializer(document, map_location))
-    if renaming is not None:
-        return renamed(made, renaming)
+    made = materialize.tree(mapping, _materializer(document, map_location))
     return made if isinstance(made, OrderedDict) else OrderedDict(made)
 
 

@@ -62,7 +62,9 @@ class Match(NamedTuple):
         )
         items.update({key: items[other] for key, other in self.tied.items()})
         if self.state.metadata is not None:
-            items.attributes = {"_metadata": OrderedMap(self.renaming.metadata(self.state.metadata))}
+            items.attributes = {
+                "_metadata": OrderedMap(self.renaming.metadata(self.state.metadata))
+            }
         return items
 
 

@@ -101,16 +101,19 @@ def _says(key: str, words: Sequence[str]) -> bool:
 
 
 def _only_sizes(rows: Sequence[Difference]) -> tuple[int, int] | None:
-    """The one pair of sizes in which all shapes differ, each in one dimension; else None."""
+    """The one pair of sizes in which all shapes differ, each in one dimension; else None.
+
+    That is the first dimension, where what a layer gives is counted; of positions, any.
+    """
     pairs = set()
     for row in rows:
-        found, wanted = row.found.shape, row.wanted.shape
-        if found is None or wanted is None or len(found) != len(wanted):
+        found, wanted = row.found.shape or (), row.wanted.shape or ()
+        unlike = [index for index, pair in enumerate(zip(found, wanted)) if pair[0] != pair[1]]
+        if len(found) != len(wanted) or len(unlike) != 1:
             return None
-        unlike = [pair for pair in zip(found, wanted, strict=True) if pair[0] != pair[1]]
-        if len(unlike) != 1:
+        if unlike[0] and not _says(row.key, _POSITIONS):
             return None
-        pairs.add(unlike[0])
+        pairs.add((found[unlike[0]], wanted[unlike[0]]))
     return pairs.pop() if len(pairs) == 1 else None
 
 

@@ -83,7 +83,7 @@ class Renaming:
         prefixes = dict.fromkeys((prefix_of(old), prefix_of(new)) for old, new in changed)
         removed: dict[str, None] = {}
         added: dict[str, None] = {}
-        for old, new in dict.fromkeys(_unlike(_split(*pair)) for pair in prefixes):
+        for old, new in dict.fromkeys(_unlike(_split(*pair)) for pair in _trimmed(prefixes)):
             for _, i, i_end, j, j_end in _edits(old, new):
                 removed[joined(old[i:i_end])] = None
                 added[joined(new[j:j_end])] = None
@@ -165,6 +165,16 @@ def shared_start(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, 
     pairs = enumerate(zip(first, second, strict=False))
     end = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
     return first[:end]
+
+
+def _trimmed(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], None]:
+    """Pairs of prefixes, each once; of one that only lost its start, that start and nothing."""
+    return dict.fromkeys(
+        (start, "")
+        if old.endswith(new) and (start := old[: len(old) - len(new)])[-1:] in ("", ".")
+        else (old, new)
+        for old, new in pairs
+    )
 
 
 _Pair = tuple[tuple[str, ...], tuple[str, ...]]

@@ -144,6 +144,25 @@ class ComputedSource(Source):
         return data if length == self.size else data[offset : offset + length]
 
 
+class ReadAhead:
+    """Small reads that mostly follow one another, served from pieces of `size` bytes."""
+
+    def __init__(self, source: Source, size: int) -> None:
+        self.source = source
+        self._size = size
+        self._start = 0
+        self._piece = b""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`; `DamagedError` where the source is shorter."""
+        begin = offset - self._start
+        if begin < 0 or begin + length > len(self._piece):
+            rest = self.source.size - offset
+            self._piece = self.source.read(offset, max(min(self._size, rest), length))
+            self._start, begin = offset, 0
+        return self._piece[begin : begin + length]
+
+
 class UnpackedSource(Source):
     """Bytes that have to be unpacked, into an unnamed file, at the first use."""
 

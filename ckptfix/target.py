@@ -102,11 +102,20 @@ def of_file(path: str | os.PathLike[str]) -> Target:
         raise TargetError(f"cannot compare with {error.message}", hint=error.hint) from None
 
 
-def report(state: StateDict, wanted: Target, renaming: Renaming | None = None) -> Report:
-    """How a state dict compares with a target, once it is renamed."""
+def report(
+    state: StateDict,
+    wanted: Target,
+    renaming: Renaming | None = None,
+    tied: Mapping[str, str] | None = None,
+) -> Report:
+    """How a state dict compares with a target, once it is renamed.
+
+    `tied` has keys to be added, each as another name of a key that is there then.
+    """
     found = specs(state.mapping)
     if renaming is not None:
         found = {renaming.keys[key]: spec for key, spec in found.items()}
+    found.update({key: found[other] for key, other in (tied or {}).items()})
     return compare(found, wanted.specs_for(state))
 
 

@@ -22,6 +22,9 @@ def children(node: Node) -> Iterator[tuple[str, Node]]:
     """What a node holds, each with the path component that names it. Leaves hold nothing."""
     if isinstance(node, dict):
         for key, value in node.items():
+            if type(key) is str:
+                yield key, value
+                continue
             if type(key) not in _LEAVES:
                 yield "<key>", key
             yield str(key) if type(key) in _LEAVES else f"<{type(key).__name__}>", value
@@ -75,10 +78,19 @@ def walk(root: Node, descend: Callable[[Node], bool] | None = None) -> Iterator[
             continue
         seen.add(id(node))
         yield path, node
-        if descend is None or descend(node):
+        if not _is_plain(node) and (descend is None or descend(node)):
             deep = len(path) >= PATH_DEPTH  # or a million nested lists would take hours
-            below = [(path if deep else (*path, name), child) for name, child in children(node)]
+            below = [
+                (path if deep else (*path, name), child)
+                for name, child in children(node)
+                if type(child) not in _LEAVES
+            ]
             pending.extend(reversed(below))
+
+
+def _is_plain(node: Node) -> bool:
+    """Whether a node is a tensor with nothing below it, as nearly all are."""
+    return type(node) is Tensor and node.hooks is None and node.metadata is None
 
 
 def storages(root: Node) -> Iterator[Storage]:
@@ -171,7 +183,10 @@ class _Rebuilder:
 
     def _fill(self, node: Node, shell: Node, new: Node) -> None:
         if isinstance(new, dict):
-            shell.update((self.get(key), self.get(value)) for key, value in new.items())
+            done = self.done
+            for key, value in new.items():
+                key = key if type(key) in _LEAVES else done[id(key)]
+                shell[key] = value if type(value) in _LEAVES else done[id(value)]
             if isinstance(new, OrderedMap):
                 shell.attributes = self.get(new.attributes)
         elif isinstance(new, list):
@@ -238,7 +253,7 @@ def _spelled(place: Place | None) -> str:
 
 
 def _parts(node: Node) -> list[tuple[str, Node]]:
-    if type(node) is Tensor and node.hooks is None and node.metadata is None:
+    if _is_plain(node):
         return [("<storage>", node.storage)]
     parts = list(children(node))
     if isinstance(node, Tensor):

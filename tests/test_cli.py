@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from ckptfix.cli import COMMANDS
@@ -246,6 +247,26 @@ def test_what_is_left_out_is_counted_and_named_beside_the_answer(here: Path) -> 
     assert ran.stdout == "wrote out.safetensors: torch zip to safetensors, 3 tensors\n"
     assert ran.stderr.startswith("note: 6 things left out of it: optimizer_state_dict (dict of 2)")
     assert "device (torch.device)" in ran.stderr
+
+
+def test_a_prefix_that_some_keys_lack_is_told_of_where_others_are_stripped(here: Path) -> None:
+    wrapped, own = {"module.w": torch.ones(1)}, {"module.w": torch.ones(1), "head.w": torch.ones(1)}
+    torch.save({"gen": wrapped, "disc": own}, here / "in.pt")
+    ran = run(here, "strip-prefix", "in.pt", "out.pt")
+    assert ran.stdout == "wrote out.pt: 1 key renamed (removed module.) in gen\n"
+    assert ran.stderr == "note: 1 of 2 keys keep their 'module.' in disc: 'head.w' has none\n"
+    assert list(torch.load(here / "out.pt")["disc"]) == list(own)
+    assert run(here, "strip-prefix", "in.pt", "all.pt", "--partial").stderr == ""
+
+
+def test_what_only_safetensors_holds_is_named_where_pt_leaves_it_out(here: Path) -> None:
+    texts = {"format": "pt", "license": "mit"}
+    safetensors.torch.save_file({"w": torch.ones(1)}, here / "in.safetensors", metadata=texts)
+    ran = run(here, "convert", "in.safetensors", "out.pt")
+    assert ran.stderr == "note: 1 thing left out of it: __metadata__/license (str)\n"
+    assert run(here, "add-prefix", "in.safetensors", "out.safetensors").stderr == ""
+    with safetensors.safe_open(here / "out.safetensors", "pt") as written:
+        assert written.metadata() == texts
 
 
 def test_select_takes_one_of_several_state_dicts(here: Path) -> None:

@@ -24,7 +24,7 @@ LAYERS = [
     ("tensors", "modules", "materialize", "describe"),
     ("formats", "state_dicts", "compacting"),
     ("edits", "compare", "casting", "values", "target"),
-    ("diagnose", "differences", "inplace", "explain"),
+    ("diagnose", "mismatches", "matching", "differences", "inplace", "explain"),
     ("fix", "weights_only", "recover", "soundness", "html_report", "loaders"),
     ("api",),
     ("__init__",),

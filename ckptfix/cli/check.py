@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +9,7 @@ import click
 from ckptfix import formats, soundness
 from ckptfix import target as targets
 from ckptfix.cli import findings, options, output
-from ckptfix.compare import Difference, Report, shape
+from ckptfix.compare import Difference, Report, counts, sections
 from ckptfix.diagnose import Remedy, diagnose, remedy
 from ckptfix.diagnose import command as fixing_command
 from ckptfix.errors import DamagedError
@@ -149,9 +148,9 @@ def _draw(
     where = "" if state.path == "/" else f" ({state.path})"
     verdict = ("matches", "bold green") if report.loads else ("does not match", "bold red")
     console.print(output.text(f"{document.name}{where} ", verdict, f" {wanted.name}"))
-    for line in _counts(report):
+    for line in counts(report):
         console.print(line)
-    for title, sign, rows in _sections(report):
+    for title, sign, rows in sections(report):
         console.print()
         console.print(output.text((title, "bold")))
         for row in rows[:_SHOWN]:
@@ -173,35 +172,3 @@ def _draw_cure(console: Console, cure: Remedy | None) -> None:
     console.print(output.text(cure.message))
     if cure.command is not None:
         console.print(output.text("  ", (cure.command, "cyan")), soft_wrap=True)
-
-
-def _counts(report: Report) -> list[str]:
-    total = len(report.matched) + len(report.missing) + len(report.shape_mismatch)
-    share = math.floor(report.share * 1000) / 10  # 100 % is said only of all
-    counts = {
-        "missing": len(report.missing),
-        "unexpected": len(report.unexpected),
-        "of another shape": len(report.shape_mismatch),
-        "of another dtype": len(report.dtype_difference),
-    }
-    told = [f"{count:,} {what}" for what, count in counts.items() if count]
-    matched = f"{len(report.matched):,} of {total:,} keys match, {share:.1f}% of the elements"
-    return [matched, *([", ".join(told)] if told else [])]
-
-
-def _sections(report: Report) -> list[tuple[str, str, list[str]]]:
-    shapes = [
-        f"{row.key}: {shape(row.found)}, wanted {shape(row.wanted)}"
-        for row in report.shape_mismatch
-    ]
-    dtypes = [
-        f"{row.key}: {row.found.dtype}, wanted {row.wanted.dtype}"
-        for row in report.dtype_difference
-    ]
-    sections = [
-        ("missing: wanted, and not in the file", "-", report.missing),
-        ("unexpected: in the file, and not wanted", "+", report.unexpected),
-        ("of another shape", "!", shapes),
-        ("of another dtype (torch casts them when it loads)", "~", dtypes),
-    ]
-    return [section for section in sections if section[2]]

@@ -66,7 +66,10 @@ def command(
     if not changes:
         what = f"no key begins with {prefix!r}" if prefix else "no key has a wrapper's prefix"
         return job.nothing(what)
-    return write_renamed(job, edits.rename(document, changes), changes)
+    code = write_renamed(job, edits.rename(document, changes), changes)
+    if prefix is None and not partial:
+        _say_kept(states)
+    return code
 
 
 def _explain(states: list[StateDict]) -> None:
@@ -78,6 +81,19 @@ def _explain(states: list[StateDict]) -> None:
             raise KeyCollisionError(first, second, second.removeprefix("module."))
         if seen.own_child:
             raise PartialPrefixError("module.", seen.carrying, seen.lacking)
+
+
+def _say_kept(states: list[StateDict]) -> None:
+    """Name the state dicts whose `module` stays, since only some of their keys have it."""
+    for state in states:
+        seen = wrappers.detect(state.mapping)
+        if seen.own_child:
+            where = "" if state.path == "/" else f" in {state.path}"
+            total = len(seen.carrying) + len(seen.lacking)
+            output.note(
+                f"{len(seen.carrying)} of {total} keys keep their 'module.'{where}: "
+                f"{seen.lacking[0]!r} has none"
+            )
 
 
 def write_renamed(

@@ -104,12 +104,10 @@ def from_records(
     storages = _Storages(records, folder, lost)
     label = f"{name}: {folder}data.pkl"
     root, _ = pickles.read(pickle.read(), storages.load, name=label, limits=limits)
-    others = {
-        record.removeprefix(folder): span
-        for record, span in records.items()
-        if record.removeprefix(folder) not in OWN and record not in storages.names
-    }
-    if len({record.removeprefix(folder) for record in records}) < len(records):
+    inside = {record.removeprefix(folder): span for record, span in records.items()}
+    claimed = {record.removeprefix(folder) for record in storages.names} | OWN
+    others = {record: span for record, span in inside.items() if record not in claimed}
+    if len(inside) < len(records):
         raise UnsafeError(f"{name}: holds a record of one name inside {folder!r} and outside")
     extras = {record: span for record, span in others.items() if not record.startswith("data/")}
     unused = sum(span.length for record, span in others.items() if record not in extras)

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
 from ckptfix.files import crc32_of
 from ckptfix.limits import DEFAULT, Limits
-from ckptfix.spans import CHUNK, InflatedSource, Source, Span
+from ckptfix.spans import CHUNK, InflatedSource, ReadAhead, Source, Span
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -41,6 +42,7 @@ _ENCRYPTED, _DESCRIBED, _UTF8 = 0x0001, 0x0008, 0x0800
 _DESCRIPTOR_SIZES = (0, 12, 16, 20, 24)
 _STORED, _DEFLATED = 0, 8
 _MAX_NAME = 4096
+_HEADERS = 1 << 14  # bytes of local headers, and of small records between them, read at once
 _RETRY = "the archive is cut short or damaged: copy or download it again"
 
 
@@ -91,8 +93,8 @@ def read(source: Source, limits: Limits = DEFAULT) -> Archive:
     if count > limits.records or size > source.size:
         raise UnsafeError(f"{source.name}: the archive announces {count} records")
     entries = _central_entries(source.read(directory, size), count, source.name)
-    entries.sort(key=lambda entry: entry.header)
-    records = [_with_data(source, entry, directory) for entry in entries]
+    entries.sort(key=attrgetter("header"))
+    records = _with_data(source, entries, directory)
     _check_layout(records, directory, source)
     _check_names(records, source.name)
     kept = {record.name: record for record in records if not record.name.endswith("/")}
@@ -174,9 +176,9 @@ def _central_entries(directory: bytes, count: int, name: str) -> list[Record]:
 
 
 def _central_entry(directory: bytes, position: int, name: str) -> tuple[Record, int]:
-    fields = CENTRAL.unpack_from(directory, position)
-    magic, _, _, flags, method, _, _, crc, packed, size, named, extra, comment = fields[:13]
-    offset = fields[16]
+    (
+        magic, _, _, flags, method, _, _, crc, packed, size, named, extra, comment, _, _, _, offset
+    ) = CENTRAL.unpack_from(directory, position)  # fmt: skip
     if magic != _CENTRAL_MAGIC:
         raise DamagedError(f"{name}: the archive's directory is damaged", hint=_RETRY)
     start = position + CENTRAL.size
@@ -184,23 +186,25 @@ def _central_entry(directory: bytes, position: int, name: str) -> tuple[Record, 
     if end > len(directory):
         raise struct.error
     label = _decode(directory[start : start + named], flags)
-    if _MAX32 in (packed, size, offset):
+    if packed == _MAX32 or size == _MAX32 or offset == _MAX32:
         wide = _zip64_values(directory[start + named : start + named + extra])
         size = wide.pop(0) if size == _MAX32 and wide else size
         packed = wide.pop(0) if packed == _MAX32 and wide else packed
         offset = wide.pop(0) if offset == _MAX32 and wide else offset
     if flags & _ENCRYPTED:
         raise UnsupportedError(f"{name}: {label!r} is encrypted")
-    if method not in (_STORED, _DEFLATED):
+    if method != _STORED and method != _DEFLATED:
         raise UnsupportedError(f"{name}: {label!r} is packed with method {method}")
     if method == _STORED and packed != size:
         raise UnsafeError(f"{name}: {label!r} is stored, and has two sizes: {packed} and {size}")
     if "\0" in label or len(label) > _MAX_NAME:  # readers end a name at a zero byte, or do not
         raise UnsafeError(f"{name}: a record's name is too long, or holds a zero byte")
-    return Record(label, flags, method, crc, packed, size, offset, entry=position), end
+    return Record(label, flags, method, crc, packed, size, offset, 0, position), end
 
 
 def _decode(label: bytes, flags: int) -> str:
+    if label.isascii():
+        return label.decode("ascii")
     return label.decode("utf-8" if flags & _UTF8 else "cp437", "backslashreplace")
 
 
@@ -216,20 +220,35 @@ def _zip64_values(extra: bytes) -> list[int]:
     return []
 
 
-def _with_data(source: Source, entry: Record, directory: int) -> Record:
-    """The record with the place of its data, once its local header agrees with the directory."""
-    if entry.header + LOCAL.size > directory:
-        raise DamagedError(f"{source.name}: {entry.name!r} lies outside the archive", hint=_RETRY)
-    header = source.read(entry.header, min(LOCAL.size + 256, directory - entry.header))
-    fields = LOCAL.unpack_from(header)
-    magic, _, flags, method, _, _, crc, packed, size, named, extra = fields
+def _with_data(source: Source, entries: Sequence[Record], directory: int) -> list[Record]:
+    """The records with the places of their data, once their local headers agree with `entries`.
+
+    Headers that lie close together are read together; the data of large records is not read.
+    """
+    records, ahead = [], ReadAhead(source, _HEADERS)
+    following = [entry.header for entry in entries[1:]] + [directory]
+    for entry, following_header in zip(entries, following, strict=True):
+        start, length = entry.header, min(LOCAL.size + 256, directory - entry.header)
+        if length < LOCAL.size:
+            message = f"{source.name}: {entry.name!r} lies outside the archive"
+            raise DamagedError(message, hint=_RETRY)
+        dense = following_header - start < _HEADERS // 4
+        header = ahead.read(start, length) if dense else source.read(start, length)
+        records.append(_checked(source, entry, header))
+    return records
+
+
+def _checked(source: Source, entry: Record, header: bytes) -> Record:
+    """One record, `header` being the first bytes from where its local header lies."""
+    magic, _, flags, method, _, _, crc, packed, size, named, extra = LOCAL.unpack_from(header)
     if magic != _LOCAL_MAGIC:
         raise DamagedError(f"{source.name}: {entry.name!r} has no header", hint=_RETRY)
-    if len(header) < LOCAL.size + named + extra:
-        header = source.read(entry.header, LOCAL.size + named + extra)
+    length = LOCAL.size + named + extra
+    if len(header) < length:
+        header = source.read(entry.header, length)
     label = _decode(header[LOCAL.size : LOCAL.size + named], flags)
-    if _MAX32 in (packed, size):
-        wide = _zip64_values(header[LOCAL.size + named : LOCAL.size + named + extra])
+    if packed == _MAX32 or size == _MAX32:
+        wide = _zip64_values(header[LOCAL.size + named : length])
         size = wide.pop(0) if size == _MAX32 and wide else size
         packed = wide.pop(0) if packed == _MAX32 and wide else packed
     described = flags & _DESCRIBED and crc == packed == size == 0
@@ -238,8 +257,10 @@ def _with_data(source: Source, entry: Record, directory: int) -> Record:
         raise UnsafeError(
             f"{source.name}: header and directory of the archive disagree about {entry.name!r}"
         )
-    data = entry.header + LOCAL.size + named + extra
-    return entry._replace(flags=flags, data=data)
+    place = entry.header + length
+    return Record(
+        label, flags, method, entry.crc, entry.packed, entry.size, entry.header, place, entry.entry
+    )
 
 
 def _check_layout(records: Sequence[Record], directory: int, source: Source) -> None:

@@ -195,7 +195,7 @@ def _text(layout: struct.Struct) -> Operation:
 
     def push(m: Machine, at: int) -> int:
         start = at + size
-        end = start + read(m.data, at)[0]
+        end: int = start + read(m.data, at)[0]
         text = m.data[start:end] if end <= m.length else m.take(start, end - start)
         m.stack.append(text.decode("utf-8", "surrogatepass"))
         return end
