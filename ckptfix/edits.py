@@ -179,7 +179,7 @@ def flatten(document: Document, state: StateDict) -> Fitted:
                 dense[tensor.view] = _dense(tensor, key, document)
             flat[key] = dense[tensor.view]
         elif is_special_tensor(node):
-            raise _cannot_hold(document, key, node.cls.rpartition("_rebuild_")[2].replace("_", " "))
+            raise _cannot_hold(document, key, *_special(node.cls))
         else:
             left_out.append((_below(state.path, key), kind(node)))
     return Fitted(replace(fitted.document, root=flat, extras={}), left_out)
@@ -211,10 +211,25 @@ def _computed(tensor: Tensor, key: str, byteorder: str) -> Tensor:
     return Tensor(storage, tensor.dtype, tensor.shape, contiguous_stride(tensor.shape))
 
 
-def _cannot_hold(document: Document, key: str, what: str) -> UnsupportedError:
+_SPECIAL = (
+    ("sparse", "sparse tensor", "x.to_dense()"),
+    ("qtensor", "quantized tensor", "x.dequantize()"),
+    ("nested", "nested tensor", "x.to_padded_tensor(0.0)"),
+    ("meta", "meta tensor, without data", ""),
+)
+
+
+def _special(cls: str) -> tuple[str, str]:
+    """What a person would call a tensor that is not dense, and what makes it dense in torch."""
+    found = ((what, dense) for part, what, dense in _SPECIAL if part in cls)
+    return next(found, ("tensor subclass", ""))
+
+
+def _cannot_hold(document: Document, key: str, what: str, dense: str = "") -> UnsupportedError:
+    instead = f", or save {dense} of it in torch first" if dense else ""
     return UnsupportedError(
         f"{document.name}: {key!r} is a {what}, which safetensors cannot hold",
-        hint="write a .pt file instead: give OUT the extension .pt",
+        hint=f"write a .pt file instead: give OUT the extension .pt{instead}",
     )
 
 

@@ -12,7 +12,6 @@ import errno
 import mmap
 import os
 import stat
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -274,7 +273,7 @@ def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
 def _create_beside(target: Path, path: str | os.PathLike[str]) -> tuple[int, str]:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     for _ in range(100):
-        name = f".{target.name[:40]}.{next(tempfile._get_candidate_names())}.tmp"  # type: ignore[attr-defined]
+        name = f".{target.name[:40]}.{os.urandom(4).hex()}.tmp"
         try:
             return os.open(target.parent / name, flags, 0o666), os.fspath(target.parent / name)
         except FileExistsError:

@@ -13,9 +13,10 @@ from ckptfix import fitting, mismatches
 from ckptfix import target as targets
 from ckptfix.diagnose import command
 from ckptfix.document import Document, OrderedMap
-from ckptfix.errors import RenameError, SelectionError
-from ckptfix.renaming import components_of, joined, prefix_of, shared_start
+from ckptfix.errors import KeyCollisionError, RenameError, SelectionError
+from ckptfix.renaming import components_of, joined, prefix_of, renamed_by, shared_start
 from ckptfix.state_dicts import StateDict, choose, find, of_models
+from ckptfix.wrappers import bare_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -61,10 +62,9 @@ class Match(NamedTuple):
             (new[key], node) for key, node in self.state.mapping.items() if key not in left
         )
         items.update({key: items[other] for key, other in self.tied.items()})
-        if self.state.metadata is not None:
-            items.attributes = {
-                "_metadata": OrderedMap(self.renaming.metadata(self.state.metadata))
-            }
+        versions = self.state.metadata
+        if versions is not None:
+            items.attributes = {"_metadata": OrderedMap(self.renaming.metadata(versions))}
         return items
 
 
@@ -78,7 +78,7 @@ def match(
 
     Raises:
         SelectionError: there is no state dict, or several fit.
-        RenameError: the keys fit in two ways.
+        RenameError: the keys fit in two ways, or a key is there twice.
         KeyMismatchError: a key is missing or a shape differs, and not `partly`; has the report.
     """
     states = [choose(document, select)] if select is not None else of_models(find(document.root))
@@ -91,7 +91,19 @@ def match(
             raise mismatches.error(document.name, whole[0].state.path, whole[0].report, wanted.name)
     if len(whole) > 1:
         raise _several(document, whole, wanted)
+    if not partly:
+        _check_twice(document.name, whole[0], wanted)
     return whole[0]
+
+
+def _check_twice(name: str, found: Match, wanted: Target) -> None:
+    """Refuse keys that are there with a wrapper's prefix and without: one of them is the older."""
+    old_of = {new: old for old, new in found.renaming.keys.items()}
+    for old, bare in renamed_by(found.unused, bare_prefix).items():
+        if bare in wanted.specs and bare in old_of:
+            error = KeyCollisionError(old, old_of[bare], bare)
+            error.message = f"{name}: {error.message}"
+            raise error
 
 
 def _plain(found: list[Match]) -> list[Match]:

@@ -7,11 +7,13 @@ the wrong model altogether look alike in a list of keys; people need to tell the
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.compare import describe, shape
 from ckptfix.errors import KeyMismatchError
+from ckptfix.renaming import prefix_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,11 +40,6 @@ def error(name: str, path: str, report: Report, wanted: str) -> KeyMismatchError
 
 def cause(report: Report, name: str, wanted: str) -> Cause:
     """The sentence that says it best. The report is one that does not load."""
-    if not report.matched and not report.shape_mismatch:
-        return Cause(
-            "nothing matches: is this the right model?",
-            f"see what the file holds: ckptfix inspect --all {shlex.quote(name)}",
-        )
     if report.missing:
         return _missing(report, name)
     if report.shape_mismatch:
@@ -57,6 +54,8 @@ def cause(report: Report, name: str, wanted: str) -> Cause:
 
 def _missing(report: Report, name: str) -> Cause:
     what = f"the file lacks {_listed(report.missing)}"
+    if not report.matched and not report.shape_mismatch:
+        what = "nothing matches: is this the right model?"
     for key in report.missing[:_SHOWN]:
         near = difflib.get_close_matches(key, report.unexpected[:2000], 1, cutoff=0.75)
         if near:
@@ -69,8 +68,9 @@ def _shapes(rows: Sequence[Difference], name: str) -> Cause:
     sizes = _only_sizes(rows)
     shown = f"{rows[0].key} {shape(rows[0].found)} vs {shape(rows[0].wanted)}"
     if sizes is None:
+        differ = "a shape differs" if len(rows) == 1 else f"{len(rows)} shapes differ, the first"
         return Cause(
-            f"{len(rows)} shapes differ: {shown}",
+            f"{differ}: {shown}",
             f"build the model as it was trained (--init); see: ckptfix inspect --all "
             f"{shlex.quote(name)}",
         )
@@ -78,7 +78,7 @@ def _shapes(rows: Sequence[Difference], name: str) -> Cause:
     if any(_says(row.key, _POSITIONS) for row in rows):
         return Cause(
             f"only the position embedding differs: {shown}",
-            f"build the model for {found} positions (--init), or interpolate {rows[0].key} yourself",
+            f"build the model for {found} positions (--init), or interpolate {rows[0].key}",
         )
     if any(_says(row.key, _VOCABULARIES) for row in rows):
         return Cause(
@@ -93,11 +93,12 @@ def _shapes(rows: Sequence[Difference], name: str) -> Cause:
 
 
 _POSITIONS = ("pos", "wpe")
-_VOCABULARIES = ("emb", "wte", "vocab", "tok", "lm_head")
+_VOCABULARIES = ("emb", "wte", "vocab", "tok", "lm")
 
 
-def _says(key: str, words: Sequence[str]) -> bool:
-    return any(word in key.lower() for word in words)
+def _says(key: str, words: tuple[str, ...]) -> bool:
+    """Whether a word of a key begins with one of `words`."""
+    return any(word.startswith(words) for word in re.split("[._]", key.lower()))
 
 
 def _only_sizes(rows: Sequence[Difference]) -> tuple[int, int] | None:
@@ -108,13 +109,16 @@ def _only_sizes(rows: Sequence[Difference]) -> tuple[int, int] | None:
     pairs = set()
     for row in rows:
         found, wanted = row.found.shape or (), row.wanted.shape or ()
-        unlike = [index for index, pair in enumerate(zip(found, wanted)) if pair[0] != pair[1]]
+        pairs_of = enumerate(zip(found, wanted, strict=False))
+        unlike = [index for index, (one, other) in pairs_of if one != other]
         if len(found) != len(wanted) or len(unlike) != 1:
             return None
         if unlike[0] and not _says(row.key, _POSITIONS):
             return None
         pairs.add((found[unlike[0]], wanted[unlike[0]]))
-    return pairs.pop() if len(pairs) == 1 else None
+    modules = {prefix_of(row.key) for row in rows}
+    layers = {prefix_of(row.key) for row in rows if len(row.found.shape or ()) > 1}
+    return pairs.pop() if modules == layers and len(pairs) == 1 else None  # no norm is among them
 
 
 def _listed(keys: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ in a list, and is named. What is saved without checksums may be wrong, and is sa
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,6 @@ from ckptfix.spans import FileSource
 from ckptfix.trees import children, rebuild, storages, walk
 
 if TYPE_CHECKING:
-    import os
-
     from ckptfix.spans import Span
 
 
@@ -43,6 +42,11 @@ def recover(path: str | os.PathLike[str]) -> Recovered:
 
     Raises `ReadError` where not even the names of the tensors can be read.
     """
+    if os.path.isdir(path):
+        raise UnsupportedError(
+            f"{path}: is a folder, and only single files can be recovered",
+            hint=f"recover its files one by one; see what is there: ls {path}",
+        )
     source = FileSource(path)
     head = source.read(0, min(source.size, 4096))
     lost: list[Storage] = []

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any
 
@@ -101,14 +100,17 @@ def renamed_by(keys: Iterable[str], rule: Rule) -> dict[str, str]:
     renamed: dict[str, str] = {}
     for key in keys:
         prefix = prefix_of(key)
-        if prefix not in known:
-            known[prefix] = rule(prefix)
-        renamed[key] = known[prefix] + key[len(prefix) :]
+        new = known.get(prefix)
+        if new is None:
+            new = known[prefix] = rule(prefix)
+        renamed[key] = new + key[len(prefix) :]
     return renamed
 
 
 def first_collision(renamed: Mapping[str, str]) -> tuple[str, str] | None:
     """The first two old keys that have one new key."""
+    if len(set(renamed.values())) == len(renamed):
+        return None
     owners: dict[str, str] = {}
     for old, new in renamed.items():
         if owners.setdefault(new, old) != old:
@@ -195,5 +197,7 @@ def _unlike(pair: _Pair) -> _Pair:
 
 def _edits(old: tuple[str, ...], new: tuple[str, ...]) -> list[tuple[str, int, int, int, int]]:
     """Where two lists of components differ, as `difflib` tells it."""
+    from difflib import SequenceMatcher
+
     edits = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     return [edit for edit in edits if edit[0] != "equal"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,11 +50,26 @@ class Reading:
 def read_data(document: Document) -> Reading:
     """Check every checksum, on as many threads as there are cores, and count NaN and infinities."""
     held = list(storages(document.root))
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        damaged = [message for message in pool.map(_damage, held) if message is not None]
+    damaged = _wrong(held)
     verified = sum(all(span.crc is not None for span in storage.spans) for storage in held)
     nan, inf = ({}, {}) if damaged else _not_numbers(document)
     return Reading(verified - len(damaged), len(held) - verified, damaged, nan, inf)
+
+
+def check_sums(document: Document) -> None:
+    """Raise `DamagedError` where the bytes that a document is made of have a wrong checksum."""
+    for label, span in document.extras.items():
+        check_crc(span, repr(label))
+    wrong = _wrong(list(storages(document.root)))
+    if wrong:
+        hint = f"save what is whole: ckptfix recover {shlex.quote(document.name)} OUT"
+        raise DamagedError(wrong[0], hint=hint, code="crc-mismatch")
+
+
+def _wrong(held: list[Storage]) -> list[str]:
+    """Messages for the storages with a wrong checksum; on as many threads as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return [message for message in pool.map(_damage, held) if message is not None]
 
 
 def findings(reading: Reading) -> list[Finding]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import shlex
-import tempfile
 import zlib
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -173,6 +172,8 @@ class UnpackedSource(Source):
 
     @cached_property
     def _file(self) -> BinaryIO:
+        import tempfile
+
         unpacked = tempfile.TemporaryFile(prefix="ckptfix-", buffering=0)  # noqa: SIM115
         try:
             for chunk in self._chunks():

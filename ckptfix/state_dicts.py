@@ -138,7 +138,7 @@ def _looks_like_one(node: Node) -> bool:
 
 
 def _is_tensor(node: Node) -> bool:
-    return as_tensor(node) is not None or is_special_tensor(node)
+    return type(node) is Tensor or as_tensor(node) is not None or is_special_tensor(node)
 
 
 def _extra_states(mapping: dict[Node, Node]) -> int:

@@ -190,14 +190,17 @@ def _import(where: str, reference: str) -> ModuleType:
         with redirect_stdout(sys.stderr):
             return _import_file(where) if _is_file(where) else importlib.import_module(where)
     except (Exception, SystemExit) as error:
+        missing = _is_file(where) and not Path(where).is_file()
+        command = ["ls", str(Path(where).parent)] if missing else _try(where)
         raise TargetError(
             f"--model {reference}: cannot be imported: {_describe(error)}",
-            hint=f"try it: {shlex.join([Path(sys.executable).name, *_try(where)])}",
+            hint=f"{'see what is there' if missing else 'try it'}: {shlex.join(command)}",
         ) from error
 
 
 def _try(where: str) -> list[str]:
-    return [where] if _is_file(where) else ["-c", f"import {where}"]
+    python = Path(sys.executable).name
+    return [python, where] if _is_file(where) else [python, "-c", f"import {where}"]
 
 
 def _is_file(where: str) -> bool:

@@ -215,29 +215,63 @@ def difference(left: Node, right: Node) -> str | None:
     tensors of equal layout, storages of equal dtype, length, device and (where both are known)
     CRC.
     """
-    partner: dict[int, int] = {}
-    further: set[tuple[int, int]] = set()  # pairs of nodes of which one has another partner
-    taken: set[int] = set()  # storages on the right
-    pending: list[tuple[Place | None, Node, Node]] = [(None, left, right)]
-    while pending:
-        place, one, other = pending.pop()
+    return _Comparison().run(left, right)
+
+
+class _Comparison:
+    """Walks two trees side by side; each step says where they differ, if they do."""
+
+    def __init__(self) -> None:
+        self.partner: dict[int, int] = {}
+        self.further: set[tuple[int, int]] = set()  # pairs of which one has another partner
+        self.taken: set[int] = set()  # storages on the right
+        self.pending: list[tuple[Place | None, Node, Node]] = []
+
+    def run(self, left: Node, right: Node) -> str | None:
+        found = self.nodes(None, left, right)
+        while found is None and self.pending:
+            place, one, other = self.pending.pop()
+            if _is_plain(one) and _is_plain(other):  # no detour for what most nodes are
+                found = self.tensors(place, one, other)
+            else:
+                found = self.nodes(place, one, other)
+        return found
+
+    def nodes(self, place: Place | None, one: Node, other: Node) -> str | None:
         if type(one) is not type(other) or _shallow(one) != _shallow(other):
             return _spelled(place)
-        pair = (id(one), id(other))
-        if type(one) in _LEAVES or partner.get(id(one)) == id(other) or pair in further:
-            continue
         if type(one) is Storage:
-            if id(one) in partner or id(other) in taken:
-                return f"{_spelled(place)} (a shared storage)"
-            if _crcs_differ(one, other):
-                return f"{_spelled(place)} (its bytes)"
-            taken.add(id(other))
-        if partner.setdefault(id(one), id(other)) != id(other):
-            further.add(pair)
+            return self.storages(place, one, other)
+        pair = (id(one), id(other))
+        if type(one) in _LEAVES or self.partner.get(id(one)) == id(other) or pair in self.further:
+            return None
+        if self.partner.setdefault(id(one), id(other)) != id(other):
+            self.further.add(pair)
         for (name, below), (_, beside) in zip(_parts(one), _parts(other), strict=True):
             if type(below) is not str or below != beside:
-                pending.append(((place, name), below, beside))
-    return None
+                self.pending.append(((place, name), below, beside))
+        return None
+
+    def tensors(self, place: Place | None, one: Tensor, other: Tensor) -> str | None:
+        if _layout(one) != _layout(other):
+            return _spelled(place)
+        below = (place, "<storage>")
+        if _described(one.storage) != _described(other.storage):
+            return _spelled(below)
+        return self.storages(below, one.storage, other.storage)
+
+    def storages(self, place: Place | None, one: Storage, other: Storage) -> str | None:
+        """The rest of what two storages of one description have to agree in."""
+        known = self.partner.get(id(one))
+        if known == id(other):
+            return None
+        if known is not None or id(other) in self.taken:
+            return f"{_spelled(place)} (a shared storage)"
+        if _crcs_differ(one, other):
+            return f"{_spelled(place)} (its bytes)"
+        self.partner[id(one)] = id(other)
+        self.taken.add(id(other))
+        return None
 
 
 Place = tuple[Any, str]
@@ -253,8 +287,6 @@ def _spelled(place: Place | None) -> str:
 
 
 def _parts(node: Node) -> list[tuple[str, Node]]:
-    if _is_plain(node):
-        return [("<storage>", node.storage)]
     parts = list(children(node))
     if isinstance(node, Tensor):
         parts.append(("<storage>", node.storage))
@@ -265,8 +297,16 @@ def _crcs_differ(one: Storage, other: Storage) -> bool:
     """Whether both are one stretch of bytes with a CRC on record, and not the same one."""
     if len(one.spans) != 1 or len(other.spans) != 1:
         return False
-    crcs = {one.spans[0].crc, other.spans[0].crc}
-    return len(crcs - {None}) == 2
+    crc, other_crc = one.spans[0].crc, other.spans[0].crc
+    return crc is not None and other_crc is not None and crc != other_crc
+
+
+def _layout(node: Tensor) -> tuple[Any, ...]:
+    return (node.dtype, node.shape, node.stride, node.offset, node.requires_grad)
+
+
+def _described(storage: Storage) -> tuple[Any, ...]:
+    return (storage.dtype.storage or UNTYPED.storage, storage.nbytes, storage.device)
 
 
 def _shallow(node: Node) -> Node:
@@ -274,10 +314,9 @@ def _shallow(node: Node) -> Node:
     if type(node) in _LEAVES:
         return repr(node) if type(node) is float else node  # nan is nan, and -0.0 is not 0.0
     if isinstance(node, Tensor):
-        extras = (node.hooks is None, node.metadata is None)
-        return (node.dtype, node.shape, node.stride, node.offset, node.requires_grad, extras)
+        return (*_layout(node), node.hooks is None, node.metadata is None)
     if isinstance(node, Storage):
-        return (node.dtype.storage or UNTYPED.storage, node.nbytes, node.device)
+        return _described(node)
     if isinstance(node, Inert):
         state = _shallow(node.state) if isinstance(node.state, dict) else None
         kinds = (type(node.state), type(node.kwargs))

@@ -77,8 +77,8 @@ def detect(keys: Iterable[str]) -> Detection:
     keys = list(keys)
     leading = _common_wrappers(keys)
     layout = _layout(keys)
-    leads, others = _divide(keys)
-    carrying, lacking = ((), ()) if layout == "swa" else (leads, others)
+    leads, _ = _divide(keys)
+    carrying, lacking = own_children(keys)
     return Detection(
         leading=leading,
         inside=_count_inside(keys, skip=len(joined(leading)), apart=set(map(prefix_of, leads))),
@@ -87,6 +87,13 @@ def detect(keys: Iterable[str]) -> Detection:
         collision=_collision(keys, _wrapper_rule(keys, partial=True)),
         layout=layout,
     )
+
+
+def own_children(keys: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`Detection.carrying` and `Detection.lacking`, without the rest of it."""
+    keys = list(keys)
+    leads, others = _divide(keys)
+    return ((), ()) if leads and _layout(keys) == "swa" else (leads, others)
 
 
 def strip(keys: Iterable[str], *, prefix: str | None = None, partial: bool = False) -> Renaming:
@@ -167,15 +174,19 @@ def _substitution(pattern: str, replacement: str) -> Rule:
 
 def without_names(prefix: str, names: Set[str] = ANYWHERE) -> str:
     """A prefix without certain components."""
-    components = components_of(prefix)
+    components = prefix.split(".")
     if names.isdisjoint(components):
         return prefix
-    return joined(part for part in components if part not in names)
+    return joined(part for part in components[:-1] if part not in names)
 
 
 def _leading_modules(prefix: str) -> int:
     """How many `module`s a prefix begins with, once what may go anywhere has gone."""
-    bare, count = without_names(prefix), 0
+    return _count_modules(without_names(prefix))
+
+
+def _count_modules(bare: str) -> int:
+    count = 0
     while bare.startswith("module.", count * len("module.")):
         count += 1
     return count
@@ -183,9 +194,10 @@ def _leading_modules(prefix: str) -> int:
 
 def bare_prefix(prefix: str, modules: int | None = None) -> str:
     """A prefix without `ANYWHERE` components and at most so many leading `module`s, or any."""
-    leading = _leading_modules(prefix)
+    bare = without_names(prefix)
+    leading = _count_modules(bare)
     drop = leading if modules is None else min(modules, leading)
-    return without_names(prefix)[len("module.") * drop :]
+    return bare[len("module.") * drop :]
 
 
 def _wrapper_rule(keys: Iterable[str], *, partial: bool) -> Rule:
@@ -224,9 +236,11 @@ def _divide(keys: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The keys that lead with more `module`s than all do, and the others; or none at all."""
     counts = {prefix: _leading_modules(prefix) for prefix in set(map(prefix_of, keys))}
     shared = min(counts.values(), default=0)
+    if shared == max(counts.values(), default=0):
+        return (), ()
     carrying = tuple(key for key in keys if counts[prefix_of(key)] > shared)
     lacking = tuple(key for key in keys if counts[prefix_of(key)] == shared)
-    return (carrying, lacking) if carrying else ((), ())
+    return carrying, lacking
 
 
 def _collision(keys: Iterable[str], rule: Rule) -> tuple[str, str] | None:

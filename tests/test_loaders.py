@@ -338,11 +338,15 @@ def test_a_mismatch_carries_the_report_and_prints_as_a_list(tmp_path: Path):
     assert report.unexpected == ["extra"]
     assert [row.key for row in report.shape_mismatch] == ["weight"]
     assert str(raised.value).splitlines() == [
-        f"{path} does not match Linear",
-        "0 of 2 keys match (0.0% of the elements)",
-        "  - missing bias",
-        "  + unexpected extra",
-        "  ! shape weight: [3, 2], the target has [2, 2]",
+        f"{path} does not match Linear: the file lacks bias",
+        "0 of 2 keys match, 0.0% of the elements",
+        "1 missing, 1 unexpected, 1 of another shape",
+        "missing: wanted, and not in the file",
+        "  - bias",
+        "unexpected: in the file, and not wanted",
+        "  + extra",
+        "of another shape",
+        "  ! weight: [3, 2], wanted [2, 2]",
     ]
     assert [bits(parameter) for parameter in model.parameters()] == before
 
@@ -362,14 +366,14 @@ def test_strict_false_does_not_forgive_another_shape(tmp_path: Path):
     path = saved({**pair(), "bias": torch.rand(3)}, tmp_path / "shape.pt")
     model = nn.Linear(2, 2)
     weight = model.weight.clone()
-    with pytest.raises(KeyMismatchError, match=re.escape("! shape bias: [3], the target has [2]")):
+    with pytest.raises(KeyMismatchError, match=re.escape("! bias: [3], wanted [2]")):
         ckptfix.load_into(model, path, strict=False)
     assert unlike(model.weight, weight) is None
 
 
 def test_a_number_where_the_model_wants_a_tensor_is_a_mismatch(tmp_path: Path):
     path = saved({"weight": 3, "bias": torch.rand(2)}, tmp_path / "number.pt")
-    with pytest.raises(KeyMismatchError, match="shape weight: no tensor"):
+    with pytest.raises(KeyMismatchError, match="! weight: no tensor"):
         ckptfix.load_into(nn.Linear(2, 2), path)
 
 
@@ -414,7 +418,7 @@ def test_a_counter_missing_from_a_newer_state_dict_is_missed(tmp_path: Path):
     path = saved(state, tmp_path / "new.pt")
     with pytest.raises(RuntimeError, match="num_batches_tracked"):
         net.load_state_dict(torch.load(path))
-    with pytest.raises(KeyMismatchError, match=r"missing 1\.num_batches_tracked"):
+    with pytest.raises(KeyMismatchError, match=r"lacks 1\.num_batches_tracked"):
         ckptfix.load_into(net, path)
 
 

@@ -314,8 +314,15 @@ def test_16_a_quantized_tensor_comes_through():
 
 @pytest.mark.parametrize(
     ("key", "said"),
-    [("module.complex", "complex128 tensor"), ("module.sparse", "sparse"), ("module.meta", "meta")],
+    [
+        ("module.complex", "a complex128 tensor, which"),
+        ("module.sparse", "a sparse tensor, which"),
+        ("module.csr", "a sparse tensor, which"),
+        ("module.meta", "a meta tensor, without data, which"),
+    ],
 )
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_16_what_safetensors_cannot_hold_is_named_and_nothing_written(key: str, said: str):
     torch.save({key: special()[key], "module.w": torch.ones(1)}, "in.pt")
     refused(2, said, "convert", "in.pt", "out.safetensors")

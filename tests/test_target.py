@@ -109,7 +109,7 @@ def test_what_a_model_prints_does_not_get_into_the_answer(models: Path):
     [
         ("models.py", None, "is not of the form", "for example: --model"),
         (":Net", None, "is not of the form", "for example: --model"),
-        ("missing.py:Net", None, "there is no file missing.py", "try it:"),
+        ("missing.py:Net", None, "there is no file missing.py", "see what is there: ls ."),
         ("no.such.module:Net", None, "No module named 'no'", "try it:"),
         ("models.py:Nett", None, "there is no 'Nett' in it", "it defines Net, Outer"),
         ("models.py:Net", "{", "is no JSON", "for example: --init"),

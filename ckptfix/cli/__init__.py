@@ -5,7 +5,6 @@ A command is imported when it is called, so that `--help` and small commands sta
 
 from __future__ import annotations
 
-import difflib
 import gc
 import importlib
 import os
@@ -39,6 +38,8 @@ class _NoCommandError(click.UsageError):
 
     def __init__(self, name: str, ctx: click.Context) -> None:
         super().__init__(f"there is no command {name!r}", ctx)
+        import difflib
+
         near = difflib.get_close_matches(name, COMMANDS, 1)
         self.hint = f"did you mean: ckptfix {near[0]}" if near else None
         if os.path.exists(name):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptfix import soundness
 from ckptfix.cli import options, output
 from ckptfix.cli.writing import Job
 from ckptfix.fix import Plan, plan
@@ -55,6 +56,8 @@ def command(
     wanted = options.wanted(model, init, like)
     document = job.open()
     made = plan(document, wanted, select=select, keep_training_state=keep_training_state)
+    if not dry_run:
+        soundness.check_sums(made.document)  # nothing that is damaged is called mended
     if not made.cures and not _is_other_container(document, job):
         return job.nothing("nothing to mend")
     if made.cures:

@@ -86,13 +86,13 @@ def _explain(states: list[StateDict]) -> None:
 def _say_kept(states: list[StateDict]) -> None:
     """Name the state dicts whose `module` stays, since only some of their keys have it."""
     for state in states:
-        seen = wrappers.detect(state.mapping)
-        if seen.own_child:
+        carrying, lacking = wrappers.own_children(state.mapping)
+        if carrying:
             where = "" if state.path == "/" else f" in {state.path}"
-            total = len(seen.carrying) + len(seen.lacking)
+            total = len(carrying) + len(lacking)
             output.note(
-                f"{len(seen.carrying)} of {total} keys keep their 'module.'{where}: "
-                f"{seen.lacking[0]!r} has none"
+                f"{len(carrying)} of {total} keys keep their 'module.'{where}: "
+                f"{lacking[0]!r} has none"
             )
 
 

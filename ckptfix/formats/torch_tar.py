@@ -16,7 +16,6 @@ Numbers are little-endian. Source: `legacy_load` in `torch.serialization._legacy
 from __future__ import annotations
 
 import struct
-import tarfile
 from typing import TYPE_CHECKING
 
 from ckptfix import pickles
@@ -49,6 +48,8 @@ def matches(head: bytes) -> bool:
 
 def members(source: Source) -> Mapping[str, Span]:
     """The regular files of a tar archive, by name without a leading `./`."""
+    import tarfile
+
     try:
         with tarfile.open(fileobj=Reader(source), mode="r:") as archive:
             return {

@@ -19,7 +19,6 @@ caffe2/serialize/inline_container.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import TYPE_CHECKING, Literal
 
@@ -133,6 +132,12 @@ def _folder(records: Mapping[str, Span], name: str) -> str:
     if f"{folder}data.pkl" in records:
         return folder
     found = [record for record in records if re.fullmatch(r"([^/]+/)?data\.pkl", record)]
+    if not found and f"{folder}model.json" in records:
+        raise UnsupportedError(
+            f"{name}: TorchScript of PyTorch 1.0 or 1.1, which nothing newer reads",
+            hint="save it again with the PyTorch that wrote it: "
+            "torch.save(torch.jit.load(IN).state_dict(), OUT)",
+        )
     if len(found) != 1:
         raise NotACheckpointError(
             f"{name}: a zip archive without a checkpoint (no data.pkl in it)",
@@ -234,6 +239,8 @@ def write(document: Document, sink: Sink) -> None:
 
 def _serialization_id(crcs: Iterable[int]) -> bytes:
     """40 digits that differ where the contents do, as torch makes them."""
+    import hashlib
+
     digest = hashlib.blake2b(repr(list(crcs)).encode(), digest_size=16).digest()
     return b"%020d%020d" % (
         int.from_bytes(digest[:8], "little"),

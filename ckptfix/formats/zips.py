@@ -310,7 +310,7 @@ class Writer:
     def add(self, name: str, parts: Sequence[Span | bytes]) -> None:
         """Add a record made of `parts` in order."""
         offset = self._sink.position
-        size = sum(len(part) if isinstance(part, bytes) else part.length for part in parts)
+        size = sum([len(part) if isinstance(part, bytes) else part.length for part in parts])
         crc = self._known_crc(parts, size)
         self._sink.write(self._local_header(name, crc or 0, size, offset))
         if crc is None:
@@ -341,7 +341,7 @@ class Writer:
         wide = struct.pack("<2H2Q", 1, 16, size, size) if size >= _MAX32 else b""
         start = offset + LOCAL.size + len(label) + len(wide) + 4
         padding = -start % self._alignment
-        extra = wide + struct.pack("<2s H", b"FB", padding) + b"Z" * padding
+        extra = wide + _PADDING.pack(b"FB", padding) + b"Z" * padding
         narrow = min(size, _MAX32)
         version = 45 if wide else 20
         fixed = LOCAL.pack(
@@ -376,6 +376,7 @@ class Writer:
         self._sink.write(END.pack(_END_MAGIC, 0, 0, count, count, size, start, 0))
 
 
+_PADDING = struct.Struct("<2sH")
 _CRC_OFFSET = 14  # in a local header
 _DOS_EPOCH = 0x21  # 1 January 1980, the earliest date a zip can hold: equal inputs give equal files
 

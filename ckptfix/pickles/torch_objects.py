@@ -142,13 +142,14 @@ def _check_bounds(
     limits: Limits,
 ) -> None:
     """What torch checks when a tensor is set on a storage, before anything is allocated."""
-    numbers = (offset, *shape, *stride)
-    if len(shape) > _MAX_DIMS or min(numbers) < 0 or max(numbers) >= _INT64:
-        raise UnsafeError("a tensor has sizes, strides or an offset that no tensor can have")
+    sound = len(shape) <= _MAX_DIMS and 0 <= offset < _INT64
     last, count = offset, dtype.itemsize
-    for size, step in zip(shape, stride, strict=True):
+    for size, step in zip(shape, stride, strict=True) if sound else ():
+        sound = sound and 0 <= size < _INT64 and 0 <= step < _INT64
         count *= size
         last += (size - 1) * step
+    if not sound:
+        raise UnsafeError("a tensor has sizes, strides or an offset that no tensor can have")
     nbytes = storage.nbytes
     if count and (last + 1) * dtype.itemsize > nbytes:
         raise UnsafeError(

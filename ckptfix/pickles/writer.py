@@ -9,6 +9,7 @@ which keeps the writer off Python's stack.
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
@@ -272,9 +273,8 @@ class _Writer:
         self.storages.append(node)
 
     def write_tensor(self, node: Tensor) -> Frame | None:
-        return None if self.refer(id(node)) else self.tensor_frame(node)
-
-    def tensor_frame(self, node: Tensor) -> Frame:
+        if self.refer(id(node)):
+            return None
         plain = node.dtype is node.storage.dtype and node.dtype.storage is not None
         self.write_global(_TENSOR_V2 if plain else _TENSOR_V3)
         self.emit(b"(")
@@ -283,9 +283,21 @@ class _Writer:
         self.emit(_integers(node.shape))
         self.emit(_integers(node.stride))
         self.write_bool(node.requires_grad)
+        if not plain or node.hooks is not None or node.metadata is not None:
+            return self.tensor_frame(node, plain)
+        self.no_hooks()
+        self.emit(b"tR")
+        self.remember(id(node))
+        return None
+
+    def no_hooks(self) -> None:
+        self.write_global(_ORDERED_DICT)
+        self.emit(b")R")
+
+    def tensor_frame(self, node: Tensor, plain: bool) -> Frame:
+        """What follows the layout of a tensor that is not the usual one."""
         if node.hooks is None:
-            self.write_global(_ORDERED_DICT)
-            self.emit(b")R")
+            self.no_hooks()
         else:
             yield node.hooks
         if not plain:
@@ -329,6 +341,7 @@ def _integer(value: int) -> bytes:
     return size + value.to_bytes(length, "little", signed=True)
 
 
+@lru_cache(1024)  # shapes come again and again
 def _integers(values: tuple[int, ...]) -> bytes:
     body = b"".join(map(_integer, values))
     if len(values) > 3:
