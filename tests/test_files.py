@@ -393,3 +393,15 @@ def test_a_checked_span_with_another_checksum_leaves_nothing(
     ):
         sink.check(Span(source, 0, length, right ^ 1), "w")
     assert names(tmp_path) == ["right"]
+
+
+def test_small_spans_of_several_files_are_copied_in_order(folder: Path) -> None:
+    sources = []
+    for name in "ab":
+        (folder / name).write_bytes(os.urandom(50_000))
+        sources.append(FileSource(folder / name))
+    spans = [Span(source, at, 100) for at in range(0, 49_900, 777) for source in sources]
+    with replacing(folder / "new") as sink:
+        for span in spans:
+            sink.copy(span)
+    assert (folder / "new").read_bytes() == b"".join(span.read() for span in spans)

@@ -17,6 +17,7 @@ from ckptfix.spans import (
     ComputedSource,
     FileSource,
     InflatedSource,
+    ReadAhead,
     Reader,
     Source,
     Span,
@@ -177,3 +178,15 @@ def test_joined_gzip_files_unpack_as_one() -> None:
     assert b"".join(inflate(packed, 31)) == DATA + b"more"
     with pytest.raises(DamagedError, match="cut short"):
         b"".join(inflate(span(gzip.compress(DATA)[:-3]), 31))
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 10_000])
+def test_reading_ahead_gives_the_same_bytes_in_any_order(size: int) -> None:
+    ahead = ReadAhead(BytesSource(DATA), size)
+    for offset, length in ((0, 10), (10, 10), (5, 30), (4000, 200), (len(DATA) - 3, 3), (0, 1)):
+        assert ahead.read(offset, length) == DATA[offset : offset + length]
+
+
+def test_reading_ahead_stops_where_the_source_does() -> None:
+    with pytest.raises(DamagedError):
+        ReadAhead(BytesSource(DATA), 64).read(len(DATA) - 3, 4)
