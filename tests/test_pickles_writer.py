@@ -82,7 +82,7 @@ def test_plain_values_survive_from_every_protocol(value: Any, protocol: int) -> 
     assert is_of_protocol_2(written)
     assert write(read(written)) == written
     assert trees.difference(read(written), read(data)) is None
-    assert independent(written) == independent(pickle.dumps(value, 2))
+    assert independent(written) == independent(pickle.dumps(pickle.loads(data), 2))
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -274,10 +274,6 @@ def no_pickle(path: Path, out: Path) -> Path:
     return repacked(path, out, {"x/data.pkl": None})
 
 
-def scripted_in_2019(path: Path, out: Path) -> Path:
-    return repacked(path, out, {"x/data.pkl": None, "x/model.json": b"{}"})
-
-
 def two_pickles(path: Path, out: Path) -> Path:
     return repacked(path, out, {"x/data.pkl": None, "y/data.pkl": b"N.", "z/data.pkl": b"N."})
 
@@ -301,7 +297,6 @@ def cut_pickle(path: Path, out: Path) -> Path:
         (short_storage, UnsafeError, "399 bytes where 100 elements of float32 take 400"),
         (long_storage, UnsafeError, "404 bytes where 100 elements of float32 take 400"),
         (no_pickle, NotACheckpointError, "without a checkpoint"),
-        (scripted_in_2019, UnsupportedError, "TorchScript of PyTorch 1.0 or 1.1"),
         (two_pickles, NotACheckpointError, "without a checkpoint"),
         (no_byteorder, UnsupportedError, "byte order b'middle'"),
         (cut_pickle, DamagedError, "the pickle ends too soon"),

@@ -28,7 +28,7 @@ from ckptfix.dtypes import BY_STORAGE
 from ckptfix.errors import DamagedError, NotACheckpointError, UnsafeError, UnsupportedError
 from ckptfix.files import check_crc
 from ckptfix.findings import Finding
-from ckptfix.formats import zips
+from ckptfix.formats import script_json, zips
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.spans import FileSource, Span
 
@@ -66,6 +66,9 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
     if source.size > archive.end:
         surplus = source.size - archive.end
         notes.append(Finding("trailing-bytes", f"{surplus} bytes follow the end of the archive"))
+    model = script_json.model_in(records)
+    if model is not None and not any(name.endswith("data.pkl") for name in records):
+        return script_json.read(records, model, source.name, source.size, limits)
     return from_records(records, source.name, source.size, tuple(notes), limits)
 
 
@@ -132,12 +135,6 @@ def _folder(records: Mapping[str, Span], name: str) -> str:
     if f"{folder}data.pkl" in records:
         return folder
     found = [record for record in records if re.fullmatch(r"([^/]+/)?data\.pkl", record)]
-    if not found and f"{folder}model.json" in records:
-        raise UnsupportedError(
-            f"{name}: TorchScript of PyTorch 1.0 or 1.1, which nothing newer reads",
-            hint="save it again with the PyTorch that wrote it: "
-            "torch.save(torch.jit.load(IN).state_dict(), OUT)",
-        )
     if len(found) != 1:
         raise NotACheckpointError(
             f"{name}: a zip archive without a checkpoint (no data.pkl in it)",
