@@ -10,8 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+import ckptfix
 from ckptfix import formats, target
-from ckptfix.errors import CkptfixError, KeyMismatchError, RenameError, SelectionError
+from ckptfix.errors import (
+    CkptfixError,
+    KeyMismatchError,
+    RenameError,
+    SelectionError,
+    UnsupportedError,
+)
 from ckptfix.fix import Plan, plan
 from fixtures.foonet import FooNet
 
@@ -217,3 +224,48 @@ def test_every_refusal_has_a_hint(tmp_path: Path) -> None:
     with pytest.raises(CkptfixError) as caught:
         planned(path, Net())
     assert caught.value.hint
+
+
+# --- tensors of other kinds (situation 16)
+
+
+class Wide(nn.Module):
+    """A buffer of a dtype that safetensors does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("phase", torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex128))
+
+
+def special() -> dict[str, torch.Tensor]:
+    return {
+        "quantized": torch.quantize_per_tensor(torch.arange(3.0), 0.5, 1, torch.quint8),
+        "sparse": torch.eye(3).to_sparse(),
+        "meta": torch.ones(3, device="meta"),
+    }
+
+
+def test_complex128_goes_through_fix_and_the_loader(tmp_path: Path) -> None:
+    path = saved(tmp_path / "in.pt", prefixed("module.", Wide()))
+    assert same(fixed(path, Wide()), Wide().state_dict())
+    assert ckptfix.load_into(Wide(), path).loads
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["quantized", "sparse", "meta"])
+def test_special_tensors_are_carried_by_fix_and_named_by_the_loader(
+    tmp_path: Path, kind: str
+) -> None:
+    tensor = special()[kind]
+    path = saved(tmp_path / "in.pt", {"module.w": torch.ones(3), "module.x": tensor})
+    formats.write(plan(formats.read(path)).document, tmp_path / "out.pt")
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert list(found) == ["w", "x"]
+    assert (found["x"].layout, found["x"].dtype) == (tensor.layout, tensor.dtype)
+    assert kind == "meta" or torch.equal(dense(found["x"]), dense(tensor))
+    with pytest.raises(UnsupportedError, match=r"module\.x"):
+        ckptfix.load_state_dict(path)
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
