@@ -2,10 +2,14 @@
 
 import io
 import json
+import os
+import pathlib
 import pickle
 import subprocess
 import sys
 import traceback
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +58,34 @@ ZIP = saved(LINEAR.state_dict())
 LEGACY = saved(LINEAR.state_dict(), _use_new_zipfile_serialization=False)
 SHARED = torch.ones(2, 2)
 
+
+def with_tag(tag: str) -> bytes:
+    """A legacy file whose storages carry another device tag of the same length as `cpu`."""
+    return LEGACY.replace(b"X\x03\x00\x00\x00cpu", b"X\x03\x00\x00\x00" + tag.encode())
+
+
+def without_storage() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(ZIP)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for name in old.namelist():
+            if "/data/0" not in name:
+                new.writestr(name, old.read(name))
+    return buffer.getvalue()
+
+
+def scripted() -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(LINEAR, torch.ones(1, 2)), buffer)
+    return buffer.getvalue()
+
+
+def of_missing_class() -> bytes:
+    data = saved({"x": Gone()}, _use_new_zipfile_serialization=False)
+    return data.replace(b"Gone", b"None")
+
+
 REAL: dict[str, Callable[[], object]] = {
     "device-cuda": lambda: torch.load(FIXTURES / "cuda.pt"),
     "prefix-module": take(LINEAR, WRAPPED),
@@ -64,6 +96,11 @@ REAL: dict[str, Callable[[], object]] = {
     "keys-differ": take(LINEAR, {"head.weight": torch.ones(1)}),
     "blocked-globals": load(saved({"x": Gone()})),
     "missing-module": load(of_missing_module(), weights_only=False),
+    "windows-path": pathlib.WindowsPath if os.name == "posix" else pathlib.PosixPath,
+    "missing-class": load(of_missing_class(), weights_only=False),
+    "weights-only-torchscript": load(scripted(), weights_only=True),
+    "device-other": load(with_tag("npu")),
+    "zip-damaged": load(without_storage()),
     "zip-truncated": load(ZIP[: len(ZIP) // 2]),
     "lfs-pointer": load(b"version https://git-lfs.github.com/spec/v1\n", weights_only=False),
     "html": load(b"<!doctype html><html>", weights_only=False),
@@ -88,7 +125,9 @@ REAL: dict[str, Callable[[], object]] = {
 
 def printed(fails: Callable[[], object]) -> str:
     try:
-        fails()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fails()
     except Exception:  # noqa: BLE001 - every kind is wanted
         return traceback.format_exc()
     raise AssertionError("it did not fail")
