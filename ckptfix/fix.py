@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from ckptfix import edits, wrappers
 from ckptfix.matching import match
 from ckptfix.state_dicts import StateDict, choose, find, of_models
+from ckptfix.tensors import as_tensor
 from ckptfix.trees import rebuild
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Hashable, Iterable, Mapping
 
     from ckptfix.document import Document, Node, OrderedMap
     from ckptfix.matching import Match
@@ -55,10 +56,13 @@ def plan(
     *,
     select: str | None = None,
     keep_training_state: bool = False,
+    untie: bool = False,
 ) -> Plan:
     """What mends a document, for a target if there is one.
 
-    With `keep_training_state` the weights are mended where they are and everything else stays.
+    With `keep_training_state` the weights are mended where they are and everything else stays. With
+    `untie`, keys that the target does not tie get tensors of their own, for containers that write
+    a tied tensor once.
 
     Raises:
         SelectionError: there is no state dict, or several fit.
@@ -67,7 +71,8 @@ def plan(
     """
     if wanted is None:
         return _on_cpu(_certain(document, select))
-    return _on_cpu(_fitting(document, wanted, select, keep_training_state))
+    found = match(document, wanted, select)
+    return _on_cpu(_fitting(document, wanted, found, keep_training_state, untie))
 
 
 def _certain(document: Document, select: str | None) -> Plan:
@@ -101,13 +106,14 @@ def _on_cpu(made: Plan) -> Plan:
 # --- with a target
 
 
-def _fitting(document: Document, wanted: Target, select: str | None, keep: bool) -> Plan:
-    found = match(document, wanted, select)
+def _fitting(document: Document, wanted: Target, found: Match, keep: bool, untie: bool) -> Plan:
     dropped = found.unused
     mapping = found.mapping()
+    untied = _untie(mapping, wanted) if untie else []
+    own = [Cure("tied-tensors", found.state.path, f"{key} is tied", "untied") for key in untied]
     made = Plan(
         _replaced(document, found.state, mapping),
-        list(_cures(found, wanted, dropped)),
+        [*_cures(found, wanted, dropped), *own],
         _changed([found.renaming]),
         dropped,
     )
@@ -124,6 +130,22 @@ def _cures(found: Match, wanted: Target, dropped: list[str]) -> Iterable[Cure]:
         shown = ", ".join(dropped[:_SHOWN]) + (", …" if len(dropped) > _SHOWN else "")
         what = f"{len(dropped)} keys that {wanted.name} does not have: {shown}"
         yield Cure("unexpected-keys", path, what, "dropped")
+
+
+def _untie(mapping: OrderedMap, wanted: Target) -> list[str]:
+    """Give a storage of its own to each tied key that the target does not tie; returns the keys."""
+    group = {key: keys for keys in wanted.ties for key in keys}
+    first: dict[Hashable, str] = {}
+    untied = []
+    for key, node in mapping.items():
+        tensor = as_tensor(node)
+        if tensor is None or not tensor.numel:
+            continue
+        other = first.setdefault(tensor.view, key)
+        if other != key and other not in group.get(key, ()):
+            mapping[key] = replace(tensor, storage=replace(tensor.storage))
+            untied.append(key)
+    return untied
 
 
 def _replaced(document: Document, state: StateDict, mapping: OrderedMap) -> Document:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -269,3 +270,27 @@ def test_special_tensors_are_carried_by_fix_and_named_by_the_loader(
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
+
+
+@pytest.mark.parametrize(("model", "ties"), [("Untied", 0), ("TiedAgain", 1)])
+def test_ties_are_undone_where_the_model_has_none(tmp_path: Path, model: str, ties: int) -> None:
+    shared = torch.randn(5, 2)
+    path = saved(tmp_path / "in.pt", {"module.a.weight": shared, "module.b.weight": shared})
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Untied(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = (nn.Linear(2, 5, bias=False) for _ in range(2))\n"
+        "class TiedAgain(Untied):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.b.weight = self.a.weight\n"
+    )
+    out = tmp_path / "out.safetensors"
+    done = run(path, out, "--model", f"{tmp_path}/net.py:{model}")
+    assert done.returncode == 0, done.stderr
+    found = safetensors.torch.load_file(out)
+    assert len(found) == 2 - ties
+    assert all(torch.equal(value, shared) for value in found.values())
+    assert ("untied" in done.stdout) == (not ties)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import soundness
+from ckptfix import formats, soundness
 from ckptfix.cli import options, output
 from ckptfix.cli.writing import Job
 from ckptfix.fix import Plan, plan
@@ -55,7 +55,13 @@ def command(
     job = Job("fix", source, target, force, dry_run)
     wanted = options.wanted(model, init, like)
     document = job.open()
-    made = plan(document, wanted, select=select, keep_training_state=keep_training_state)
+    made = plan(
+        document,
+        wanted,
+        select=select,
+        keep_training_state=keep_training_state,
+        untie=formats.writable(target).tensors_only,
+    )
     if not dry_run:
         soundness.check_sums(made.document)  # nothing that is damaged is called mended
     if not made.cures and not _is_other_container(document, job):
@@ -67,8 +73,6 @@ def command(
 
 
 def _is_other_container(document: Document, job: Job) -> bool:
-    from ckptfix import formats
-
     return formats.writable(job.target).name != document.container
 
 
