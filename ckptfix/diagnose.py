@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix import fitting, formats, wrappers
 from ckptfix.compacting import compact
-from ckptfix.document import Document, Global, Inert, Tensor
+from ckptfix.document import Document, Global, Tensor
 from ckptfix.dtypes import BY_NAME, BY_STORAGE
 from ckptfix.errors import RenameError
 from ckptfix.findings import Finding
@@ -236,11 +236,6 @@ _ALLOWED = frozenset(
     }
 )  # fmt: skip
 """Source: `torch._weights_only_unpickler._get_allowed_globals`; a test compares the two."""
-
-
-def inert_classes(document: Document) -> Counter[str]:
-    """How many inert objects there are of each class."""
-    return Counter(node.cls for _, node in walk(document.root) if isinstance(node, Inert))
 
 
 # --- against a target

@@ -138,3 +138,13 @@ class Finding:
     def severity(self) -> Severity:
         """How much it matters; the table decides."""
         return CODES[self.code].severity
+
+    def as_dict(self) -> dict[str, str | None]:
+        """The same for JSON."""
+        return {
+            "code": self.code,
+            "severity": self.severity,
+            "where": self.where,
+            "message": self.message,
+            "command": self.command,
+        }

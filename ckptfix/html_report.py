@@ -35,16 +35,7 @@ def of_document(document: Document) -> str:
         for state in states
         for key, tensor in state.tensors.items()
     ]
-    findings = [
-        {
-            "code": found.code,
-            "severity": found.severity,
-            "where": found.where,
-            "message": found.message,
-            "command": found.command,
-        }
-        for found in diagnose(document)
-    ]
+    findings = [found.as_dict() for found in diagnose(document)]
     facts = (document.container, f"{document.nbytes:,} bytes", f"{len(tensors):,} tensors")
     return page(document.name, facts, tensors, findings, COLUMNS)
 

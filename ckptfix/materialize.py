@@ -20,6 +20,7 @@ from torch.serialization import default_restore_location
 from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.dtypes import UNTYPED
 from ckptfix.errors import UnsupportedError
+from ckptfix.spans import swap_bytes
 from ckptfix.tensors import as_tensor
 from ckptfix.trees import rebuild
 
@@ -99,7 +100,7 @@ class Materializer:
             return _flat(self._map(span.source), span.offset, span.length)
         copied = bytearray(b"".join(part.read() for part in storage.spans))
         if self._swap:
-            _swap_bytes(copied, storage.dtype.word)
+            swap_bytes(copied, storage.dtype.word)
         return _flat(copied, 0, len(copied))
 
     def _map(self, source: Source) -> mmap.mmap:
@@ -150,12 +151,6 @@ def _freest_device() -> str:
     return f"cuda:{free.index(max(free))}"
 
 
-def _swap_bytes(data: bytearray, word: int) -> None:
-    for byte in range(word // 2):
-        other = word - 1 - byte
-        data[byte::word], data[other::word] = data[other::word], data[byte::word]
-
-
 def contiguous_bytes(tensor: Tensor, byteorder: str = "little") -> bytes:
     """The elements of a tensor in row-major order, as little-endian bytes."""
     return _bytes_of(Materializer(byteorder=byteorder).tensor(tensor).detach())
@@ -165,7 +160,7 @@ def _bytes_of(tensor: torch.Tensor) -> bytes:
     dense = tensor.resolve_conj().resolve_neg().contiguous()
     data = bytearray(ctypes.string_at(dense.data_ptr(), dense.nbytes))
     if sys.byteorder != "little":
-        _swap_bytes(data, dense.element_size())
+        swap_bytes(data, dense.element_size())
     return bytes(data)
 
 

@@ -241,6 +241,13 @@ def inflate(packed: Span, wbits: int) -> Iterator[bytes]:
         raise DamagedError(f"{packed.source.name}: compressed data is cut short")
 
 
+def swap_bytes(data: bytearray, word: int) -> None:
+    """Turn round the bytes of each number of `word` bytes, in place."""
+    for byte in range(word // 2):
+        other = word - 1 - byte
+        data[byte::word], data[other::word] = data[other::word], data[byte::word]
+
+
 class Span(NamedTuple):
     """`length` bytes of `source` from `offset`; `crc` is the CRC-32 on record, if any."""
 

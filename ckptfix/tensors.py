@@ -13,7 +13,7 @@ from ckptfix.document import Global, Inert, Node, Storage, Tensor, contiguous_st
 from ckptfix.dtypes import BY_NAME, DType
 from ckptfix.limits import DEFAULT
 from ckptfix.pickles.torch_objects import BUILDERS
-from ckptfix.spans import BytesSource, ComputedSource, Span
+from ckptfix.spans import BytesSource, ComputedSource, Span, swap_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,8 +137,7 @@ def _span(data: bytes, word: int) -> Span:
 
     def swap() -> bytes:
         swapped = bytearray(data)
-        for byte in range(word):
-            swapped[byte::word] = data[word - 1 - byte :: word]
+        swap_bytes(swapped, word)
         return bytes(swapped)
 
     return Span(ComputedSource(len(data), swap, "a numpy array"), 0, len(data))

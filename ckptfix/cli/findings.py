@@ -23,16 +23,7 @@ _INDENT = " " * 8
 
 def rows(findings: Sequence[Finding]) -> list[dict[str, Any]]:
     """Findings for JSON."""
-    return [
-        {
-            "code": finding.code,
-            "severity": finding.severity,
-            "where": finding.where,
-            "message": finding.message,
-            "command": finding.command,
-        }
-        for finding in findings
-    ]
+    return [finding.as_dict() for finding in findings]
 
 
 def draw(console: Console, document: Document, findings: Sequence[Finding]) -> None:

@@ -51,8 +51,10 @@ def command(files: tuple[str, ...], everything: bool, html: str | None, force: b
     if len(files) == 1:
         document = formats.read(files[0])
         found = diagnose(document)
-        data = {"command": "inspect", **_data(document, found)}
-        output.answer(data, lambda console: _draw(console, document, found, everything))
+        output.answer(
+            lambda: {"command": "inspect", **_data(document, found)},
+            lambda console: _draw(console, document, found, everything),
+        )
         return 0
     return _inspect_all(files, everything=everything)
 
@@ -88,8 +90,12 @@ def _inspect_all(files: tuple[str, ...], *, everything: bool) -> int:
         {"file": file, "error": {"code": error.slug, "message": error.message, "hint": error.hint}}
         for file, error in unread
     ]
-    rows = [_data(*pair) for pair in read]
-    output.answer({"command": "inspect", "files": rows, "unread": errors}, draw)
+
+    def data() -> dict[str, Any]:
+        rows = [_data(*pair) for pair in read]
+        return {"command": "inspect", "files": rows, "unread": errors}
+
+    output.answer(data, draw)
     for _, problem in unread:
         output.complain(problem.message, problem.hint)
     return 2 if unread else 0

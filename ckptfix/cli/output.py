@@ -54,10 +54,16 @@ def text(*parts: str | tuple[str, str]) -> Text:
     return Text.assemble(*((printable(part), style) for part, style in pairs))
 
 
-def answer(data: dict[str, Any], text: str | Callable[[Console], None]) -> None:
-    """Print the answer: `data` under `--json`, otherwise text or what `text` draws."""
+def answer(
+    data: dict[str, Any] | Callable[[], dict[str, Any]], text: str | Callable[[Console], None]
+) -> None:
+    """Print the answer: `data` under `--json`, otherwise text or what `text` draws.
+
+    Data that takes long to gather is given as what gathers it.
+    """
     if _wants_json:
-        _write(json.dumps({"schema": SCHEMA, **data}, indent=2) + "\n")
+        gathered = data() if callable(data) else data
+        _write(json.dumps({"schema": SCHEMA, **gathered}, indent=2) + "\n")
     elif callable(text):
         _write(_drawn(text))
     else:
