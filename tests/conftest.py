@@ -1,10 +1,15 @@
-"""Fixtures for every module: the checkpoints in `fixtures/`, one test each."""
+"""Fixtures for every module: the files in `fixtures/`, one test each; what campaigns count."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHECKPOINTS = sorted(path for path in FIXTURES.iterdir() if path.suffix in (".pt", ".safetensors"))
@@ -32,3 +37,48 @@ def legacy_file(request: pytest.FixtureRequest) -> Path:
     """Each of them that torch wrote before 1.6."""
     path: Path = request.param
     return path
+
+
+TALLY = pytest.StashKey[Counter[str]]()
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`tally("kills")`, `tally("refused: bounds", 12)`: printed when all tests are done."""
+    counter = request.config.stash[TALLY]
+    campaign = request.path.stem.removeprefix("test_")
+
+    def count(what: str, number: int = 1) -> None:
+        counter[f"{campaign}: {what}"] += number
+
+    return count
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TALLY] = Counter()
+
+
+class Workers:
+    """With pytest-xdist, what each worker counted is added up."""
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        counter: Counter[str] = node.config.stash[TALLY]
+        counter.update(getattr(node, "workeroutput", {}).get("tally", {}))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.pluginmanager.hasplugin("dsession"):
+        session.config.pluginmanager.register(Workers())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tally"] = dict(session.config.stash[TALLY])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counts = terminalreporter.config.stash[TALLY]
+    if counts:
+        terminalreporter.section("counted")
+        for what, number in sorted(counts.items()):
+            terminalreporter.line(f"{number:>10,}  {what}")
