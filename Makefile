@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test fuzz lint format bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,12 @@ demo: $(READY)  ## See both errors, and their cure, on a checkpoint trained on G
 
 test: $(READY)  ## Run the tests; more for pytest in ARGS, as in make test ARGS="-k zip"
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+fuzz: $(READY)  ## Feed the readers odd bytes, a minute a reader; ARGS="--seconds 600 pickle"
+	@$(BIN)/python -c "import atheris" 2>/dev/null || $(PIP) --only-binary :all: 'atheris>=3' || { \
+		echo "error: the fuzzer, atheris, has no wheel for this system or Python" >&2; \
+		echo "hint: try Linux, or another Python: make clean fuzz PYTHON=python3.12" >&2; exit 1; }
+	$(BIN)/python -m tests.fuzz.run $(ARGS)
 
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check

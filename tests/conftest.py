@@ -62,8 +62,8 @@ class Workers:
     """With pytest-xdist, what each worker counted is added up."""
 
     def pytest_testnodedown(self, node: Any) -> None:
-        counter: Counter[str] = node.config.stash[TALLY]
-        counter.update(getattr(node, "workeroutput", {}).get("tally", {}))
+        counts: dict[str, int] = getattr(node, "workeroutput", {}).get("tally", {})
+        node.config.stash[TALLY].update(counts)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -73,7 +73,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["tally"] = dict(session.config.stash[TALLY])
+        counts = session.config.stash[TALLY]
+        session.config.workeroutput["tally"] = dict(counts)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,6 +12,8 @@ import torch
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ckptfix.errors import CkptfixError
+
 
 def ckptfix_command(*arguments: str | Path, cwd: Path | None = None) -> Any:
     """Run `ckptfix` as a process of its own; returns what `subprocess.run` does."""
@@ -54,7 +56,34 @@ def unlike(one: Any, other: Any, where: str = "") -> str | None:
         return _first((a, b, f"{where}/{index}") for index, (a, b) in enumerate(rows))
     if hasattr(one, "__dict__"):
         return unlike(vars(one), vars(other), where)
+    if isinstance(one, (float, complex)):
+        return None if repr(one) == repr(other) else where or "/"  # nan is nan, -0.0 is not 0.0
     return None if one == other else where or "/"
+
+
+def has_a_reason(refusal: CkptfixError) -> None:
+    """A refusal says what is wrong, and has a code of its own."""
+    assert str(refusal)
+    assert refusal.slug != "error"
+
+
+def sharing(tree: Any) -> list[tuple[Any, ...]]:
+    """Strides of the tensors of a loaded tree, and which of its parts are one, in order."""
+    known: dict[int, int] = {}
+    rows: list[tuple[Any, ...]] = []
+    pending = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, torch.Tensor):
+            storage = node.untyped_storage()
+            numbers = [known.setdefault(key, len(known)) for key in (id(node), storage._cdata)]
+            rows.append((*numbers, node.stride(), node.storage_offset(), storage.nbytes()))
+        elif isinstance(node, (dict, list)):
+            rows.append((known.setdefault(id(node), len(known)), len(node)))
+            pending += list(node.values()) if isinstance(node, dict) else node
+        elif isinstance(node, tuple):
+            pending += node
+    return rows
 
 
 def _same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -46,6 +46,7 @@ EXTENSIONS = (".safetensors",)
 VERSIONS = "ckptfix.module_versions"
 """The key of `__metadata__` under which `_metadata` is kept."""
 
+_RESERVED = frozenset({"format", VERSIONS})  # keys of `__metadata__` that never name a tie
 _ALIGNMENT = 8
 _MAX_SIZE = 1 << 63
 _MAX_DIMS = 64  # torch's own
@@ -199,7 +200,9 @@ def attributes(metadata: Mapping[str, str]) -> Node:
 
 def _restore_ties(root: OrderedMap, metadata: Mapping[str, str]) -> None:
     for alias, kept in metadata.items():
-        if alias not in root and isinstance(root.get(kept), Tensor):
+        if alias in root or alias in _RESERVED:
+            continue
+        if isinstance(root.get(kept), Tensor):
             root[alias] = root[kept]
 
 
@@ -258,7 +261,8 @@ def without_ties(root: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str,
             raise UnsupportedError(f"{name!r} is no tensor, and safetensors holds nothing else")
         if type(name) is not str or name == "__metadata__" or not _is_unicode([name]):
             raise UnsupportedError(f"{name!r} cannot be the name of a tensor in safetensors")
-        first = kept.setdefault(tensor.view, name) if tensor.numel else name
+        alone = not tensor.numel or name in _RESERVED
+        first = name if alone else kept.setdefault(tensor.view, name)
         if first == name:
             tensors[name] = tensor
         else:

@@ -151,9 +151,11 @@ def _end64(source: Source, place: int) -> tuple[int, tuple[int, int, int]] | Non
     """Place of the 64-bit end record, and the directory's count, size and offset in it."""
     if place < LOCATOR.size:
         return None
-    magic, _, offset, _ = LOCATOR.unpack(source.read(place - LOCATOR.size, LOCATOR.size))
+    magic, disk, offset, disks = LOCATOR.unpack(source.read(place - LOCATOR.size, LOCATOR.size))
     if magic != _LOCATOR_MAGIC:
         return None
+    if disk or disks > 1:
+        raise UnsupportedError(f"{source.name}: the archive is one part of several")
     if offset + END64.size > place:
         raise DamagedError(f"{source.name}: the archive's end record is damaged", hint=_RETRY)
     fields = END64.unpack(source.read(offset, END64.size))
