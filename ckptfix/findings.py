@@ -107,6 +107,11 @@ CODES: dict[str, Meaning] = {
     "unexpected-keys": Meaning(
         _NOTE, "keys that the target does not have (`fix`)", "dropped, and named"
     ),
+    "averaged-copy": Meaning(
+        _NOTE,
+        "an averaged copy of the weights fits as well (`fix --model`)",
+        "not taken; `--select` takes it",
+    ),
     "nested": Meaning(
         _NOTE,
         "the state dict lies inside a training checkpoint (`fix --model`)",

@@ -48,6 +48,8 @@ class Plan:
     """Keys of the state dict that the target does not want."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """Path and kind of what lies beside the state dict and is not carried along."""
+    kept: list[str] = field(default_factory=list)
+    """What looks wrong and was left alone, since that is not certain: a sentence each."""
 
 
 def plan(
@@ -82,7 +84,15 @@ def _certain(document: Document, select: str | None) -> Plan:
     changes = [(state, renaming) for state, renaming in found if renaming.changed]
     cures = [_renaming_cure(state, renaming) for state, renaming in changes]
     renamed = _changed(renaming for _, renaming in changes)
-    return Plan(edits.rename(document, changes), cures, renamed)
+    kept = [line for state in states for line in _kept(state)]
+    return Plan(edits.rename(document, changes), cures, renamed, kept=kept)
+
+
+def _kept(state: StateDict) -> Iterable[str]:
+    """Keys with a wrapper's name and without: either the model has both, or one is the older."""
+    pair = wrappers.detect(state.mapping).collision
+    if pair is not None:
+        yield f"{pair[0]!r} and {pair[1]!r} would become one without their wrapper; both stay"
 
 
 def _renaming_cure(state: StateDict, renaming: Renaming) -> Cure:
@@ -124,6 +134,9 @@ def _cures(found: Match, wanted: Target, dropped: list[str]) -> Iterable[Cure]:
     path = found.state.path
     if found.renaming.changed:
         yield _renaming_cure(found.state, found.renaming)
+    if found.averages:
+        what = f"averages that fit as well: {', '.join(found.averages)}"
+        yield Cure("averaged-copy", path, what, "not taken; --select takes them")
     for key, other in found.tied.items():
         yield Cure("tied-tensors", path, f"{key} is missing", f"tied to {other}")
     if dropped:

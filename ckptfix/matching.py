@@ -37,6 +37,8 @@ class Match(NamedTuple):
     """Keys that the file lacks, and keys of the target that name the same tensor and are there."""
     part: str
     """What the old keys of the part that is meant begin with; empty where all of it is meant."""
+    averages: tuple[str, ...] = ()
+    """Paths of averaged copies that fit as well, and that were not taken."""
 
     @property
     def fits(self) -> bool:
@@ -51,8 +53,12 @@ class Match(NamedTuple):
 
     @property
     def unexpected(self) -> list[str]:
-        """Those of the part that is meant; what lies beside it was never meant for the target."""
-        return [old for old in self.unused if old.startswith(self.part)]
+        """Those of the part that is meant; what lies beside it was never meant for the target.
+
+        Nor was the counter that `AveragedModel` keeps beside the model that it averages.
+        """
+        own = {"n_averaged"} if self.state.role == "swa" else set()
+        return [old for old in self.unused if old.startswith(self.part) and old not in own]
 
     def mapping(self, *, unexpected: bool = False) -> OrderedMap:
         """The state dict as the target has it, with its ties; with what is `unexpected`, or not."""
@@ -84,7 +90,8 @@ def match(
     states = [choose(document, select)] if select is not None else of_models(find(document.root))
     states = states or [choose(document)]  # which says that there is none
     found = [one for state in states for one in _matches(state, wanted)]
-    whole = _plain([one for one in found if one.fits])
+    whole_and_averaged = [one for one in found if one.fits]
+    whole = _plain(whole_and_averaged)
     if not whole:
         whole = _nearest(_plain(found))
         if not partly:
@@ -93,7 +100,8 @@ def match(
         raise _several(document, whole, wanted)
     if not partly:
         _check_twice(document.name, whole[0], wanted)
-    return whole[0]
+    averages = dict.fromkeys(one.state.path for one in whole_and_averaged if one not in whole)
+    return whole[0]._replace(averages=tuple(averages))
 
 
 def _check_twice(name: str, found: Match, wanted: Target) -> None:

@@ -167,7 +167,14 @@ def test_7_keys_that_would_become_one_are_refused() -> None:
     torch.save({"module.a.weight": torch.ones(2), "a.weight": torch.zeros(2)}, "in.pt")
     said = "'module.a.weight' and 'a.weight' would both become 'a.weight'"
     refuses(KeyCollisionError, said, like("a.weight"))
-    assert not plan(formats.read("in.pt")).cures
+    untouched = plan(formats.read("in.pt"))
+    assert not untouched.cures
+    assert untouched.kept == [
+        "'module.a.weight' and 'a.weight' would become one without their wrapper; both stay"
+    ]
+    ran = ckptfix_command("fix", "in.pt", "out.pt")
+    assert (ran.returncode, Path("out.pt").exists()) == (1, False)
+    assert "both stay" in ran.stderr
     both = like("module.a.weight", "a.weight")
     mends_file("in.pt", both, torch.load("in.pt"))
 
@@ -191,12 +198,16 @@ def test_9_averages_fit_the_averaged_model_and_the_plain_one() -> None:
     wanted = net.state_dict()
     mends_file("in.pt", Net(), wanted, dropped=["n_averaged"])
     assert ckptfix.load_into(Net(), "in.pt").unexpected == ["n_averaged"]
+    wrapped = nn.DataParallel(Net())
+    assert ckptfix.load_into(wrapped, "in.pt").unexpected == ["n_averaged"]
+    assert unlike(dict(wrapped.module.state_dict()), dict(wanted)) is None
 
 
 def test_9_averaged_copies_stand_back_and_can_be_chosen() -> None:
     net, ema = Net(), Net()
     torch.save({"state_dict": net.state_dict(), "state_dict_ema": ema.state_dict()}, "in.pt")
-    mends_file("in.pt", Net(), net.state_dict())
+    made = mends_file("in.pt", Net(), net.state_dict())
+    assert "state_dict_ema" in next(row.found for row in made.cures if row.code == "averaged-copy")
     formats.write(planned(Net(), select="state_dict_ema").document, "ema.pt")
     assert unlike(torch.load("ema.pt"), ema.state_dict()) is None
 

@@ -64,6 +64,8 @@ def command(
     )
     if not dry_run:
         soundness.check_sums(made.document)  # nothing that is damaged is called mended
+    for line in made.kept:
+        output.note(line)
     if not made.cures and not _is_other_container(document, job):
         return job.nothing("nothing to mend")
     if made.cures:

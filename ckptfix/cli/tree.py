@@ -38,6 +38,9 @@ def draw(document: Document, width: int, *, everything: bool = False) -> Tree:
     else:
         title.append_text(text(f", {_told(document.root)}"))
         drawing.add_below(tree, document.root, 1)
+    texts = dict(document.metadata)
+    if texts:
+        drawing.add(tree, "__metadata__", texts, 1)
     return tree
 
 

@@ -1,9 +1,12 @@
-"""The records of a zip whose directory is gone, found by their local headers.
+"""The records of a damaged zip: what its headers say, and what its directory says.
 
 A record begins with a local header. Where that has no sizes (flag bit 3, as torch writes), the
 record ends at the data descriptor that states its length: 4 bytes signature, 4 bytes CRC-32, then
 the packed and the unpacked size in 4 or 8 bytes each. A record without an end is cut off, and left
-out.
+out. `scan` finds records so, without the directory.
+
+`listed` goes by the directory, and finds records whose header is damaged: their data end where the
+next record begins, less the descriptor.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ import mmap
 import struct
 from typing import TYPE_CHECKING
 
+from ckptfix.errors import ReadError
+from ckptfix.files import check_crc
+from ckptfix.formats import zips
 from ckptfix.formats.zips import LOCAL
 from ckptfix.spans import FileSource, Span
 
@@ -62,3 +68,47 @@ def _wide_size(extra: bytes) -> int:
     """The 64-bit size in the extra field of a local header."""
     kind, length = struct.unpack_from("<2H", extra.ljust(4, b"\0"))
     return struct.unpack_from("<Q", extra, 4)[0] if kind == 1 and length >= 8 <= len(extra) else -1
+
+
+def listed(source: FileSource) -> dict[str, Span]:
+    """Every stored record that the directory names, where its bytes are found; none without one."""
+    try:
+        directory, size, count, _ = zips._find_directory(source)
+        entries = zips._central_entries(source.read(directory, size), count, source.name)
+    except ReadError:
+        return {}
+    entries.sort(key=lambda entry: entry.header)
+    ends = [entry.header for entry in entries[1:]] + [directory]
+    found = {}
+    for entry, end in zip(entries, ends, strict=True):
+        for begin in _begins(source, entry, end):
+            span = Span(source, begin, entry.packed, entry.crc)
+            if entry.method == 0 and is_right(span) and (entry.crc or _ends_there(span, end)):
+                found[entry.name] = span
+    return found
+
+
+def _begins(source: FileSource, entry: zips.Record, end: int) -> Iterator[int]:
+    """Where the data of a record may begin: by the record after it, and by its own header."""
+    for descriptor in (16, 24, 0):
+        yield end - descriptor - entry.packed
+    if entry.header + LOCAL.size <= source.size:
+        *_, named, extra = LOCAL.unpack(source.read(entry.header, LOCAL.size))
+        yield entry.header + LOCAL.size + named + extra
+
+
+def _ends_there(span: Span, end: int) -> bool:
+    """Whether a record without a checksum ends with a descriptor, or where the next one begins."""
+    behind = span.offset + span.length
+    return behind == end or span.source.read(behind, 4) == _DESCRIPTOR
+
+
+def is_right(span: Span) -> bool:
+    """Whether bytes are there, and have the checksum on record if there is one."""
+    if not 0 <= span.offset <= span.offset + span.length <= span.source.size:
+        return False
+    try:
+        check_crc(span, "")
+    except ReadError:
+        return False
+    return True
