@@ -31,7 +31,7 @@ class Limits:
     key_nodes: int = 1000
     """Values inside one tuple that serves as a dict key (hashing visits each of them)."""
 
-    tensor_bytes: int = 1 << 50
+    tensor_bytes: int = 1 << 40
     """Bytes that one tensor may claim through strides of zero."""
 
     records: int = 10_000_000

@@ -87,7 +87,7 @@ PRODUCED: dict[str, Any] = {
 }
 ELSEWHERE = {
     "surplus-shard", "rolled-back", "unused-records", "crc-mismatch", "nan-values", "inf-values",
-    "unexpected-keys", "nested",
+    "unexpected-keys", "nested", "averaged-copy",
 }  # fmt: skip
 """Those that the tests of containers, of the journal, of `soundness` and of `fix` produce."""
 
