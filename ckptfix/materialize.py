@@ -7,7 +7,6 @@ containers do not align them), that are computed, or that are in another byte or
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import sys
 from collections import OrderedDict
@@ -157,10 +156,13 @@ def contiguous_bytes(tensor: Tensor, byteorder: str = "little") -> bytes:
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:
-    dense = tensor.resolve_conj().resolve_neg().contiguous()
-    data = bytearray(ctypes.string_at(dense.data_ptr(), dense.nbytes))
+    if not tensor.numel():
+        return b""
+    data = bytearray(tensor.nbytes)  # MemoryError, where torch raises what it raises for all else
+    dense = torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
+    dense.copy_(tensor)
     if sys.byteorder != "little":
-        swap_bytes(data, dense.element_size())
+        swap_bytes(data, tensor.element_size())
     return bytes(data)
 
 

@@ -27,12 +27,13 @@ CALLS = (
     "rmdir",
 )  # fmt: skip
 _UNDOING = ("unlink", "rmdir")
+_BEFORE = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP} if hasattr(signal, "SIGSTOP") else {}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
-Kind = Literal["none", "fail", "fail on", "short", "kill", "tear", "kill after"]
+Kind = Literal["none", "fail", "fail on", "short", "kill", "tear", "kill after", "stop"]
 """`fail`: that call raises. `fail on`: so do all after it, but for those that remove files; a full
 disk lets one remove. `short`: it does half of what it was asked to. `tear`: it does half, and the
-process is killed then."""
+process is killed then. `stop`: it waits there for SIGCONT."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,28 @@ class Runner:
             self._process.stdin.close()
 
 
+class Stopped:
+    """A command that stops at its Nth call, until it is told to go on."""
+
+    def __init__(self, arguments: Sequence[str | Path], number: int, told: Path) -> None:
+        command = [sys.executable, "-m", "tests.faults", str(number), *map(str, arguments)]
+        self._told = told
+        with told.open("wb") as stream:
+            self._process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=stream, cwd=Path(__file__).parents[1]
+            )
+        _, status = os.waitpid(self._process.pid, os.WUNTRACED)
+        self.stopped = os.WIFSTOPPED(status)
+        if not self.stopped:
+            self._process.returncode = os.waitstatus_to_exitcode(status)
+
+    def go_on(self) -> tuple[int, str]:
+        """Let it run to its end; returns its exit code and what it said."""
+        if self.stopped:
+            self._process.send_signal(signal.SIGCONT)
+        return self._process.wait(), self._told.read_text()
+
+
 # --- inside that process
 
 
@@ -131,8 +154,7 @@ def _run(arguments: list[str], fault: Fault, counted: int) -> int:
     from ckptfix.cli import main
 
     write, calls = os.write, list[str]()
-    for name in CALLS:
-        setattr(os, name, _faulty(name, getattr(os, name), fault, calls))
+    _make_faulty(fault, calls)
     sys.argv = ["ckptfix", *arguments]
     code = 70
     try:
@@ -142,6 +164,11 @@ def _run(arguments: list[str], fault: Fault, counted: int) -> int:
     sys.stderr.flush()
     write(counted, " ".join(calls).encode())
     return code
+
+
+def _make_faulty(fault: Fault, calls: list[str]) -> None:
+    for name in CALLS:
+        setattr(os, name, _faulty(name, getattr(os, name), fault, calls))
 
 
 def _faulty(
@@ -156,8 +183,8 @@ def _faulty(
             return original(*arguments, **keywords)
         if fault.kind.startswith("fail"):
             raise OSError(fault.code, os.strerror(fault.code))
-        if fault.kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if fault.kind in _BEFORE:
+            os.kill(os.getpid(), _BEFORE[fault.kind])
         half = _half(name, arguments) if fault.kind in ("short", "tear") else arguments
         try:
             return original(*half, **keywords)
@@ -178,5 +205,16 @@ def _half(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return arguments
 
 
+def _stop_at(number: int) -> None:
+    from ckptfix.cli import main
+
+    _make_faulty(Fault("stop", number), [])
+    main()
+
+
 if __name__ == "__main__":
-    _serve()
+    if sys.argv[1:]:
+        _, number, *sys.argv[1:] = sys.argv
+        _stop_at(int(number))
+    else:
+        _serve()

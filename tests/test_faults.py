@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from tests.oracles import unlike
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 Files = dict[str, bytes]

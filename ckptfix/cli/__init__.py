@@ -120,6 +120,8 @@ def main() -> NoReturn:
         code = stop.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = output.error("interrupted", None, "interrupted", exit_code=130)
+    except MemoryError:
+        code = output.error("there is not enough memory", "see what is free: free -h", "memory")
     except Exception as error:  # noqa: BLE001 - the last net under everything
         code = output.bug(error)
     sys.exit(code)

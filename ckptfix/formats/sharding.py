@@ -21,6 +21,7 @@ from ckptfix.document import OrderedMap
 from ckptfix.errors import CkptfixError, OutputExistsError, VerifyError, WriteError
 from ckptfix.files import replacing, sync_folder, write_error
 from ckptfix.formats import safetensors, sharded
+from ckptfix.journal import alone_in
 from ckptfix.limits import DEFAULT
 from ckptfix.spans import FileSource
 
@@ -78,23 +79,26 @@ def write(
     `model.safetensors`, without an index. `write_shard` writes one file, whole or not at all,
     and replaces it where it is there. With `force` a checkpoint in the folder is removed once the
     new one is in place. Where something goes wrong before that, what was written is removed.
-    Raises `WriteError`.
+    Raises `WriteError`; also where another process is writing there.
     """
     check_output(folder, force=force)
-    former = _former(folder)
-    _refuse_input(document, folder, former)
-    groups = _split(document.root, max_shard_size)
-    names = _free_names(len(groups), former)
-    with _undone_on_error(folder) as written:
-        for name, group in zip(names, groups, strict=True):
-            part = document if len(groups) == 1 else replace(document, root=group)
-            write_shard(part, os.path.join(folder, name))
-            written.append(name)
-        if len(groups) > 1:
-            weight_map = dict(zip(names, groups, strict=True))
-            _write_index(_index(document, weight_map), document, folder, read_shard)
-            written.append(_INDEX)
-    _remove(folder, former.difference(written))
+    made = _make(folder)
+    with alone_in(folder):
+        check_output(folder, force=force)  # another process may have written there meanwhile
+        former = _former(folder)
+        _refuse_input(document, folder, former)
+        groups = _split(document.root, max_shard_size)
+        names = _free_names(len(groups), former)
+        with _undone_on_error(folder, made) as written:
+            for name, group in zip(names, groups, strict=True):
+                part = document if len(groups) == 1 else replace(document, root=group)
+                write_shard(part, os.path.join(folder, name))
+                written.append(name)
+            if len(groups) > 1:
+                weight_map = dict(zip(names, groups, strict=True))
+                _write_index(_index(document, weight_map), document, folder, read_shard)
+                written.append(_INDEX)
+        _remove(folder, former.difference(written))
 
 
 def _split(root: Mapping[str, Node], max_shard_size: int) -> list[OrderedMap]:
@@ -193,10 +197,9 @@ def _refuse_input(document: Document, folder: str | os.PathLike[str], former: se
 
 
 @contextlib.contextmanager
-def _undone_on_error(folder: str | os.PathLike[str]) -> Iterator[list[str]]:
-    """Make a folder; what was written to it, by name, is removed where the block fails."""
+def _undone_on_error(folder: str | os.PathLike[str], made: bool) -> Iterator[list[str]]:
+    """What was written to a folder, by name, is removed where the block fails; so is one `made`."""
     written: list[str] = []
-    made = _make(folder)
     try:
         yield written
     except BaseException:
@@ -216,6 +219,8 @@ def _make(folder: str | os.PathLike[str]) -> bool:
         return False
     try:
         os.mkdir(folder)
+    except FileExistsError:  # another process was faster
+        return False
     except OSError as error:
         raise write_error(folder, error) from None
     sync_folder(Path(folder).parent)
