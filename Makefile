@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz lint format bench clean
+.PHONY: help demo test coverage fuzz lint format bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,11 @@ demo: $(READY)  ## See both errors, and their cure, on a checkpoint trained on G
 
 test: $(READY)  ## Run the tests; more for pytest in ARGS, as in make test ARGS="-k zip"
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+coverage: $(READY)  ## Run the tests and count branches: 95 % of what reads and writes files
+	$(BIN)/python -m pytest -n auto --cov=ckptfix.pickles --cov=ckptfix.formats --cov=ckptfix.files \
+		--cov-branch --cov-report=term $(ARGS)
+	$(BIN)/coverage report --fail-under=95
 
 fuzz: $(READY)  ## Feed the readers odd bytes, a minute a reader; ARGS="--seconds 600 pickle"
 	@$(BIN)/python -c "import atheris" 2>/dev/null || $(PIP) --only-binary :all: 'atheris>=3' || { \

@@ -87,6 +87,12 @@ def changed(data: bytearray, position: int, layout: str, value: Any) -> bytes:
 # --- agreement with zipfile
 
 
+def test_an_archive_of_nothing_holds_nothing() -> None:
+    made = io.BytesIO()
+    zipfile.ZipFile(made, "w").close()
+    assert zips.read(BytesSource(made.getvalue())).records == {}
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_reads_what_zipfile_writes(method: int) -> None:
     assert contents(read(pack(RECORDS, method))) == summed(RECORDS)

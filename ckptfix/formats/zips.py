@@ -228,8 +228,8 @@ def _with_data(source: Source, entries: Sequence[Record], directory: int) -> lis
     Headers that lie close together are read together; the data of large records is not read.
     """
     records, ahead = [], ReadAhead(source, _HEADERS)
-    following = [entry.header for entry in entries[1:]] + [directory]
-    for entry, following_header in zip(entries, following, strict=True):
+    following = [*(entry.header for entry in entries[1:]), directory]  # one more, for no entries
+    for entry, following_header in zip(entries, following, strict=False):
         start, length = entry.header, min(LOCAL.size + 256, directory - entry.header)
         if length < LOCAL.size:
             message = f"{source.name}: {entry.name!r} lies outside the archive"

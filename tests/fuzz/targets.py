@@ -114,7 +114,7 @@ def rewrite_pickle(data: bytes) -> None:
     """What is read is written, and reads as the same; Python knows every opcode of it."""
     root, _ = pickles.read(data, storages(), name="fuzz")
     written, _ = pickles.write(root)
-    with suppress(UnicodeDecodeError):  # pickletools knows class names in ASCII only
+    with suppress(ValueError):  # pickletools knows fewer class names than Python does
         for _ in pickletools.genops(written):
             pass
     again, end = pickles.read(written, storages(), name="fuzz: written")
@@ -132,7 +132,7 @@ def read_zip(data: bytes) -> None:
         return  # zipfile takes a CRC of zero for a wrong one
     for name, span in spans.items():
         check_crc(span, name)
-    with zipfile.ZipFile(io.BytesIO(whole)) as peer:
+    with suppress(NotImplementedError), zipfile.ZipFile(io.BytesIO(whole)) as peer:
         listed = {entry.filename: entry for entry in peer.infolist() if not entry.is_dir()}
         assert len(listed) == len(spans)
         for entry, span in zip(sorted(listed.values(), key=_place), spans.values(), strict=True):
