@@ -31,7 +31,7 @@ KNOWN = (
     ),
     Known(
         "device-index",
-        r"Attempting to deserialize object on CUDA device \d+ but torch\.cuda\.device_count\(\)",
+        r"Attempting to deserialize object on [A-Z]\w* device \d+ but torch\.\w+\.device_count\(\)",
         "The checkpoint was saved from a GPU whose number this machine does not have.",
         "ckptfix to-cpu FILE OUT",
         "RuntimeError: Attempting to deserialize object on CUDA device 3 but "

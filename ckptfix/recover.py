@@ -3,23 +3,40 @@
 Every storage whose bytes are whole is kept; where the container has checksums, whole means that the
 checksum is right. A tensor that lies in a lost storage is taken out of its mapping, or leaves None
 in a list, and is named. What is saved without checksums may be wrong, and is said to be unchecked.
+
+A zip says where its records are, and what their checksums are, twice: in front of or behind each
+of them, and in its directory. The one that fits the bytes counts.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptfix.document import Document, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.errors import DamagedError, ReadError, UnsupportedError
-from ckptfix.files import check_crc
-from ckptfix.formats import safetensors, torch_legacy, torch_zip, zip_recovery, zips
+from ckptfix.formats import (
+    plain_pickle,
+    safetensors,
+    sharded,
+    torch_legacy,
+    torch_tar,
+    torch_zip,
+    zip_recovery,
+    zips,
+)
+from ckptfix.limits import DEFAULT
 from ckptfix.spans import FileSource
-from ckptfix.trees import children, rebuild, storages, walk
+from ckptfix.trees import children, rebuild, walk
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ckptfix.spans import Span
+
+_SHARDS = (*safetensors.EXTENSIONS, *torch_zip.EXTENSIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,78 +55,143 @@ class Recovered:
 
 
 def recover(path: str | os.PathLike[str]) -> Recovered:
-    """Read what is whole in a damaged file.
+    """Read what is whole in a damaged file, or in the files of a folder of shards.
 
     Raises `ReadError` where not even the names of the tensors can be read.
     """
-    if os.path.isdir(path):
-        raise UnsupportedError(
-            f"{path}: is a folder, and only single files can be recovered",
-            hint=f"recover its files one by one; see what is there: ls {path}",
-        )
-    source = FileSource(path)
-    head = source.read(0, min(source.size, 4096))
     lost: list[Storage] = []
     steps: list[str] = []
-    if torch_zip.matches(head):
-        document = _read_zip(source, lost, steps)
-    elif torch_legacy.matches(head):
-        document = torch_legacy.read(source, lost=lost)
-    elif safetensors.matches(head):
-        document = safetensors.read(source, lost=lost)
+    if os.path.isdir(path):
+        document, absent = _read_folder(Path(path), lost, steps)
     else:
-        raise UnsupportedError(
-            f"{path}: only torch's containers and safetensors can be recovered",
-            hint=f"see what it is: ckptfix inspect {path}",
-        )
+        document, absent = _read_file(path, lost, steps), []
     if lost:
-        steps.append(f"found {len(lost)} storages cut off or absent")
-    _check(document, lost, steps)
-    return _without(document, lost, steps)
+        steps.append(f"found {len(lost)} storages cut off, absent or with wrong checksums")
+    return _without(document, lost, absent, steps)
+
+
+def _read_file(path: str | os.PathLike[str], lost: list[Storage], steps: list[str]) -> Document:
+    source = FileSource(path)
+    head = source.read(0, min(source.size, 4096))
+    if torch_legacy.matches(head):
+        return torch_legacy.read(source, lost=lost)
+    if safetensors.matches(head):
+        return safetensors.read(source, lost=lost)
+    if torch_tar.matches(head):
+        return torch_tar.read(source, lost=lost)
+    if torch_zip.matches(head) or zip_recovery.listed(source):
+        return _read_zip(source, lost, steps)
+    if plain_pickle.matches(source, head):
+        return plain_pickle.read(source)
+    raise UnsupportedError(
+        f"{path}: is no checkpoint, or its beginning is lost",
+        hint=f"see what it is: ckptfix inspect {path}",
+    )
+
+
+# --- folders
+
+
+def _read_folder(folder: Path, lost: list[Storage], steps: list[str]) -> tuple[Document, list[str]]:
+    """What the shards in a folder hold, and the keys that the index puts elsewhere."""
+    weight_map = _weight_map(folder, steps)
+    files = dict.fromkeys(weight_map.values()) or sharded.names_in(folder)
+    found: dict[str, Document] = {}
+    for name in files:
+        if not weight_map and not name.endswith(_SHARDS):
+            continue
+        try:
+            document = _read_file(folder / name, lost, steps)
+        except ReadError as error:
+            steps.append(f"a shard is lost ({error.message})")
+            continue
+        if isinstance(document.root, dict):
+            found[name] = document
+    if not found:
+        raise UnsupportedError(
+            f"{folder}: is a folder in which no shard can be read",
+            hint=f"recover its files one by one; see what is there: ls {folder}",
+        )
+    every = {key: node for document in found.values() for key, node in document.root.items()}
+    order = [key for key in weight_map if key in every]
+    root = OrderedMap({**{key: every[key] for key in order}, **every})
+    document = replace(next(iter(found.values())), root=root, name=str(folder))
+    return document, [key for key in weight_map if key not in every]
+
+
+def _weight_map(folder: Path, steps: list[str]) -> Mapping[str, str]:
+    """Key to shard as the index has it; empty where that cannot be read."""
+    try:
+        path = sharded.locate(folder)
+        if path is None or path.name == sharded.WHOLE:
+            return {}
+        return sharded.parse(FileSource(path), DEFAULT).weight_map
+    except ReadError as error:
+        steps.append(f"the index cannot be read ({error.message})")
+        return {}
+
+
+# --- zips
 
 
 def _read_zip(source: FileSource, lost: list[Storage], steps: list[str]) -> Document:
-    try:
-        archive = zips.read(source)
-        records = {name: archive.span(name) for name in archive.records}
-    except ReadError as error:
-        steps.append(f"the archive cannot be read as it is ({error.message})")
-        records = zip_recovery.scan(source)
-        steps.append(f"found {len(records)} whole records by their headers")
+    records = _records(source, steps)
     if not any(name.rpartition("/")[2] == "data.pkl" for name in records):
         raise DamagedError(
             f"{source.name}: the record that names the tensors (data.pkl) is lost",
             hint="nothing can be recovered from it; look for another copy",
         )
-    if not any(span.crc for span in records.values() if span.length):
-        records = {name: span.unchecked() for name, span in records.items()}
     return torch_zip.from_records(records, source.name, source.size, lost=lost)
 
 
-def _check(document: Document, lost: list[Storage], steps: list[str]) -> None:
-    """Move storages to `lost` whose bytes do not have the checksum on record."""
-    gone = {id(storage) for storage in lost}
-    wrong = [
-        storage
-        for storage in storages(document.root)
-        if id(storage) not in gone and not all(map(_is_right, storage.spans))
-    ]
-    lost += wrong
-    if wrong:
-        steps.append(f"found {len(wrong)} storages with wrong checksums")
-
-
-def _is_right(span: Span) -> bool:
+def _records(source: FileSource, steps: list[str]) -> dict[str, Span]:
+    """The whole records of an archive, by name."""
     try:
-        check_crc(span, "")
-    except ReadError:
-        return False
-    return True
+        archive = zips.read(source)
+    except ReadError as error:
+        steps.append(f"the archive cannot be read as it is ({error.message})")
+        ours = {}
+    else:
+        ours = {name: archive.span(name) for name in archive.records}
+        if _has_sums(ours) and all(map(zip_recovery.is_right, ours.values())):
+            return ours
+    known = [zip_recovery.listed(source), zip_recovery.scan(source), ours]
+    every = [one if _has_sums(one) else _unchecked(one) for one in known]
+    records = _longest(every)
+    steps.append(f"found {len(records)} whole records")
+    return records
 
 
-def _without(document: Document, lost: list[Storage], steps: list[str]) -> Recovered:
+def _has_sums(records: dict[str, Span]) -> bool:
+    """Whether an archive has checksums; one that has none may look as if it had one by damage."""
+    filled = [span.crc for span in records.values() if span.length]
+    return sum(bool(crc) for crc in filled) * 2 > len(filled)
+
+
+def _unchecked(records: dict[str, Span]) -> dict[str, Span]:
+    return {name: span.unchecked() for name, span in records.items()}
+
+
+def _longest(known: list[dict[str, Span]]) -> dict[str, Span]:
+    """Of the readings of each record the first that is right; a length of 0 may be damage."""
+    found: dict[str, Span] = {}
+    for records in known:
+        for name, span in records.items():
+            earlier = found.get(name)
+            better = earlier is None or not earlier.length
+            if better and zip_recovery.is_right(span):
+                found[name] = span
+    return found
+
+
+# --- what is left
+
+
+def _without(
+    document: Document, lost: list[Storage], absent: list[str], steps: list[str]
+) -> Recovered:
     gone = {id(storage) for storage in lost}
-    names, whole, unchecked = [], 0, 0
+    names, whole, unchecked = list(absent), 0, 0
     for path, node in walk(document.root):
         if isinstance(node, Tensor):
             if id(node.storage) in gone:
@@ -120,7 +202,7 @@ def _without(document: Document, lost: list[Storage], steps: list[str]) -> Recov
     if names and not whole:
         raise DamagedError(f"{document.name}: none of its {len(names)} tensors is whole")
     root = _pruned(document.root, gone)
-    extras = {name: span for name, span in document.extras.items() if _is_right(span)}
+    extras = {name: span for name, span in document.extras.items() if zip_recovery.is_right(span)}
     made = replace(document, root=root, extras=extras)
     return Recovered(made, names, whole, unchecked, steps)
 

@@ -224,7 +224,8 @@ def inflate(packed: Span, wbits: int) -> Iterator[bytes]:
     """What a span unpacks to, in pieces; `wbits` is zlib's: -15 for zip members, 31 for gzip."""
     engine, started = zlib.decompressobj(wbits), False
     for pending in packed.chunks():
-        while pending:
+        chunk = b""
+        while pending or (len(chunk) == CHUNK and not engine.eof):  # zlib may hold some back
             if engine.eof:  # gzip files may be joined
                 engine = zlib.decompressobj(wbits)
             started = True

@@ -17,6 +17,7 @@ import tarfile
 import warnings
 import zipfile
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -376,6 +377,13 @@ def _deflated(size: int) -> bytes:
     return made.getvalue()
 
 
+def _deflated_pickle(body: bytes) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", Speller(2).whole(body))
+    return made.getvalue()
+
+
 def lying_bomb() -> bytes:
     """The same, with a directory and a header that promise twelve bytes."""
     data, size = _deflated(1 << 24), struct.pack("<I", 1 << 24)
@@ -402,6 +410,9 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "zip: encrypted": (lambda: _replaced(b"PK\x01\x02\x14\x03\x14\x00\x00",
                                          b"PK\x01\x02\x14\x03\x14\x00\x01"), "unsupported"),
     "zip: a bomb": (lambda: _deflated(1 << 26), "unsafe"),
+    "zip: a pickle of sets, packed 800 to 1": (
+        lambda: _deflated_pickle(b"(" + b"\x8f" * 700_000 + b"l"), "unsafe"
+    ),
     "zip: no end": (lambda: _sound()[:-22], "damaged"),
     "zip: the storage is longer": (lambda: described(Layout(numel=2, shape=(2,))), "unsafe"),
     "zip: the storage is shorter": (lambda: described(Layout(numel=4)), "unsafe"),
@@ -440,6 +451,20 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: _tensors({"a": _entry()}, size=1 << 63), "not-a-checkpoint"
     ),
     "safetensors: deep header": (lambda: _tensors('{"a":' + "[" * 50_000), "damaged"),
+    "gzip: in gzip": (
+        lambda: gzip.compress(gzip.compress(b"\x80\x02" + b"]" * (1 << 23) + b".", mtime=0)),
+        "unsafe",
+    ),
+    "gzip: 1200 times": (
+        lambda: reduce(lambda data, _: gzip.compress(data, mtime=0), range(1200), _sound()),
+        "unsafe",
+    ),
+    "gzip: of a deflated pickle": (
+        lambda: gzip.compress(_deflated_pickle(b"(" + b"]" * (1 << 25) + b"l"), mtime=0), "unsafe"
+    ),
+    "gzip: of a pickle of sets": (
+        lambda: gzip.compress(b"\x80\x02(" + b"\x8f" * 900_000 + b"l.", mtime=0), "unsafe"
+    ),
     "gzip: a bomb": (lambda: gzip.compress(bytes(1 << 26), mtime=0), "unsafe"),
     "LFS pointer": (
         lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64

@@ -86,6 +86,44 @@ def of_missing_class() -> bytes:
     return data.replace(b"Gone", b"None")
 
 
+def in_a_process(code: str) -> Callable[[], object]:
+    """What leaves marks on a process: the error that a program of its own ends with."""
+
+    def fails() -> None:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+
+    return fails
+
+
+OLD_TAR = r"""
+import tarfile, tempfile, torch
+path = tempfile.mkdtemp() + "/old.tar"
+with tarfile.open(path, "w") as archive:
+    archive.addfile(tarfile.TarInfo("storages"))
+torch.load(path, weights_only=True)
+"""
+ONE_DEVICE = r"""
+import io, sys, types, torch
+torch.utils.rename_privateuse1_backend("npu")
+module = types.ModuleType("torch.npu")
+module.is_available, module.device_count = lambda: True, lambda: 1
+module._utils = types.SimpleNamespace(_get_device_index=lambda device, optional: 3)
+torch._register_device_module("npu", module)
+data = io.BytesIO()
+torch.save({"w": torch.ones(2)}, data, _use_new_zipfile_serialization=False)
+data = data.getvalue().replace(b"X\x03\x00\x00\x00cpu", b"X\x05\x00\x00\x00npu:3")
+torch.load(io.BytesIO(data))
+"""
+FULL_DISK = r"""
+import resource, signal, tempfile, torch
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+torch.save({"w": torch.ones(1 << 18)}, tempfile.mkdtemp() + "/full.pt")
+"""
+
+
 REAL: dict[str, Callable[[], object]] = {
     "device-cuda": lambda: torch.load(FIXTURES / "cuda.pt"),
     "prefix-module": take(LINEAR, WRAPPED),
@@ -99,6 +137,9 @@ REAL: dict[str, Callable[[], object]] = {
     "windows-path": pathlib.WindowsPath if os.name == "posix" else pathlib.PosixPath,
     "missing-class": load(of_missing_class(), weights_only=False),
     "weights-only-torchscript": load(scripted(), weights_only=True),
+    "device-index": in_a_process(ONE_DEVICE),
+    "write-failed": in_a_process(FULL_DISK),
+    "weights-only-tar": in_a_process(OLD_TAR),
     "device-other": load(with_tag("npu")),
     "zip-damaged": load(without_storage()),
     "zip-truncated": load(ZIP[: len(ZIP) // 2]),

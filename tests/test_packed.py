@@ -63,6 +63,24 @@ def test_a_bomb_is_refused(tmp_path: Path) -> None:
         formats.read(path)
 
 
+@pytest.mark.parametrize("times", [2, 1200])
+def test_gzip_in_gzip_is_refused_before_it_grows(tmp_path: Path, times: int) -> None:
+    data = (FIXTURES / "cpu.pt").read_bytes()
+    for _ in range(times):
+        data = gzip.compress(data, 1)
+    (tmp_path / "deep.gz").write_bytes(data)
+    with pytest.raises(UnsafeError, match="gzip inside gzip"):
+        formats.read(tmp_path / "deep.gz")
+
+
+def test_a_tar_in_a_tar_is_refused(tmp_path: Path) -> None:
+    tar(tmp_path / "inner.tar", "w", "cpu.pt")
+    with tarfile.open(tmp_path / "outer.tar", "w") as archive:
+        archive.add(tmp_path / "inner.tar", arcname="inner.tar")
+    with pytest.raises(NotACheckpointError, match="tar archive"):
+        formats.read(tmp_path / "outer.tar")
+
+
 def test_a_truncated_gzip_is_refused(tmp_path: Path) -> None:
     packed = gzip.compress((FIXTURES / "cpu.pt").read_bytes())
     for size in range(2, len(packed) - 1, 17):

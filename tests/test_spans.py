@@ -173,6 +173,18 @@ def test_bytes_after_the_end_of_deflated_data_are_ignored() -> None:
     assert source.read(0, len(DATA)) == DATA
 
 
+@pytest.mark.parametrize("wbits", [-15, 31])
+@pytest.mark.parametrize("surplus", [0, 1, 3, 100, 258])
+@pytest.mark.parametrize("chunks", [1, 2, 5, 16])
+def test_zeros_unpack_whole_where_little_follows_a_full_chunk(
+    chunks: int, surplus: int, wbits: int
+) -> None:
+    size = chunks * CHUNK + surplus
+    engine = zlib.compressobj(wbits=wbits)
+    packed = engine.compress(bytes(size)) + engine.flush()
+    assert sum(map(len, inflate(span(packed), wbits))) == size
+
+
 def test_joined_gzip_files_unpack_as_one() -> None:
     packed = span(gzip.compress(DATA) + gzip.compress(b"more"))
     assert b"".join(inflate(packed, 31)) == DATA + b"more"

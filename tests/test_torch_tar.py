@@ -12,6 +12,7 @@ import torch
 import ckptfix
 from ckptfix import formats
 from ckptfix.errors import DamagedError, ReadError
+from ckptfix.recover import recover
 
 STORAGE_KEY, TENSOR_KEY, VIEW_KEY = 11, 22, 33
 
@@ -121,3 +122,65 @@ def test_a_key_that_nothing_describes_is_refused(tmp_path: Path, values: torch.T
     path = write(tmp_path / "old.tar", storages=storages(values, []), pickle=tree([Kept(99)]))
     with pytest.raises(DamagedError, match="99"):
         formats.read(path)
+
+
+def described(count: object, *rows: object, numbers: bytes = b"") -> bytes:
+    """The beginning of a member: how many things follow, and the rows that describe them."""
+    return pickle.dumps(count, 2) + b"".join(pickle.dumps(row, 2) for row in rows) + numbers
+
+
+ROW = (STORAGE_KEY, "cpu", torch.FloatStorage)
+TENSOR = (TENSOR_KEY, STORAGE_KEY, torch.FloatTensor)
+VALUE = struct.pack("<qf", 1, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("members", "what"),
+    [
+        ({"storages": described("one")}, "a count is no number"),
+        ({"storages": described(-1)}, "a count is no number"),
+        ({"storages": described(1, ROW[:2])}, "does not have 3 values"),
+        ({"storages": described(1, (STORAGE_KEY, "cpu", list))}, "class of a storage"),
+        ({"storages": described(1, (1.5, *ROW[1:]), numbers=VALUE)}, "neither text nor a number"),
+        ({"storages": described(1, ROW)}, "ends too soon"),
+        ({"storages": described(1, ROW, numbers=VALUE[:-1])}, "ends inside a storage"),
+        ({"storages": described(0, [(1, 2)])}, "views are described wrongly"),
+        ({"storages": described(0, [(1, 2, 0, 1)]), "pickle": tree([Kept(1)])}, "called '1'"),
+        ({"tensors": described(1, TENSOR, numbers=struct.pack("<2i", 65, 0))}, "65 dimensions"),
+        ({"tensors": tensors((1,), (1,), 0, 99)}, "has no storage"),
+        ({"pickle": pickle.dumps({}, 2)[:-1]}, "ends too soon"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_described_wrongly_is_said(tmp_path: Path, members, what: str) -> None:
+    sound = {"storages": described(1, ROW, numbers=VALUE), "pickle": tree({})}
+    path = write(tmp_path / "old.tar", **{**sound, **members})
+    with pytest.raises(ReadError, match=what):
+        formats.read(path)
+
+
+def test_a_tar_of_something_else_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ReadError, match="none of them a checkpoint"):
+        formats.read(write(tmp_path / "other.tar", readme=b"hello"))
+
+
+def test_what_is_not_cut_off_is_saved_and_views_of_the_rest_are_named(
+    tmp_path: Path,
+) -> None:
+    part = described(1, (TENSOR_KEY, VIEW_KEY, torch.FloatTensor))
+    numbers = struct.pack("<2i3q", 1, 0, 2, 1, 0)
+    path = write(
+        tmp_path / "old.tar",
+        pickle=tree({"part": Kept(TENSOR_KEY), "whole": Kept(44)}),
+        tensors=part.replace(pickle.dumps(1, 2), pickle.dumps(2, 2), 1)
+        + numbers
+        + pickle.dumps((44, STORAGE_KEY, torch.FloatTensor), 2)
+        + struct.pack("<2i3q", 1, 0, 12, 1, 0),
+        storages=storages(torch.arange(12.0), [(VIEW_KEY, STORAGE_KEY, 5, 4)]),
+    )
+    data = path.read_bytes()
+    path.write_bytes(data[: data.find(torch.arange(12.0).numpy().tobytes()) + 48])
+    found = recover(path)
+    assert (found.saved, found.lost) == (1, ["part"])
+    formats.write(found.document, tmp_path / "saved.pt")
+    assert torch.load(tmp_path / "saved.pt")["whole"].tolist() == list(range(12))

@@ -97,7 +97,7 @@ def read_source(source: Source, limits: Limits = DEFAULT) -> Document:
     """As `read`, from any source."""
     head = source.read(0, min(source.size, _HEAD))
     if head.startswith(packed.GZIP):
-        return read_source(packed.unzipped(source), limits)
+        return read_source(packed.unzipped(source), packed.capped(limits, source))
     if torch_tar.matches(head):
         return _read_tar(source, limits)
     readers = [read for matches, read in _READERS if matches(head)]
@@ -127,7 +127,10 @@ def _is_checkpoint(head: bytes) -> bool:
 def _read_tar(source: Source, limits: Limits) -> Document:
     if torch_tar.is_checkpoint(torch_tar.members(source)):
         return torch_tar.read(source, limits)
-    return read_source(packed.only_member(source, _is_checkpoint), limits)
+    member = packed.only_member(source, _is_checkpoint)
+    if torch_tar.matches(member.read(0, min(member.size, _HEAD))):
+        return torch_tar.read(member, limits)  # and no other: archives could nest without end
+    return read_source(member, limits)
 
 
 def writable(path: str | os.PathLike[str]) -> Writable:

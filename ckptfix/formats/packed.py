@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptfix.errors import NotACheckpointError, UnsafeError
@@ -11,17 +12,29 @@ from ckptfix.spans import CHUNK, Source, Span, UnpackedSource, inflate
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ckptfix.limits import Limits
+
 GZIP = b"\x1f\x8b"
 _FREE, _RATIO = 16 << 20, 200
 """What may be unpacked without question, and how many times its size a file may unpack to then."""
 
 
 def unzipped(source: Source) -> Source:
-    """What a gzip file holds, in an unnamed file. Raises `UnsafeError` for a bomb."""
+    """What a gzip file holds, in an unnamed file. Raises `UnsafeError` for a bomb, or for gzip."""
     cap = max(_FREE, _RATIO * source.size)
     packed = Span(source, 0, source.size)
     size = sum(len(chunk) for chunk in _capped(packed, cap))
-    return UnpackedSource(lambda: inflate(packed, 31), size, source.name)
+    found = UnpackedSource(lambda: inflate(packed, 31), size, source.name)
+    if found.read(0, min(size, len(GZIP))) == GZIP:  # a few bytes could ask for any amount
+        raise UnsafeError(
+            f"{source.name}: gzip inside gzip", hint="unpack it yourself if you trust it: gunzip"
+        )
+    return found
+
+
+def capped(limits: Limits, source: Source) -> Limits:
+    """Limits for what lies in a gzip file: a pickle in it may be packed twice over."""
+    return replace(limits, pickle_bytes=min(limits.pickle_bytes, _RATIO * source.size))
 
 
 def _capped(packed: Span, cap: int) -> Iterator[bytes]:

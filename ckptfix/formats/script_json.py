@@ -58,8 +58,9 @@ def read(
         named = dict(_named(described.get("mainModule", {})))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{name}: {model} does not describe a model ({error!r})") from None
+    known = set(named.values())
     for index in range(len(tensors)):
-        if index not in named.values():
+        if index not in known:
             named[f"tensors.{index}"] = index
     if any(index >= len(tensors) for index in named.values()):
         raise DamagedError(f"{name}: {model} names a tensor that it does not describe")

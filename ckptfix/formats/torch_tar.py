@@ -15,6 +15,7 @@ Numbers are little-endian. Source: `legacy_load` in `torch.serialization._legacy
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from typing import TYPE_CHECKING
 
@@ -61,17 +62,33 @@ def members(source: Source) -> Mapping[str, Span]:
         raise DamagedError(f"{source.name}: damaged tar archive ({error})", hint=_RETRY) from None
 
 
+def _members_there(source: Source) -> Mapping[str, Span]:
+    """As `members`, as far as the file goes: the last one may be cut off."""
+    import tarfile
+
+    found = {}
+    with contextlib.suppress(tarfile.TarError, EOFError, ValueError):
+        for entry in tarfile.open(fileobj=Reader(source), mode="r:"):  # noqa: SIM115
+            length = min(entry.size, source.size - entry.offset_data)
+            if entry.isreg() and length >= 0:
+                found[entry.name.removeprefix("./")] = Span(source, entry.offset_data, length)
+    return found
+
+
 def is_checkpoint(found: Mapping[str, Span]) -> bool:
     """Whether the members of a tar archive are those of this format."""
     return "pickle" in found and "storages" in found
 
 
-def read(source: Source, limits: Limits = DEFAULT) -> Document:
-    """The document in a tar archive. The members lie in memory only as far as they are pickles."""
-    found = members(source)
+def read(source: Source, limits: Limits = DEFAULT, lost: list[Storage] | None = None) -> Document:
+    """The document in a tar archive. The members lie in memory only as far as they are pickles.
+
+    A file that is cut short is refused, unless there is a list that takes the storages it lost.
+    """
+    found = members(source) if lost is None else _members_there(source)
     if not is_checkpoint(found):
         raise NotACheckpointError(f"{source.name}: a tar archive that is no checkpoint")
-    objects = _Objects(found, limits)
+    objects = _Objects(found, limits, lost)
     root, _ = pickles.read(
         found["pickle"].read(),
         objects.load,
@@ -85,8 +102,11 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
 class _Objects:
     """The storages and tensors of an archive, by key."""
 
-    def __init__(self, found: Mapping[str, Span], limits: Limits) -> None:
+    def __init__(
+        self, found: Mapping[str, Span], limits: Limits, lost: list[Storage] | None
+    ) -> None:
         self._limits = limits
+        self._lost = lost
         self._storages: dict[str, Storage | StorageView] = {}
         self._tensors: dict[str, Tensor] = {}
         self._read_storages(found["storages"])
@@ -112,7 +132,13 @@ class _Objects:
         return torch_objects.tensor_v2(args, limits)
 
     def _read_storages(self, span: Span) -> None:
-        reader = _Pickles(span, self._limits)
+        try:
+            self._read_each_storage(span, _Pickles(span, self._limits))
+        except DamagedError:
+            if self._lost is None:
+                raise
+
+    def _read_each_storage(self, span: Span, reader: _Pickles) -> None:
         for _ in range(reader.count()):
             key, device, cls = reader.row(3)
             dtype = BY_STORAGE.get(cls.name) if type(cls) is Global else None
@@ -120,8 +146,11 @@ class _Objects:
                 raise UnsupportedError(f"{span.source.name}: the class of a storage is not known")
             (numel,) = reader.numbers("<q")
             storage = Storage(dtype, numel, device, key=_key(key))
-            storage.spans = (reader.skip(storage.nbytes),)
             self._storages[storage.key] = storage
+            if self._lost is not None and storage.nbytes > reader.remaining:
+                self._lost.append(storage)
+                return  # nothing follows what is cut off
+            storage.spans = (reader.skip(storage.nbytes),)
         for view in reader.rest():
             key, root, offset, numel = view
             whole = self._storages.get(_key(root))
@@ -141,10 +170,21 @@ class _Objects:
             (offset,) = reader.numbers("<q")
             layout = (offset, shape, stride)
             whole = self._storages.get(_key(storage))
+            if whole is None and self._lost is not None:
+                whole = self._absent(shape, stride, offset)
             made = torch_objects.tensor(whole, None, layout, self._limits)
             if made is None:
                 raise DamagedError(f"{span.source.name}: tensor {_key(key)!r} has no storage")
             self._tensors[_key(key)] = made
+
+    def _absent(self, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Storage:
+        """What stands for a storage of which not even the description is there."""
+        steps = zip(shape, stride, strict=True)
+        last = offset + sum(max(size - 1, 0) * step for size, step in steps)
+        storage = Storage(BY_STORAGE["ByteStorage"], max(last + 1, 0), "cpu")
+        if self._lost is not None:
+            self._lost.append(storage)
+        return storage
 
 
 class _Pickles:
@@ -200,6 +240,11 @@ class _Pickles:
         found = struct.unpack_from(layout, self._data, self._position)
         self._position += size
         return found
+
+    @property
+    def remaining(self) -> int:
+        """Bytes that are still to come."""
+        return len(self._data) - self._position
 
     def skip(self, length: int) -> Span:
         """The next bytes, as a span of the archive."""

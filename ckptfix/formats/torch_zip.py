@@ -49,6 +49,9 @@ OWN = {
     ".data/serialization_id",
 }  # fmt: skip
 
+_RATIO = 200
+"""How many times the size of its file a pickle may have, where it is deflated."""
+
 
 def matches(head: bytes) -> bool:
     """Whether a file that begins with `head` is a zip archive."""
@@ -102,6 +105,8 @@ def from_records(
     pickle = records[f"{folder}data.pkl"]
     if pickle.length > limits.pickle_bytes:
         raise UnsafeError(f"{name}: its pickle has {pickle.length} bytes")
+    if pickle.length > _RATIO * size:  # each byte of it may cost hundreds
+        raise UnsafeError(f"{name}: {size} bytes unpack to a pickle of {pickle.length}")
     check_crc(pickle, f"{folder}data.pkl")
     storages = _Storages(records, folder, lost)
     label = f"{name}: {folder}data.pkl"

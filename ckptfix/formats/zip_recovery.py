@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _HEADER, _DESCRIPTOR = b"PK\x03\x04", b"PK\x07\x08"
+_DESCRIPTOR_SIZES = (16, 24)
 _DESCRIBED, _MAX32 = 0x0008, 0xFFFFFFFF
 
 
@@ -81,26 +82,32 @@ def listed(source: FileSource) -> dict[str, Span]:
     ends = [entry.header for entry in entries[1:]] + [directory]
     found = {}
     for entry, end in zip(entries, ends, strict=True):
-        for begin in _begins(source, entry, end):
-            span = Span(source, begin, entry.packed, entry.crc)
-            if entry.method == 0 and is_right(span) and (entry.crc or _ends_there(span, end)):
-                found[entry.name] = span
+        spans = [Span(source, at, entry.packed, entry.crc) for at in _begins(source, entry, end)]
+        right = filter(is_right, spans) if entry.crc else _fitting(spans, end)
+        span = next(iter(right), None)
+        if entry.method == 0 and span is not None:
+            found[entry.name] = span
     return found
 
 
 def _begins(source: FileSource, entry: zips.Record, end: int) -> Iterator[int]:
-    """Where the data of a record may begin: by the record after it, and by its own header."""
-    for descriptor in (16, 24, 0):
-        yield end - descriptor - entry.packed
+    """Where the data of a record may begin: by what follows it, and by its own header."""
+    yield from (end - descriptor - entry.packed for descriptor in _DESCRIPTOR_SIZES)
     if entry.header + LOCAL.size <= source.size:
         *_, named, extra = LOCAL.unpack(source.read(entry.header, LOCAL.size))
         yield entry.header + LOCAL.size + named + extra
 
 
-def _ends_there(span: Span, end: int) -> bool:
-    """Whether a record without a checksum ends with a descriptor, or where the next one begins."""
-    behind = span.offset + span.length
-    return behind == end or span.source.read(behind, 4) == _DESCRIPTOR
+def _fitting(spans: list[Span], end: int) -> Iterator[Span]:
+    """Places of a record without a checksum: before a descriptor, or else at a likely distance."""
+    size = spans[0].source.size
+    inside = [s for s in spans if s.offset >= 0 and s.offset + s.length <= min(end, size - 4)]
+    for span in inside:
+        if span.source.read(span.offset + span.length, 4) == _DESCRIPTOR:
+            yield span
+    for span in reversed(inside):  # its own header counts for more
+        if end - span.offset - span.length in (0, *_DESCRIPTOR_SIZES):
+            yield span
 
 
 def is_right(span: Span) -> bool:

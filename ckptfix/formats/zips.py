@@ -39,7 +39,12 @@ _LOCAL_MAGIC, _CENTRAL_MAGIC, _END_MAGIC = b"PK\x03\x04", b"PK\x01\x02", b"PK\x0
 _END64_MAGIC, _LOCATOR_MAGIC, _DESCRIPTOR_MAGIC = b"PK\x06\x06", b"PK\x06\x07", b"PK\x07\x08"
 _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED, _DESCRIBED, _UTF8 = 0x0001, 0x0008, 0x0800
-_DESCRIPTOR_SIZES = (0, 12, 16, 20, 24)
+_NARROW, _WIDE = struct.Struct("<3I"), struct.Struct("<I2Q")
+_DESCRIPTORS = {
+    12: (b"", _NARROW), 16: (_DESCRIPTOR_MAGIC, _NARROW),
+    20: (b"", _WIDE), 24: (_DESCRIPTOR_MAGIC, _WIDE),
+}  # fmt: skip
+"""By size: whether it begins with the magic, and how CRC and sizes are written."""
 _STORED, _DEFLATED = 0, 8
 _MAX_NAME = 4096
 _HEADERS = 1 << 14  # bytes of local headers, and of small records between them, read at once
@@ -61,6 +66,8 @@ class Record(NamedTuple):
     """Where its data begins."""
     entry: int = 0
     """Where its entry begins, counted from the beginning of the central directory."""
+    owed: bool = False
+    """Whether its header leaves CRC and sizes to a data descriptor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,36 +260,50 @@ def _checked(source: Source, entry: Record, header: bytes) -> Record:
         wide = _zip64_values(header[LOCAL.size + named : length])
         size = wide.pop(0) if size == _MAX32 and wide else size
         packed = wide.pop(0) if packed == _MAX32 and wide else packed
-    described = flags & _DESCRIBED and crc == packed == size == 0
+    described = bool(flags & _DESCRIBED) and crc == packed == size == 0
     same = described or (crc, packed, size) == (entry.crc, entry.packed, entry.size)
     if not same or (method, label) != (entry.method, entry.name) or flags & _ENCRYPTED:
         raise UnsafeError(
             f"{source.name}: header and directory of the archive disagree about {entry.name!r}"
         )
     place = entry.header + length
-    return Record(
-        label, flags, method, entry.crc, entry.packed, entry.size, entry.header, place, entry.entry
-    )
+    owed = described and entry.packed > 0
+    return entry._replace(flags=flags, data=place, owed=owed)
 
 
 def _check_layout(records: Sequence[Record], directory: int, source: Source) -> None:
     """Records lie one after another from byte 0, with room for nothing but data descriptors."""
-    position, earlier, described = 0, "the beginning", False
-    for record in records:
-        _check_gap(record.header - position, described, earlier, source)
-        position, earlier = record.data + record.packed, repr(record.name)
-        described = bool(record.flags & _DESCRIBED)
+    position, ahead = 0, ReadAhead(source, _HEADERS)
+    following = [*(record.header for record in records), directory]
+    _check_gap(following[0], "the beginning", source)
+    for record, next_header in zip(records, following[1:], strict=True):
+        position = record.data + record.packed
         if position > directory:
             raise DamagedError(
                 f"{source.name}: {record.name!r} lies outside the archive", hint=_RETRY
             )
-    _check_gap(directory - position, described, earlier, source)
+        gap = next_header - position
+        if record.flags & _DESCRIBED and gap in _DESCRIPTORS:
+            _check_descriptor(ahead.read(position, gap), record, source)
+        elif record.owed and not gap:
+            raise UnsafeError(f"{source.name}: {record.name!r} lacks the descriptor it announces")
+        else:
+            _check_gap(gap, repr(record.name), source)
 
 
-def _check_gap(gap: int, described: bool, earlier: str, source: Source) -> None:
+def _check_descriptor(found: bytes, record: Record, source: Source) -> None:
+    """What follows the data repeats the CRC and both sizes; or a header led to the wrong place."""
+    magic, layout = _DESCRIPTORS[len(found)]
+    if found != magic + layout.pack(record.crc, record.packed, record.size):
+        raise UnsafeError(
+            f"{source.name}: descriptor and directory of the archive disagree about {record.name!r}"
+        )
+
+
+def _check_gap(gap: int, earlier: str, source: Source) -> None:
     if gap < 0:
         raise UnsafeError(f"{source.name}: a record of the archive overlaps {earlier}")
-    if gap not in (_DESCRIPTOR_SIZES if described else (0,)):
+    if gap:
         raise UnsafeError(f"{source.name}: {gap} bytes after {earlier} belong to no record")
 
 
