@@ -246,7 +246,8 @@ KNOWN = (
     ),
     Known(
         "missing-metadata",
-        r"does not contain the valid metadata",
+        r"does not contain the valid metadata|Incompatible safetensors file|"
+        r"metadata\.get\(\"format\"\)",
         "transformers wants the entry `format: pt` in the metadata of a safetensors file.",
         "ckptfix convert FILE OUT.safetensors",
         "OSError: The safetensors archive passed at model.safetensors does not contain the valid "
@@ -278,11 +279,12 @@ KNOWN = (
     ),
     Known(
         "deepspeed-keys",
+        r"is not a (?:model state|zero) checkpoint|"
         r"KeyError: '(?:module|param_shapes|ds_version|buffer_names)'",
         "DeepSpeed keeps a model's weights under `module` among other things; the file is laid out "
         "otherwise.",
         "ckptfix inspect FILE",
-        "KeyError: 'param_shapes'",
+        "ValueError: mp_rank_00_model_states.pt is not a model state checkpoint",
     ),
     Known(
         "not-a-model",

@@ -1,5 +1,6 @@
 """Error texts, most of them made here by the library that prints them."""
 
+import importlib.util
 import io
 import json
 import os
@@ -123,6 +124,41 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 torch.save({"w": torch.ones(1 << 18)}, tempfile.mkdtemp() + "/full.pt")
 """
 
+BERT = """
+import tempfile, torch, safetensors.torch
+from transformers import BertConfig, BertModel
+sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 8)
+config = BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=1)
+folder = tempfile.mkdtemp()
+config.save_pretrained(folder)
+{save}
+BertModel.from_pretrained(folder)
+"""
+SAVE = "safetensors.torch.save_file(BertModel(config).state_dict(), folder + '/model.safetensors'"
+LIGHTNING = """
+import tempfile, torch, lightning
+class Net(lightning.LightningModule):
+    pass
+path = tempfile.mkdtemp() + "/in.ckpt"
+torch.save({"w": torch.ones(2)}, path)
+Net.load_from_checkpoint(path)
+"""
+LIBRARIES = {
+    "no metadata": ("missing-metadata", "transformers", BERT.format(save=f"{SAVE})")),
+    "other metadata": (
+        "missing-metadata",
+        "transformers",
+        BERT.format(save=f"{SAVE}, metadata={{'format': 'other'}})"),
+    ),
+    "no checkpoint": (
+        "transformers-unreadable",
+        "transformers",
+        BERT.format(save="open(folder + '/pytorch_model.bin', 'w').write('<html>')"),
+    ),
+    "no Lightning checkpoint": ("not-lightning", "lightning", LIGHTNING),
+}
+"""Errors of libraries that ckptfix does not need: code, library, and what makes it raise."""
+
 
 REAL: dict[str, Callable[[], object]] = {
     "device-cuda": lambda: torch.load(FIXTURES / "cuda.pt"),
@@ -172,6 +208,22 @@ def printed(fails: Callable[[], object]) -> str:
     except Exception:  # noqa: BLE001 - every kind is wanted
         return traceback.format_exc()
     raise AssertionError("it did not fail")
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_the_error_of_another_library_is_known_where_it_is_installed(name: str) -> None:
+    code, library, script = LIBRARIES[name]
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"needs {library}")
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    if not ran.returncode:
+        pytest.skip(f"this {library} loads it")
+    known = [match.known.code for match in explain(ran.stderr)]
+    assert code in known or (
+        library == "transformers" and known == ["blocked-globals"]
+    )  # from 5 on
 
 
 @pytest.mark.parametrize("code", REAL)
