@@ -46,7 +46,8 @@ def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) 
     for state in find(document.root):
         if state.role == "optimizer" and _is_keyed_by_name(state.mapping, names):
             renamed[id(state.mapping)] = _renamed_optimizer(state.mapping, names)
-    return replace(document, root=rebuild(document.root, lambda node: renamed.get(id(node), node)))
+    root = rebuild(document.root, lambda node: renamed.get(id(node), node), tensors=False)
+    return replace(document, root=root)
 
 
 def _has_no_keys(document: Document, state: StateDict) -> UnsupportedError:

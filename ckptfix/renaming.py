@@ -79,10 +79,9 @@ class Renaming:
     def _stretches(self) -> tuple[str, str]:
         """What was removed and what was added, each distinct stretch once."""
         changed = ((old, new) for old, new in self.keys.items() if old != new)
-        prefixes = dict.fromkeys((prefix_of(old), prefix_of(new)) for old, new in changed)
         removed: dict[str, None] = {}
         added: dict[str, None] = {}
-        for old, new in dict.fromkeys(_unlike(_split(*pair)) for pair in _trimmed(prefixes)):
+        for old, new in dict.fromkeys(_unlike(_split(*pair)) for pair in _trimmed(changed)):
             for _, i, i_end, j, j_end in _edits(old, new):
                 removed[joined(old[i:i_end])] = None
                 added[joined(new[j:j_end])] = None
@@ -169,13 +168,13 @@ def shared_start(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, 
     return first[:end]
 
 
-def _trimmed(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], None]:
-    """Pairs of prefixes, each once; of one that only lost its start, that start and nothing."""
+def _trimmed(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], None]:
+    """The prefixes of pairs of keys, each once; of keys that only lost their start, that start."""
     return dict.fromkeys(
         (start, "")
-        if old.endswith(new) and (start := old[: len(old) - len(new)])[-1:] in ("", ".")
-        else (old, new)
-        for old, new in pairs
+        if old.endswith(new) and (start := old[: len(old) - len(new)])[-1:] == "."
+        else (prefix_of(old), prefix_of(new))
+        for old, new in keys
     )
 
 

@@ -91,7 +91,7 @@ def find(root: Node) -> list[StateDict]:
     """Every state dict in a tree, in order, each once."""
     found: list[tuple[Path, StateDict]] = []
     whole: set[Path] = set()
-    for path, node in walk(root, descend=_may_hold_some):
+    for path, node in walk(root, descend=_may_hold_some, tensors=False):
         if len(path) >= PATH_DEPTH:
             continue
         if is_optimizer(node):

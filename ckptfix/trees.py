@@ -65,10 +65,13 @@ PATH_DEPTH = 100
 """Components of a path at most; what lies deeper is given the path of what holds it."""
 
 
-def walk(root: Node, descend: Callable[[Node], bool] | None = None) -> Iterator[tuple[Path, Node]]:
+def walk(
+    root: Node, descend: Callable[[Node], bool] | None = None, *, tensors: bool = True
+) -> Iterator[tuple[Path, Node]]:
     """Every node but leaves, once, parents first and in order, with the path it is first found at.
 
-    `descend` may hold the walk back from what lies below a node.
+    `descend` may hold the walk back from what lies below a node. Without `tensors`, those with
+    nothing below them are passed over.
     """
     seen: set[int] = set()
     pending: list[tuple[Path, Node]] = [((), root)]
@@ -83,7 +86,7 @@ def walk(root: Node, descend: Callable[[Node], bool] | None = None) -> Iterator[
             below = [
                 (path if deep else (*path, name), child)
                 for name, child in children(node)
-                if type(child) not in _LEAVES
+                if type(child) not in _LEAVES and (tensors or not _is_plain(child))
             ]
             pending.extend(reversed(below))
 
@@ -103,28 +106,40 @@ def storages(root: Node) -> Iterator[Storage]:
             yield storage
 
 
+def nbytes(root: Node) -> int:
+    """Bytes of all storages of a tree."""
+    return sum(storage.nbytes for storage in storages(root))
+
+
 def rebuild(
     root: Node,
     change: Callable[[Node], Node],
     finish: Callable[[Node, Node], None] | None = None,
+    *,
+    tensors: bool = True,
 ) -> Node:
     """A copy of a tree in which each node is what `change` makes of it.
 
     `change` is called once with each node that is no leaf, before its children are visited, and
     returns the node itself where it stays; what it returns is visited in its stead. `finish` is
-    called with a container and its filled copy. Sharing and cycles are kept.
+    called with a container and its filled copy. Sharing and cycles are kept. Without `tensors`,
+    those with nothing below them stay as they are, and `change` does not see them.
     """
-    return _Rebuilder(change, finish).run(root)
+    return _Rebuilder(change, finish, tensors).run(root)
 
 
 class _Rebuilder:
     """Post-order copy with a stack of its own; containers are in `done` before they are filled."""
 
     def __init__(
-        self, change: Callable[[Node], Node], finish: Callable[[Node, Node], None] | None
+        self,
+        change: Callable[[Node], Node],
+        finish: Callable[[Node, Node], None] | None,
+        tensors: bool,
     ) -> None:
         self.change = change
         self.finish = finish
+        self.tensors = tensors
         self.done: dict[int, Node] = {}
         self.kept: list[Node] = []  # ids stay taken only while their objects live
         self.pending: list[Callable[[], None]] = []
@@ -138,10 +153,13 @@ class _Rebuilder:
         return self.get(root)
 
     def get(self, node: Node) -> Node:
-        return node if type(node) in _LEAVES else self.done[id(node)]
+        return node if type(node) in _LEAVES or self.stays(node) else self.done[id(node)]
+
+    def stays(self, node: Node) -> bool:
+        return not self.tensors and _is_plain(node)
 
     def visit(self, node: Node) -> None:
-        if type(node) in _LEAVES or id(node) in self.done:
+        if type(node) in _LEAVES or id(node) in self.done or self.stays(node):
             return
         new = self.change(node)
         self.kept.append(node)
@@ -167,11 +185,15 @@ class _Rebuilder:
         """Run `action` once all that `parents` hold has been visited."""
         self.pending.append(action)
         for parent in parents:
-            for child in [child for _, child in children(parent)][::-1]:
+            for child in self._below(parent)[::-1]:
                 if type(child) in _SIMPLE:
                     self.visit(child)
                 elif type(child) not in _LEAVES:
                     self.pending.append(lambda child=child: self.visit(child))  # type: ignore[misc]
+
+    def _below(self, parent: Node) -> list[Node]:
+        below = [child for _, child in children(parent)]
+        return below if self.tensors else [child for child in below if not _is_plain(child)]
 
     def _open(self, node: Node, new: Node) -> None:
         """A container may hold itself, so an empty one stands in for it until it is filled."""
@@ -183,10 +205,10 @@ class _Rebuilder:
 
     def _fill(self, node: Node, shell: Node, new: Node) -> None:
         if isinstance(new, dict):
-            done = self.done
+            done, get = self.done, self.get
             for key, value in new.items():
                 key = key if type(key) in _LEAVES else done[id(key)]
-                shell[key] = value if type(value) in _LEAVES else done[id(value)]
+                shell[key] = done[id(value)] if id(value) in done else get(value)
             if isinstance(new, OrderedMap):
                 shell.attributes = self.get(new.attributes)
         elif isinstance(new, list):
@@ -230,11 +252,7 @@ class _Comparison:
     def run(self, left: Node, right: Node) -> str | None:
         found = self.nodes(None, left, right)
         while found is None and self.pending:
-            place, one, other = self.pending.pop()
-            if _is_plain(one) and _is_plain(other):  # no detour for what most nodes are
-                found = self.tensors(place, one, other)
-            else:
-                found = self.nodes(place, one, other)
+            found = self.nodes(*self.pending.pop())
         return found
 
     def nodes(self, place: Place | None, one: Node, other: Node) -> str | None:
@@ -248,17 +266,33 @@ class _Comparison:
         if self.partner.setdefault(id(one), id(other)) != id(other):
             self.further.add(pair)
         for (name, below), (_, beside) in zip(_parts(one), _parts(other), strict=True):
-            if type(below) is not str or below != beside:
+            if _is_plain(below) and _is_plain(beside):  # no detour for what most nodes are
+                found = self.tensors(place, name, below, beside)
+                if found is not None:
+                    return found
+            elif type(below) is not str or below != beside:
                 self.pending.append(((place, name), below, beside))
         return None
 
-    def tensors(self, place: Place | None, one: Tensor, other: Tensor) -> str | None:
-        if _layout(one) != _layout(other):
-            return _spelled(place)
-        below = (place, "<storage>")
-        if _described(one.storage) != _described(other.storage):
-            return _spelled(below)
-        return self.storages(below, one.storage, other.storage)
+    def tensors(self, place: Place | None, name: str, one: Tensor, other: Tensor) -> str | None:
+        """Where two tensors differ that have nothing below them but their storages."""
+        if (
+            one.shape != other.shape
+            or one.stride != other.stride
+            or one.offset != other.offset
+            or one.dtype is not other.dtype
+            or one.requires_grad is not other.requires_grad
+        ):
+            return _spelled((place, name))
+        storage, beside = one.storage, other.storage
+        alike = (
+            storage.dtype is beside.dtype
+            and storage.numel == beside.numel
+            and storage.device == beside.device
+        )
+        if not alike and _described(storage) != _described(beside):
+            return _spelled(((place, name), "<storage>"))
+        return self.storages(((place, name), "<storage>"), storage, beside)
 
     def storages(self, place: Place | None, one: Storage, other: Storage) -> str | None:
         """The rest of what two storages of one description have to agree in."""

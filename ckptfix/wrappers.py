@@ -174,6 +174,8 @@ def _substitution(pattern: str, replacement: str) -> Rule:
 
 def without_names(prefix: str, names: Set[str] = ANYWHERE) -> str:
     """A prefix without certain components."""
+    if names is ANYWHERE and "._" not in f".{prefix}":  # all of them begin so, and few others
+        return prefix
     components = prefix.split(".")
     if names.isdisjoint(components):
         return prefix

@@ -10,7 +10,7 @@ from ckptfix import formats
 from ckptfix.cli import options, output
 from ckptfix.compare import Spec, shape
 from ckptfix.differences import compare
-from ckptfix.trees import storages
+from ckptfix.trees import nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -70,8 +70,7 @@ def command(
     """
     paths = _paths(select)
     one, other = formats.read(a), formats.read(b)
-    total = sum(storage.nbytes for storage in storages(one.root))
-    with output.progress("comparing", total) as advance:
+    with output.progress("comparing", lambda: nbytes(one.root)) as advance:
         found = compare(
             one, other, select=paths, keys_only=keys_only, read_data=read_data, progress=advance
         )

@@ -179,7 +179,7 @@ def bug(problem: Exception) -> int:
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None] | None]:
+def progress(label: str, total: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
     """A progress bar on stderr, for work on a terminal that takes more than half a second."""
     if not sys.stderr.isatty():
         yield None
@@ -195,7 +195,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None] | None]:
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress("{task.description}", *columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(printable(label), total=total)
+    task = bar.add_task(printable(label), total=total())
     begun, shown = time.monotonic(), False
 
     def advance(count: int) -> None:

@@ -14,7 +14,7 @@ from ckptfix import edits, formats
 from ckptfix.cli import output
 from ckptfix.errors import InPlaceError, RenameError, WriteError
 from ckptfix.formats.sharding import MAX_SHARD_SIZE
-from ckptfix.trees import storages
+from ckptfix.trees import nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -94,10 +94,9 @@ class Job:
             return self._edit(document, done, {**data, **after()})
         fitted = edits.fit(document, self.target, select)
         fitted.left_out[:0] = left_out
-        found = storages(fitted.document.root)
-        total = sum(storage.nbytes for storage in found)
         if not self.dry_run:
-            with output.progress(f"writing {self.target}", total) as advance:
+            label, root = f"writing {self.target}", fitted.document.root
+            with output.progress(label, lambda: nbytes(root)) as advance:
                 formats.write(
                     fitted.document,
                     self.target,

@@ -25,7 +25,13 @@ from typing import TYPE_CHECKING, Literal
 from ckptfix import pickles, trees
 from ckptfix.document import Document, Global, Node, Storage
 from ckptfix.dtypes import BY_STORAGE
-from ckptfix.errors import DamagedError, NotACheckpointError, UnsafeError, UnsupportedError
+from ckptfix.errors import (
+    DamagedError,
+    NotACheckpointError,
+    ReadError,
+    UnsafeError,
+    UnsupportedError,
+)
 from ckptfix.files import check_crc
 from ckptfix.findings import Finding
 from ckptfix.formats import script_json, zips
@@ -61,7 +67,7 @@ def matches(head: bytes) -> bool:
 def read(source: Source, limits: Limits = DEFAULT) -> Document:
     """The document in a torch zip; reads the directory, the headers and the pickle."""
     archive = zips.read(source, limits)
-    records = {name: archive.span(name) for name in archive.records}
+    records = archive.spans()
     notes = []
     if not any(record.crc for record in archive.records.values() if record.size):
         notes.append(Finding("no-checksums", "the archive was saved without checksums"))
@@ -69,9 +75,10 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
     if source.size > archive.end:
         surplus = source.size - archive.end
         notes.append(Finding("trailing-bytes", f"{surplus} bytes follow the end of the archive"))
-    model = script_json.model_in(records)
-    if model is not None and not any(name.endswith("data.pkl") for name in records):
-        return script_json.read(records, model, source.name, source.size, limits)
+    if not any(name.endswith("data.pkl") for name in records):
+        model = script_json.model_in(records)
+        if model is not None:
+            return script_json.read(records, model, source.name, source.size, limits)
     return from_records(records, source.name, source.size, tuple(notes), limits)
 
 
@@ -108,14 +115,13 @@ def from_records(
     if pickle.length > _RATIO * size:  # each byte of it may cost hundreds
         raise UnsafeError(f"{name}: {size} bytes unpack to a pickle of {pickle.length}")
     check_crc(pickle, f"{folder}data.pkl")
-    storages = _Storages(records, folder, lost)
-    label = f"{name}: {folder}data.pkl"
-    root, _ = pickles.read(pickle.read(), storages.load, name=label, limits=limits)
     inside = {record.removeprefix(folder): span for record, span in records.items()}
-    claimed = {record.removeprefix(folder) for record in storages.names} | OWN
-    others = {record: span for record, span in inside.items() if record not in claimed}
     if len(inside) < len(records):
         raise UnsafeError(f"{name}: holds a record of one name inside {folder!r} and outside")
+    storages = _Storages(inside, folder, lost)
+    label = f"{name}: {folder}data.pkl"
+    root, _ = pickles.read(pickle.read(), storages.load, name=label, limits=limits)
+    others = {name: span for name, span in inside.items() if name not in storages.names}
     extras = {record: span for record, span in others.items() if not record.startswith("data/")}
     unused = sum(span.length for record, span in others.items() if record not in extras)
     if len(others) > len(extras):
@@ -167,38 +173,38 @@ class _Storages:
         self._records = records
         self._folder = folder
         self._known: dict[str, Storage] = {}
-        self.names: set[str] = set()
+        self.names = set(OWN)
+        """Records that were asked for, and those that every archive has."""
 
     def load(self, pid: Node) -> Storage:
         """The storage that a persistent id describes."""
         storage = parse_persistent_id(pid)
-        known = self._known.setdefault(storage.key, storage)
-        if known is storage:
-            self._place(storage)
-        elif _description(known) != _description(storage):
-            raise UnsafeError(f"storage {storage.key!r} is described in two ways")
-        return known
-
-    def _place(self, storage: Storage) -> None:
-        try:
-            storage.spans = (self._span(storage),)
-        except (DamagedError, UnsafeError):
-            if self._lost is None:
-                raise
-            self._lost.append(storage)
-
-    def _span(self, storage: Storage) -> Span:
-        name = f"{self._folder}data/{storage.key}"
+        key = storage.key
+        known = self._known.get(key)
+        if known is not None:
+            if _description(known) != _description(storage):
+                raise UnsafeError(f"storage {key!r} is described in two ways")
+            return known
+        self._known[key] = storage
+        name = f"data/{key}"
         span = self._records.get(name)
+        if span is not None and span.length == storage.numel * storage.dtype.itemsize:
+            storage.spans = (span,)
+            self.names.add(name)
+        elif self._lost is not None:
+            self._lost.append(storage)
+        else:
+            raise self._error(storage, name, span)
+        return storage
+
+    def _error(self, storage: Storage, name: str, span: Span | None) -> ReadError:
         if span is None:
-            raise DamagedError(f"the archive lacks {name!r}", hint="copy or download it again")
-        if span.length != storage.nbytes:
-            raise UnsafeError(
-                f"storage {storage.key!r} has {span.length} bytes where {storage.numel} elements "
-                f"of {storage.dtype} take {storage.nbytes}"
-            )
-        self.names.add(name)
-        return span
+            whole = f"{self._folder}{name}"
+            return DamagedError(f"the archive lacks {whole!r}", hint="copy or download it again")
+        return UnsafeError(
+            f"storage {storage.key!r} has {span.length} bytes where {storage.numel} elements "
+            f"of {storage.dtype} take {storage.nbytes}"
+        )
 
 
 def _description(storage: Storage) -> tuple[DType, int, str]:
@@ -218,7 +224,7 @@ def parse_persistent_id(pid: Node) -> Storage:
         raise DamagedError("a storage is described wrongly")
     if not 0 <= numel < 1 << 63:
         raise UnsafeError(f"a storage of {numel:#x} elements is announced")
-    return Storage(dtype, numel, device, key=key)
+    return Storage(dtype, numel, device, (), key)
 
 
 def write(document: Document, sink: Sink) -> None:

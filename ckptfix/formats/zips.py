@@ -17,7 +17,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
 from ckptfix.files import crc32_of
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 LOCAL = struct.Struct("<4s5H3I2H")
 CENTRAL = struct.Struct("<4s6H3I5H2I")
+_CENTRAL, _LOCAL = struct.Struct("<4s4x2H4x3I3H8xI"), struct.Struct("<4s2x2H4x3I2H")
+"""The same, of which only what is looked at is unpacked."""
 END = struct.Struct("<4s4H2IH")
 END64 = struct.Struct("<4sQ2H2I4Q")
 LOCATOR = struct.Struct("<4sIQI")
@@ -51,10 +53,13 @@ _HEADERS = 1 << 14  # bytes of local headers, and of small records between them,
 _RETRY = "the archive is cut short or damaged: copy or download it again"
 
 
-class Record(NamedTuple):
+@dataclass(slots=True)
+class Record:
     """One record of an archive. Offsets and sizes are in bytes; `size` is what it unpacks to."""
 
     name: str
+    label: bytes
+    """Its name as it is written."""
     flags: int
     method: int
     crc: int
@@ -62,10 +67,10 @@ class Record(NamedTuple):
     size: int
     header: int
     """Where its local header begins."""
-    data: int = 0
-    """Where its data begins."""
-    entry: int = 0
+    entry: int
     """Where its entry begins, counted from the beginning of the central directory."""
+    data: int = 0
+    """Where its data begins; known once its local header is read."""
     owed: bool = False
     """Whether its header leaves CRC and sizes to a data descriptor."""
 
@@ -81,9 +86,15 @@ class Archive:
     end: int
     """Where the archive ends; the file may go on."""
 
+    def spans(self) -> dict[str, Span]:
+        """The bytes of each record, inflated where it is deflated."""
+        return {name: self._span(record) for name, record in self.records.items()}
+
     def span(self, name: str) -> Span:
-        """The bytes of a record, inflated where it is deflated."""
-        record = self.records[name]
+        """The bytes of one record."""
+        return self._span(self.records[name])
+
+    def _span(self, record: Record) -> Span:
         stored = Span(self.source, record.data, record.packed, record.crc)
         if record.method == _STORED:
             return stored
@@ -99,9 +110,9 @@ def read(source: Source, limits: Limits = DEFAULT) -> Archive:
     directory, size, count, end = _find_directory(source)
     if count > limits.records or size > source.size:
         raise UnsafeError(f"{source.name}: the archive announces {count} records")
-    entries = _central_entries(source.read(directory, size), count, source.name)
-    entries.sort(key=attrgetter("header"))
-    records = _with_data(source, entries, directory)
+    records = _central_entries(source.read(directory, size), count, source.name)
+    records.sort(key=attrgetter("header"))
+    _find_data(records, directory, source)
     _check_layout(records, directory, source)
     _check_names(records, source.name)
     kept = {record.name: record for record in records if not record.name.endswith("/")}
@@ -185,35 +196,34 @@ def _central_entries(directory: bytes, count: int, name: str) -> list[Record]:
 
 
 def _central_entry(directory: bytes, position: int, name: str) -> tuple[Record, int]:
-    (
-        magic, _, _, flags, method, _, _, crc, packed, size, named, extra, comment, _, _, _, offset
-    ) = CENTRAL.unpack_from(directory, position)  # fmt: skip
+    magic, flags, method, crc, packed, size, named, extra, comment, offset = _CENTRAL.unpack_from(
+        directory, position
+    )
     if magic != _CENTRAL_MAGIC:
         raise DamagedError(f"{name}: the archive's directory is damaged", hint=_RETRY)
     start = position + CENTRAL.size
     end = start + named + extra + comment
     if end > len(directory):
         raise struct.error
-    label = _decode(directory[start : start + named], flags)
+    label = directory[start : start + named]
+    decoded = label.decode("ascii") if label.isascii() else _decode(label, flags)
     if packed == _MAX32 or size == _MAX32 or offset == _MAX32:
         wide = _zip64_values(directory[start + named : start + named + extra])
         size = wide.pop(0) if size == _MAX32 and wide else size
         packed = wide.pop(0) if packed == _MAX32 and wide else packed
         offset = wide.pop(0) if offset == _MAX32 and wide else offset
     if flags & _ENCRYPTED:
-        raise UnsupportedError(f"{name}: {label!r} is encrypted")
+        raise UnsupportedError(f"{name}: {decoded!r} is encrypted")
     if method != _STORED and method != _DEFLATED:
-        raise UnsupportedError(f"{name}: {label!r} is packed with method {method}")
+        raise UnsupportedError(f"{name}: {decoded!r} is packed with method {method}")
     if method == _STORED and packed != size:
-        raise UnsafeError(f"{name}: {label!r} is stored, and has two sizes: {packed} and {size}")
-    if "\0" in label or len(label) > _MAX_NAME:  # readers end a name at a zero byte, or do not
+        raise UnsafeError(f"{name}: {decoded!r} is stored, and has two sizes: {packed} and {size}")
+    if "\0" in decoded or len(decoded) > _MAX_NAME:  # readers end a name at a zero byte, or do not
         raise UnsafeError(f"{name}: a record's name is too long, or holds a zero byte")
-    return Record(label, flags, method, crc, packed, size, offset, 0, position), end
+    return Record(decoded, label, flags, method, crc, packed, size, offset, position), end
 
 
 def _decode(label: bytes, flags: int) -> str:
-    if label.isascii():
-        return label.decode("ascii")
     return label.decode("utf-8" if flags & _UTF8 else "cp437", "backslashreplace")
 
 
@@ -229,46 +239,47 @@ def _zip64_values(extra: bytes) -> list[int]:
     return []
 
 
-def _with_data(source: Source, entries: Sequence[Record], directory: int) -> list[Record]:
-    """The records with the places of their data, once their local headers agree with `entries`.
+def _find_data(records: Sequence[Record], directory: int, source: Source) -> None:
+    """Find where the data of each record begins, once its local header agrees with its entry.
 
     Headers that lie close together are read together; the data of large records is not read.
     """
-    records, ahead = [], ReadAhead(source, _HEADERS)
-    following = [*(entry.header for entry in entries[1:]), directory]  # one more, for no entries
-    for entry, following_header in zip(entries, following, strict=False):
-        start, length = entry.header, min(LOCAL.size + 256, directory - entry.header)
-        if length < LOCAL.size:
-            message = f"{source.name}: {entry.name!r} lies outside the archive"
+    ahead = ReadAhead(source, _HEADERS)
+    following = [*(record.header for record in records[1:]), directory]  # one more, for no records
+    for record, next_header in zip(records, following, strict=False):
+        start, room = record.header, directory - record.header
+        if room < LOCAL.size:
+            message = f"{source.name}: {record.name!r} lies outside the archive"
             raise DamagedError(message, hint=_RETRY)
-        dense = following_header - start < _HEADERS // 4
+        length = LOCAL.size + 256 if room >= LOCAL.size + 256 else room
+        dense = next_header - start < _HEADERS // 4
         header = ahead.read(start, length) if dense else source.read(start, length)
-        records.append(_checked(source, entry, header))
-    return records
+        _read_header(record, header, source)
 
 
-def _checked(source: Source, entry: Record, header: bytes) -> Record:
-    """One record, `header` being the first bytes from where its local header lies."""
-    magic, _, flags, method, _, _, crc, packed, size, named, extra = LOCAL.unpack_from(header)
+def _read_header(record: Record, header: bytes, source: Source) -> None:
+    """Complete one record, `header` being the first bytes from where its local header lies."""
+    magic, flags, method, crc, packed, size, named, extra = _LOCAL.unpack_from(header)
     if magic != _LOCAL_MAGIC:
-        raise DamagedError(f"{source.name}: {entry.name!r} has no header", hint=_RETRY)
+        raise DamagedError(f"{source.name}: {record.name!r} has no header", hint=_RETRY)
     length = LOCAL.size + named + extra
     if len(header) < length:
-        header = source.read(entry.header, length)
-    label = _decode(header[LOCAL.size : LOCAL.size + named], flags)
+        header = source.read(record.header, length)
+    label = header[LOCAL.size : LOCAL.size + named]
     if packed == _MAX32 or size == _MAX32:
         wide = _zip64_values(header[LOCAL.size + named : length])
         size = wide.pop(0) if size == _MAX32 and wide else size
         packed = wide.pop(0) if packed == _MAX32 and wide else packed
-    described = bool(flags & _DESCRIBED) and crc == packed == size == 0
-    same = described or (crc, packed, size) == (entry.crc, entry.packed, entry.size)
-    if not same or (method, label) != (entry.method, entry.name) or flags & _ENCRYPTED:
+    described = flags & _DESCRIBED and crc == packed == size == 0
+    same = described or (crc == record.crc and packed == record.packed and size == record.size)
+    if label != record.label or (flags ^ record.flags) & _UTF8:  # two ways to write one name?
+        same = same and _decode(label, flags) == record.name
+    if not same or method != record.method or flags & _ENCRYPTED:
         raise UnsafeError(
-            f"{source.name}: header and directory of the archive disagree about {entry.name!r}"
+            f"{source.name}: header and directory of the archive disagree about {record.name!r}"
         )
-    place = entry.header + length
-    owed = described and entry.packed > 0
-    return entry._replace(flags=flags, data=place, owed=owed)
+    record.data, record.flags = record.header + length, flags
+    record.owed = bool(described and record.packed)
 
 
 def _check_layout(records: Sequence[Record], directory: int, source: Source) -> None:
@@ -283,12 +294,12 @@ def _check_layout(records: Sequence[Record], directory: int, source: Source) -> 
                 f"{source.name}: {record.name!r} lies outside the archive", hint=_RETRY
             )
         gap = next_header - position
-        if record.flags & _DESCRIBED and gap in _DESCRIPTORS:
+        if gap in _DESCRIPTORS and record.flags & _DESCRIBED:
             _check_descriptor(ahead.read(position, gap), record, source)
-        elif record.owed and not gap:
-            raise UnsafeError(f"{source.name}: {record.name!r} lacks the descriptor it announces")
-        else:
+        elif gap:
             _check_gap(gap, repr(record.name), source)
+        elif record.owed:
+            raise UnsafeError(f"{source.name}: {record.name!r} lacks the descriptor it announces")
 
 
 def _check_descriptor(found: bytes, record: Record, source: Source) -> None:
@@ -308,13 +319,15 @@ def _check_gap(gap: int, earlier: str, source: Source) -> None:
 
 
 def _check_names(records: Iterable[Record], name: str) -> None:
+    names = [record.name for record in records]
+    if len(set(map(str.casefold, names))) == len(names):
+        return
     seen: dict[str, str] = {}
-    for record in records:
-        folded = record.name.casefold()
-        if folded in seen:
-            how = "twice" if seen[folded] == record.name else f"beside {seen[folded]!r}"
-            raise UnsafeError(f"{name}: the archive holds {record.name!r} {how}")
-        seen[folded] = record.name
+    for label in names:
+        first = seen.setdefault(label.casefold(), label)
+        if first is not label:
+            how = "twice" if first == label else f"beside {first!r}"
+            raise UnsafeError(f"{name}: the archive holds {label!r} {how}")
 
 
 class Writer:
@@ -332,20 +345,21 @@ class Writer:
 
     def add(self, name: str, parts: Sequence[Span | bytes]) -> None:
         """Add a record made of `parts` in order."""
-        offset = self._sink.position
-        size = sum([len(part) if isinstance(part, bytes) else part.length for part in parts])
+        sink = self._sink
+        offset = sink.position
+        size = sum([part.length if type(part) is Span else len(part) for part in parts])
         crc = self._known_crc(parts, size)
-        self._sink.write(self._local_header(name, crc or 0, size, offset))
+        sink.write(self._local_header(name, crc or 0, size, offset))
         if crc is None:
-            self._unsummed[name] = self._sink.copy_summed(parts)
+            self._unsummed[name] = sink.copy_summed(parts)
         else:
             for part in parts:
-                self._sink.copy(part)
+                sink.copy(part)
         self._entries[name] = (crc or 0, size, offset)
 
     def _known_crc(self, parts: Sequence[Span | bytes], size: int) -> int | None:
         """The CRC of a record before it is written: on record already, or cheap to compute."""
-        if len(parts) == 1 and isinstance(parts[0], Span) and parts[0].crc is not None:
+        if len(parts) == 1 and type(parts[0]) is Span and parts[0].crc is not None:
             return parts[0].crc
         computed = any(isinstance(part, Span) and part.source.fileno() is None for part in parts)
         return None if computed or size >= CHUNK else crc32_of(parts)
@@ -365,22 +379,8 @@ class Writer:
         start = offset + LOCAL.size + len(label) + len(wide) + 4
         padding = -start % self._alignment
         extra = wide + _PADDING.pack(b"FB", padding) + b"Z" * padding
-        narrow = min(size, _MAX32)
-        version = 45 if wide else 20
-        fixed = LOCAL.pack(
-            _LOCAL_MAGIC,
-            version,
-            _UTF8,
-            0,
-            0,
-            _DOS_EPOCH,
-            crc,
-            narrow,
-            narrow,
-            len(label),
-            len(extra),
-        )
-        return fixed + label + extra
+        before, narrow = (_WIDE_LOCAL, _MAX32) if wide else (_NARROW_LOCAL, size)
+        return before + _KNOWN.pack(crc, narrow, narrow, len(label), len(extra)) + label + extra
 
     def finish(self) -> None:
         """Write the directory and the end records."""
@@ -402,16 +402,31 @@ class Writer:
 _PADDING = struct.Struct("<2sH")
 _CRC_OFFSET = 14  # in a local header
 _DOS_EPOCH = 0x21  # 1 January 1980, the earliest date a zip can hold: equal inputs give equal files
+_KNOWN = struct.Struct("<3I2H")
+"""What headers differ in: CRC, both sizes, the lengths of the name and of the extra field."""
+_NARROW_LOCAL, _WIDE_LOCAL = (
+    struct.pack("<4s5H", _LOCAL_MAGIC, version, _UTF8, _STORED, 0, _DOS_EPOCH)
+    for version in (20, 45)
+)
+_NARROW_CENTRAL, _WIDE_CENTRAL = (
+    struct.pack("<4s6H", _CENTRAL_MAGIC, version, version, _UTF8, _STORED, 0, _DOS_EPOCH)
+    for version in (20, 45)
+)
 
 
 def _central_header(name: str, crc: int, size: int, offset: int) -> bytes:
     label = name.encode()
+    if size < _MAX32 and offset < _MAX32:
+        return (
+            _NARROW_CENTRAL + _KNOWN.pack(crc, size, size, len(label), 0) + _place(offset) + label
+        )
     values = ([size, size] if size >= _MAX32 else []) + ([offset] if offset >= _MAX32 else [])
-    extra = struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
+    extra = struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values)
     narrow, place = min(size, _MAX32), min(offset, _MAX32)
-    version = 45 if extra else 20
-    fixed = CENTRAL.pack(
-        _CENTRAL_MAGIC, version, version, _UTF8, 0, 0, _DOS_EPOCH, crc, narrow, narrow,
-        len(label), len(extra), 0, 0, 0, 0, place,
-    )  # fmt: skip
-    return fixed + label + extra
+    known = _KNOWN.pack(crc, narrow, narrow, len(label), len(extra))
+    return _WIDE_CENTRAL + known + _place(place) + label + extra
+
+
+def _place(offset: int) -> bytes:
+    """What a central header holds between the lengths and the name: no comment, and the place."""
+    return bytes(10) + offset.to_bytes(4, "little")

@@ -86,9 +86,8 @@ class Machine:
         """What stands for `function(*args)`: what a builder makes of it, or an inert object."""
         if type(args) is not tuple:
             raise DamagedError(f"a {type(args).__name__} stands for the arguments of a call")
-        if type(function) is Global and how == "reduce":
-            builder = self.builders.get(function)
-            built = None if builder is None else builder(args, self.limits)
+        if how == "reduce" and type(function) is Global and function in self.builders:
+            built = self.builders[function](args, self.limits)
             if built is not None:
                 return built
         if not isinstance(function, (Global, Inert)):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ckptfix.document import Global, Inert, Node, OrderedMap
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
+from ckptfix.pickles import tensor_record
 from ckptfix.pickles.machine import Machine, Stop
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def _number(layout: struct.Struct, data: Data, at: int) -> int:
 
 
 def _mark(m: Machine, at: int) -> int:
+    if m.data[at] == _MARK and (end := tensor_record.run(m, at - 1)) is not None:
+        return end
     m.marks.append(m.stack)
     m.stack = []
     return at
@@ -451,7 +454,7 @@ def _unknown(m: Machine, at: int) -> NoReturn:
     raise DamagedError(f"there is no pickle opcode 0x{m.data[at - 1]:02x}", hint=RETRY)
 
 
-_BINBYTES8 = 0x8E
+_MARK, _BINBYTES8 = 0x28, 0x8E
 _SET, _FROZENSET = Global("builtins", "set"), Global("builtins", "frozenset")
 
 _TABLE: dict[bytes, Operation] = {

@@ -8,6 +8,7 @@ arguments are not the usual ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
@@ -23,7 +24,7 @@ Arguments = tuple[Node, ...]
 def ordered_dict(args: Arguments, limits: Limits) -> Node | None:
     """`OrderedDict()`, or `OrderedDict([[key, value], …])` as Python 2 writes it."""
     if not args:
-        return OrderedMap()
+        return OrderedMap.__new__(OrderedMap)  # one a tensor: without a detour
     pairs: list[Node] = args[0] if len(args) == 1 and isinstance(args[0], list) else [None]
     if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
         return None
@@ -81,7 +82,8 @@ def tensor_v2(args: Arguments, limits: Limits) -> Tensor | None:
     """`(storage, offset, size, stride, requires_grad, backward_hooks[, metadata])`."""
     if not 6 <= len(args) <= 7:
         return None
-    return tensor(args[0], None, args[1:4], limits, args[4], args[5], *args[6:])
+    metadata = args[6] if len(args) == 7 else None
+    return tensor(args[0], None, args[1:4], limits, args[4], args[5], metadata)
 
 
 def tensor_v3(args: Arguments, limits: Limits) -> Tensor | None:
@@ -108,7 +110,8 @@ def tensor(
 
     Raises `UnsafeError` where it leaves the storage.
     """
-    offset, shape, stride = layout[0], _sizes(layout[1]), _sizes(layout[2])
+    offset, shape, stride = layout
+    shape, stride = _sizes(shape), _sizes(stride)
     if type(offset) is not int or shape is None or stride is None or len(shape) != len(stride):
         return None
     if type(storage) is StorageView:
@@ -116,24 +119,24 @@ def tensor(
     if type(storage) is not Storage or (dtype is None and storage.dtype is UNTYPED):
         return None
     dtype = dtype or storage.dtype
-    _check_bounds(storage, dtype, offset, shape, stride, limits)
+    check_layout(storage, dtype, offset, shape, stride, limits)
     if type(hooks) is OrderedMap and not hooks and hooks.attributes is None:
         hooks = None
     return Tensor(storage, dtype, shape, stride, offset, requires_grad is True, hooks, metadata)
 
 
 def _sizes(node: Node) -> tuple[int, ...] | None:
-    if type(node) is Inert and node.function == Global("torch", "Size") and len(node.args) == 1:
-        node = node.args[0]
     if type(node) is not tuple:
-        return None
+        if type(node) is not Inert or node.function != _SIZE or len(node.args) != 1:
+            return None
+        return _sizes(node.args[0]) if type(node.args[0]) is tuple else None
     for size in node:
         if type(size) is not int:
             return None
     return node
 
 
-def _check_bounds(
+def check_layout(
     storage: Storage,
     dtype: DType,
     offset: int,
@@ -142,24 +145,41 @@ def _check_bounds(
     limits: Limits,
 ) -> None:
     """What torch checks when a tensor is set on a storage, before anything is allocated."""
+    room = storage.numel * storage.dtype.itemsize
+    problem = _problem(room, dtype.itemsize, offset, shape, stride, limits.tensor_bytes)
+    if problem is not None:
+        raise UnsafeError(problem.format(storage.key, storage.numel))
+
+
+@lru_cache(4096)  # layouts come again and again
+def _problem(
+    room: int,
+    itemsize: int,
+    offset: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    most: int,
+) -> str | None:
+    """What is wrong with a layout over `room` bytes; `{}` stand for the storage and its length."""
     sound = len(shape) <= _MAX_DIMS and 0 <= offset < _INT64
-    last, count = offset, dtype.itemsize
+    last, count = offset, itemsize
     for size, step in zip(shape, stride, strict=True) if sound else ():
         sound = sound and 0 <= size < _INT64 and 0 <= step < _INT64
         count *= size
         last += (size - 1) * step
     if not sound:
-        raise UnsafeError("a tensor has sizes, strides or an offset that no tensor can have")
-    nbytes = storage.nbytes
-    if count and (last + 1) * dtype.itemsize > nbytes:
-        raise UnsafeError(
+        return "a tensor has sizes, strides or an offset that no tensor can have"
+    if count and (last + 1) * itemsize > room:
+        return (
             f"a tensor of shape {shape}, stride {stride}, offset {offset} reaches outside its "
-            f"storage {storage.key!r} of {storage.numel} elements"
+            "storage {!r} of {} elements"
         )
-    if count > limits.tensor_bytes and count > nbytes:
-        raise UnsafeError(f"a tensor of shape {shape} would expand to {count} bytes")
+    if count > most and count > room:
+        return f"a tensor of shape {shape} would expand to {count} bytes"
+    return None
 
 
+_SIZE = Global("torch", "Size")
 _INT64 = 1 << 63
 _MAX_DIMS = 64
 """What torch's operations work with; products of more could take long."""

@@ -41,6 +41,7 @@ class _Writer:
         self.references: dict[Hashable, bytes] = {}
         self.kept: list[Node] = []  # tuples made here: an id is taken only while its object lives
         self.storages: list[Storage] = []
+        self.usual: dict[Hashable, tuple[bytes, bytes, bytes]] = {}
         self.opened: set[int] = set()
         self.reopened = 0
 
@@ -48,7 +49,10 @@ class _Writer:
         frames: list[Iterable[Node]] = [iter((root,))]
         while frames:
             for node in frames[-1]:
-                frame = self.write_node(node)
+                write = _WRITERS.get(type(node))
+                if write is None:
+                    raise UnsupportedError(f"a {type(node).__name__} cannot be pickled here")
+                frame = write(self, node)  # what writes the rest, of a container
                 if frame is not None:
                     frames.append(frame)
                     break
@@ -56,13 +60,6 @@ class _Writer:
                 frames.pop()
         self.emit(b".")
         return b"".join(self.chunks), self.storages
-
-    def write_node(self, node: Node) -> Frame | None:
-        """Write a leaf or a reference; for a container, return the generator that writes it."""
-        write = _WRITERS.get(type(node))
-        if write is None:
-            raise UnsupportedError(f"a {type(node).__name__} cannot be pickled here")
-        return write(self, node)
 
     def remember(self, key: Hashable) -> None:
         """Keep a place for the PUT of what was just written."""
@@ -273,7 +270,7 @@ class _Writer:
         self.storages.append(node)
 
     def write_tensor(self, node: Tensor) -> Frame | None:
-        if self.refer(id(node)):
+        if self.refer(id(node)) or self.write_usual(node):
             return None
         plain = node.dtype is node.storage.dtype and node.dtype.storage is not None
         self.write_global(_TENSOR_V2 if plain else _TENSOR_V3)
@@ -289,6 +286,49 @@ class _Writer:
         self.emit(b"tR")
         self.remember(id(node))
         return None
+
+    def write_usual(self, node: Tensor) -> bool:
+        """Write a tensor that is like an earlier one, apart from its own new storage."""
+        storage = node.storage
+        if node.hooks is not None or node.metadata is not None or id(storage) in self.places:
+            return False
+        likeness = (
+            node.dtype.name, storage.dtype.name, storage.device, storage.numel,
+            node.offset, node.shape, node.stride, node.requires_grad,
+        )  # fmt: skip
+        parts = self.usual.get(likeness)
+        if parts is None:
+            parts = self.parts_of(node)
+            if parts is None:
+                return False
+            self.usual[likeness] = parts
+        before, between, after = parts
+        key = (storage.key if self.own_keys else str(len(self.storages))).encode()
+        self.emit(before + _U4.pack(len(key)) + key + between)
+        self.remember(id(storage))
+        self.storages.append(storage)
+        self.emit(after)
+        self.remember(id(node))
+        return True
+
+    def parts_of(self, node: Tensor) -> tuple[bytes, bytes, bytes] | None:
+        """What stands before the key of its storage, up to the storage's end, and after that.
+
+        None where something in it was not referred to before.
+        """
+        storage = node.storage
+        if node.dtype is not storage.dtype or node.dtype.storage is None or node.dtype is UNTYPED:
+            return None
+        named = (_TENSOR_V2, "storage", _storage_class(node.dtype), storage.device, _ORDERED_DICT)
+        tensor, word, cls, device, hooks = map(self.references.get, named)
+        if tensor is None or word is None or cls is None or device is None or hooks is None:
+            return None
+        layout = _integer(node.offset) + _integers(node.shape) + _integers(node.stride)
+        return (
+            tensor + b"((" + word + cls + b"X",
+            device + _integer(storage.numel) + b"tQ",
+            layout + (b"\x88" if node.requires_grad else b"\x89") + hooks + b")RtR",
+        )
 
     def no_hooks(self) -> None:
         self.write_global(_ORDERED_DICT)
