@@ -8,6 +8,7 @@ old file or the new one once it is opened again.
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import pickle
@@ -15,6 +16,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -380,6 +383,50 @@ def test_a_limit_on_the_size_of_files_leaves_the_old_one(limit: int, tmp_path: P
     assert ran.stderr.startswith(f"error: {out}: cannot be written: file too large")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large.pt", "out.pt"]
     assert out.read_bytes() == b"what was there"
+
+
+def gzipped(folder: Path) -> Path:
+    path = large(folder)
+    (folder / "in").write_bytes(gzip.compress(path.read_bytes(), 1))
+    path.unlink()
+    return folder / "in"
+
+
+def in_a_tar(folder: Path) -> Path:
+    path = large(folder)
+    with tarfile.open(folder / "in", "w") as archive:
+        archive.add(path, "large.pt")
+    path.unlink()
+    return folder / "in"
+
+
+def deflated(folder: Path) -> Path:
+    path = large(folder)
+    with (
+        zipfile.ZipFile(path) as archive,
+        zipfile.ZipFile(folder / "in", "w", zipfile.ZIP_DEFLATED) as other,
+    ):
+        for name in archive.namelist():
+            other.writestr(name, archive.read(name))
+    path.unlink()
+    return folder / "in"
+
+
+@pytest.mark.parametrize("limit", [0, 1, 100_000])
+@pytest.mark.parametrize("make", [gzipped, in_a_tar, deflated])
+def test_no_room_to_unpack_is_an_error(make: Any, limit: int, tmp_path: Path, tally: Any) -> None:
+    source, out = make(tmp_path), tmp_path / "out.pt"
+    ran = subprocess.run(
+        [sys.executable, "-m", "ckptfix", "strip-prefix", source, out],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert (ran.returncode, os.listdir(tmp_path)) == (2, ["in"])
+    assert ran.stderr.startswith(f"error: {source}"), ran.stderr
+    assert "cannot be unpacked into a temporary file" in ran.stderr
+    tally("full disks")
 
 
 SMALL_DISK = """
