@@ -10,7 +10,7 @@ import torch
 
 import ckptfix
 from ckptfix import formats
-from ckptfix.errors import ReadError
+from ckptfix.errors import DamagedError, ReadError
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -62,3 +62,13 @@ def test_every_truncation_is_refused(tmp_path: Path, protocol: int) -> None:
         (tmp_path / "cut.pkl").write_bytes(data[:size])
         with pytest.raises(ReadError):
             formats.read(tmp_path / "cut.pkl")
+
+
+@pytest.mark.parametrize("value", [7, 1.5, "text", b"bytes", None])
+def test_one_value_and_bytes_of_no_pickle_are_no_checkpoint(tmp_path: Path, value: object) -> None:
+    """As where the magic number of a legacy file is damaged: it must not be read as a number."""
+    path = dump(tmp_path / "value.pkl", value, 2)
+    formats.read(path)
+    path.write_bytes(path.read_bytes() + b"\x80\x02K\x01.")
+    with pytest.raises(DamagedError, match="then 5 bytes of no pickle"):
+        formats.read(path)

@@ -146,6 +146,13 @@ def test_files_without_tensors_are_read() -> None:
     assert read(container({"__metadata__": {"a": "b"}})).metadata == {"a": "b"}
 
 
+def test_metadata_that_is_null_is_none_as_the_library_has_it() -> None:
+    data = container({"__metadata__": None, "w": F32}, bytes(8))
+    assert [name for name, _ in safetensors.deserialize(data)] == ["w"]
+    document = read(data)
+    assert (list(document.root), document.metadata) == (["w"], {})
+
+
 def test_scalars_and_empty_tensors_are_read_and_written(tmp_path: Path) -> None:
     value = {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 5), "one": torch.ones(1, 1)}
     path = convert(value, tmp_path)

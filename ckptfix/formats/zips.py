@@ -186,7 +186,8 @@ def _central_entries(directory: bytes, count: int, name: str) -> list[Record]:
 
 def _central_entry(directory: bytes, position: int, name: str) -> tuple[Record, int]:
     (
-        magic, _, _, flags, method, _, _, crc, packed, size, named, extra, comment, _, _, _, offset
+        magic, _, _, flags, method, _, _, crc, packed, size, named, extra, comment, disk, _, _,
+        offset,
     ) = CENTRAL.unpack_from(directory, position)  # fmt: skip
     if magic != _CENTRAL_MAGIC:
         raise DamagedError(f"{name}: the archive's directory is damaged", hint=_RETRY)
@@ -202,6 +203,8 @@ def _central_entry(directory: bytes, position: int, name: str) -> tuple[Record, 
         offset = wide.pop(0) if offset == _MAX32 and wide else offset
     if flags & _ENCRYPTED:
         raise UnsupportedError(f"{name}: {label!r} is encrypted")
+    if disk and disk != _MAX16:
+        raise UnsupportedError(f"{name}: {label!r} lies in another part of a divided archive")
     if method != _STORED and method != _DEFLATED:
         raise UnsupportedError(f"{name}: {label!r} is packed with method {method}")
     if method == _STORED and packed != size:
