@@ -221,6 +221,16 @@ def faults(number: int) -> Iterator[Fault]:
         yield Fault(kind, number)
 
 
+def is_synced_before_it_is_named(calls: list[str]) -> bool:
+    """Whether no file gets its name between a write and the fsync that makes it last."""
+    written = False
+    for call in calls:
+        if written and call in ("link", "replace"):
+            return False
+        written = call in ("write", "copy_file_range") or (written and call != "fsync")
+    return True
+
+
 class Campaign:
     """One command, its output before and after, and all that may happen in between."""
 
@@ -250,6 +260,7 @@ class Campaign:
 
     def run_all(self) -> None:
         assert len(self.calls) >= 5
+        assert is_synced_before_it_is_named(self.calls)
         for number in range(1, len(self.calls) + 1):
             for fault in faults(number):
                 put(self.folder, self.old)
@@ -312,6 +323,7 @@ def test_what_is_written_without_faults_is_whole(
     name: str, runner: Runner, tmp_path: Path, tally: Any
 ) -> None:
     made = Campaign(runner, tmp_path, COPIES[name], tally, replaced=False)
+    assert is_synced_before_it_is_named(made.calls)
     wanted = ckptfix.load_state_dict(made.source)
     found = torch.load(made.folder / "out.pt", map_location="cpu")
     found = found.get("model_state_dict", found)
