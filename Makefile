@@ -22,9 +22,9 @@ test: $(READY)  ## Run the tests; more for pytest in ARGS, as in make test ARGS=
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
 coverage: $(READY)  ## Run the tests and count branches: 95 % of what reads and writes files
-	$(BIN)/python -m pytest -n auto --cov=ckptfix.pickles --cov=ckptfix.formats --cov=ckptfix.files \
-		--cov-branch --cov-report=term $(ARGS)
-	$(BIN)/coverage report --fail-under=95
+	$(BIN)/python -m pytest -n auto --ignore tests/test_benchmarks.py --cov=ckptfix --cov-branch \
+		--cov-report=term --cov-report=json:build/coverage.json $(ARGS)
+	$(BIN)/python -m tests.branches build/coverage.json
 
 fuzz: $(READY)  ## Feed the readers odd bytes, a minute a reader; ARGS="--seconds 600 pickle"
 	@$(BIN)/python -c "import atheris" 2>/dev/null || $(PIP) --only-binary :all: 'atheris>=3' || { \

@@ -21,13 +21,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
+import stat
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.errors import ReadError, WriteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from typing import BinaryIO
 
 SUFFIX = ".ckptfix-journal"
 
@@ -37,8 +40,10 @@ listeners: list[Callable[[str], None]] = []
 _MAGIC = b"ckptfix journal\n"
 _HEAD, _PATCH = struct.Struct("<16s2Q"), struct.Struct("<2Q")
 _SUM = 16
-_LARGEST = 9 << 30
-"""Bytes of a journal at most: two pickles as large as `limits` admits, and a little."""
+_MOST = 64
+"""Patches of a journal at most; an edit makes a handful."""
+_PIECE = 1 << 20
+"""Bytes of a journal that are held in memory at once."""
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.EACCES, errno.EBADF, errno.EOPNOTSUPP}
@@ -50,6 +55,14 @@ class Patch(NamedTuple):
     offset: int
     old: bytes
     new: bytes
+
+
+class _Place(NamedTuple):
+    """Where bytes of a file go, and where in its journal the old ones stand, before the new."""
+
+    offset: int
+    length: int
+    at: int
 
 
 class BusyError(WriteError):
@@ -141,18 +154,14 @@ def apply(
         _sync_folder(journal)
 
 
-def _encode(stat: os.stat_result, patches: Sequence[Patch]) -> bytes:
-    parts = [_HEAD.pack(_MAGIC, stat.st_size, len(patches))]
+def _encode(before: os.stat_result, patches: Sequence[Patch]) -> bytes:
+    import hashlib
+
+    parts = [_HEAD.pack(_MAGIC, before.st_size, len(patches))]
     for offset, old, new in patches:
         parts += [_PATCH.pack(offset, len(old)), old, new]
     data = b"".join(parts)
-    return data + _sum(data)
-
-
-def _sum(data: bytes | memoryview) -> bytes:
-    import hashlib
-
-    return hashlib.blake2b(data, digest_size=_SUM).digest()
+    return data + hashlib.blake2b(data, digest_size=_SUM).digest()
 
 
 def _create(journal: str, data: bytes, mode: int) -> None:
@@ -192,10 +201,18 @@ def _sync_folder(journal: str) -> None:
             raise
 
 
-def _restore(descriptor: int, patches: Sequence[Patch], journal: str) -> None:
+def _restore(descriptor: int, patches: Iterable[Patch], journal: str) -> None:
+    _put_back(descriptor, patches)
+    _remove(journal)
+
+
+def _put_back(descriptor: int, patches: Iterable[Patch]) -> None:
     for patch in patches:
         _write(descriptor, patch.offset, patch.old)
     os.fsync(descriptor)
+
+
+def _remove(journal: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(journal)
     with contextlib.suppress(OSError):
@@ -233,43 +250,92 @@ def recover(path: str | os.PathLike[str]) -> str | None:
 
 def _roll_back(descriptor: int, path: str | os.PathLike[str], journal: str) -> str | None:
     try:
-        data = _read(journal)
+        with _open(journal) as file:
+            whole = _is_whole(file)
+            if whole:
+                _put_back(descriptor, _checked(descriptor, path, file))
     except FileNotFoundError:  # another process was faster
         return None
-    found = _decode(data)
-    if found is None:
-        os.unlink(journal)
-        return f"{path}: an edit was interrupted before it changed anything"
-    size, patches = found
-    if size != os.fstat(descriptor).st_size or not all(_fits(descriptor, p) for p in patches):
+    _remove(journal)
+    if whole:
+        return f"{path}: an edit was interrupted; the file was put back as it was"
+    return f"{path}: an edit was interrupted before it changed anything"
+
+
+def _open(journal: str) -> BinaryIO:
+    """Open a journal. It may be a stranger's: links are not followed, and pipes do not stop us."""
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+    for name in ("O_NOFOLLOW", "O_NONBLOCK"):
+        flags |= getattr(os, name, 0)
+    file = open(os.open(journal, flags), "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
         raise ReadError(
-            f"{path}: an edit was interrupted, and something else has changed the file since",
-            hint=f"if the file was replaced, remove what is left of the edit: rm {journal}",
+            f"{journal}: is no regular file, and no journal",
+            hint=f"if you know what it is, move or remove it: rm {shlex.quote(journal)}",
             code="rollback",
         )
-    _restore(descriptor, patches, journal)
-    return f"{path}: an edit was interrupted; the file was put back as it was"
+    return file
 
 
-def _read(journal: str) -> bytes:
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
-    with open(os.open(journal, flags), "rb") as file:
-        return file.read(_LARGEST)
+def _is_whole(file: BinaryIO) -> bool:
+    """Whether a journal has a head, and ends in the checksum of what is before."""
+    import hashlib
+
+    rest = os.fstat(file.fileno()).st_size - _SUM
+    if rest < _HEAD.size or _at(file, 0, len(_MAGIC)) != _MAGIC:
+        return False
+    file.seek(0)
+    total = hashlib.blake2b(digest_size=_SUM)
+    while rest and (chunk := file.read(min(rest, _PIECE))):
+        total.update(chunk)
+        rest -= len(chunk)
+    return file.read(_SUM) == total.digest()
 
 
-def _decode(data: bytes) -> tuple[int, list[Patch]] | None:
-    """The size of the file and the patches; None for a journal that is not whole."""
-    view = memoryview(data)
-    if len(data) < _HEAD.size + _SUM or _sum(view[:-_SUM]) != data[-_SUM:]:
-        return None
-    _, size, count = _HEAD.unpack_from(data)
-    patches, position = [], _HEAD.size
-    for _ in range(count):
-        offset, length = _PATCH.unpack_from(data, position)
-        middle = position + _PATCH.size + length
-        position = middle + length
-        patches.append(Patch(offset, data[middle - length : middle], data[middle:position]))
-    return size, patches
+def _checked(descriptor: int, path: str | os.PathLike[str], file: BinaryIO) -> Iterator[Patch]:
+    """The patches of a journal in pieces, once it is sure that they belong to this file."""
+    places = _places(file, os.fstat(descriptor).st_size)
+    if not places or not all(_fits(descriptor, piece) for piece in _pieces(file, places)):
+        raise ReadError(
+            f"{path}: an edit was interrupted, and something else has changed the file since",
+            hint="if the file was replaced, remove what is left of the edit: "
+            f"rm {shlex.quote(beside(path))}",
+            code="rollback",
+        )
+    return _pieces(file, places)
+
+
+def _places(file: BinaryIO, size: int) -> list[_Place]:
+    """What a journal says of a file of that size; nothing where no edit can have left it."""
+    end = os.fstat(file.fileno()).st_size - _SUM
+    _, announced, count = _HEAD.unpack(_at(file, 0, _HEAD.size))
+    places: list[_Place] = []
+    position = _HEAD.size
+    while len(places) < min(count, _MOST) and position + _PATCH.size <= end:
+        offset, length = _PATCH.unpack(_at(file, position, _PATCH.size))
+        position += _PATCH.size
+        places.append(_Place(offset, length, position))
+        position += 2 * length
+    ends = [0, *(place.offset + place.length for place in sorted(places))]
+    begins = [*sorted(place.offset for place in places), size]
+    apart = all(end <= begin for end, begin in zip(ends, begins, strict=True))
+    fits = (announced, count, end) == (size, len(places), position)
+    return places if fits and apart else []
+
+
+def _pieces(file: BinaryIO, places: Iterable[_Place]) -> Iterator[Patch]:
+    for offset, length, at in places:
+        for begin in range(0, length, _PIECE):
+            old, new = (
+                _at(file, start + begin, min(length - begin, _PIECE)) for start in (at, at + length)
+            )
+            yield Patch(offset + begin, old, new)
+
+
+def _at(file: BinaryIO, position: int, length: int) -> bytes:
+    file.seek(position)
+    return file.read(length)
 
 
 def _fits(descriptor: int, patch: Patch) -> bool:

@@ -11,6 +11,7 @@ import os
 import shlex
 import zlib
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from stat import S_ISREG
@@ -174,13 +175,21 @@ class UnpackedSource(Source):
     def _file(self) -> BinaryIO:
         import tempfile
 
-        unpacked = tempfile.TemporaryFile(prefix="ckptfix-", buffering=0)  # noqa: SIM115
         try:
-            for chunk in self._chunks():
-                unpacked.write(chunk)
-        except BaseException:
-            unpacked.close()
-            raise
+            unpacked = tempfile.TemporaryFile(prefix="ckptfix-")  # noqa: SIM115
+            try:
+                for chunk in self._chunks():
+                    unpacked.write(chunk)
+                unpacked.flush()
+            except BaseException:
+                with suppress(OSError):
+                    unpacked.close()
+                raise
+        except OSError as error:
+            raise ReadError(
+                f"{self.name}: cannot be unpacked into a temporary file: {_reason(error)}",
+                hint='unpack it in this folder instead: export TMPDIR="$PWD"',
+            ) from None
         return unpacked
 
     def fileno(self) -> int:

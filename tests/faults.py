@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tests.helpers import unmeasured
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -69,6 +71,7 @@ class Runner:
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[1],
+            env=unmeasured(),
         )
 
     def run(

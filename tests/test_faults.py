@@ -8,6 +8,7 @@ old file or the new one once it is opened again.
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import pickle
@@ -15,6 +16,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,7 +56,7 @@ def fixture(name: str) -> Callable[[Path], Path]:
 
 def large(folder: Path) -> Path:
     """Records that are copied by the kernel and summed on a thread, and others that are not."""
-    weights = {"module.large": torch.rand(900, 1000), "module.bias": torch.rand(3)}
+    weights = {"module.large": torch.rand(300, 1000), "module.bias": torch.rand(3)}
     for index in range(4):
         weights[f"module.layers.{index}.weight"] = torch.rand(40, 40)
     torch.save(OrderedDict(weights), folder / "large.pt")
@@ -79,6 +82,33 @@ def damaged(folder: Path) -> Path:
     return path
 
 
+def gzipped(folder: Path) -> Path:
+    path = large(folder)
+    (folder / "in").write_bytes(gzip.compress(path.read_bytes(), 1))
+    path.unlink()
+    return folder / "in"
+
+
+def in_a_tar(folder: Path) -> Path:
+    path = large(folder)
+    with tarfile.open(folder / "in", "w") as archive:
+        archive.add(path, "large.pt")
+    path.unlink()
+    return folder / "in"
+
+
+def deflated(folder: Path) -> Path:
+    path = large(folder)
+    with (
+        zipfile.ZipFile(path) as archive,
+        zipfile.ZipFile(folder / "in", "w", zipfile.ZIP_DEFLATED) as other,
+    ):
+        for name in archive.namelist():
+            other.writestr(name, archive.read(name))
+    path.unlink()
+    return folder / "in"
+
+
 CONTAINERS = {
     "zip": large,
     "training": fixture("dataparallel_cuda_training.pt"),
@@ -93,38 +123,63 @@ CONTAINERS = {
 
 
 class Job(NamedTuple):
-    """A command that writes OUT of IN."""
+    """A command that writes OUT of IN; `before` is the one that wrote the OUT that it replaces."""
 
     make: Callable[[Path], Path]
     arguments: tuple[str, ...]
     out: str = "out.pt"
+    before: tuple[str, ...] = ()
 
+
+VERBS: dict[str, Job] = {
+    "strip-prefix": Job(large, ("strip-prefix",)),
+    "add-prefix": Job(large, ("add-prefix",)),
+    "rename": Job(large, ("rename", "--sub", "layers", "blocks")),
+    "to-cpu": Job(fixture("dataparallel_cuda.pt"), ("to-cpu",)),
+    "convert": Job(large, ("convert",)),
+    "weights-only": Job(CONTAINERS["training"], ("convert", "--weights-only")),
+    "compact": Job(fixture("views.pt"), ("convert", "--compact")),
+    "cast": Job(large, ("convert", "--dtype", "float16")),
+    "fix": Job(large, ("fix",)),
+    "recover": Job(damaged, ("recover",)),
+}
+"""Every command that writes a checkpoint."""
+
+OUTS = {".pt": "out.pt", ".safetensors": "out.safetensors", "a folder": "out/"}
+READ = {**CONTAINERS, "gzip": gzipped, "tar": in_a_tar, "deflated": deflated}
+IN_SHARDS = ("convert", "--max-shard-size", "1MB")
 
 COPIES = {
-    **{f"strip-prefix {name}": Job(make, ("strip-prefix",)) for name, make in CONTAINERS.items()},
+    **{
+        f"{verb} to {name}": job._replace(out=out)
+        for verb, job in VERBS.items()
+        for name, out in OUTS.items()
+    },
+    **{f"strip-prefix {name}": Job(make, ("strip-prefix",)) for name, make in READ.items()},
     **{
         f"to safetensors {name}": Job(make, ("convert",), "out.safetensors")
-        for name, make in CONTAINERS.items()
+        for name, make in READ.items()
         if name != "training"
     },
     **{f"fix {name}": Job(make, ("fix",)) for name, make in CONTAINERS.items()},
-    "to-cpu": Job(CONTAINERS["training"], ("to-cpu",)),
-    "add-prefix": Job(large, ("add-prefix",)),
-    "rename": Job(large, ("rename", "--sub", "layers", "blocks")),
-    "compact": Job(fixture("views.pt"), ("convert", "--compact")),
-    "weights-only": Job(CONTAINERS["training"], ("convert", "--weights-only")),
-    "cast": Job(large, ("convert", "--dtype", "float16")),
-    "shard": Job(large, ("convert", "--max-shard-size", "1MB"), "out"),
-    "recover": Job(damaged, ("recover",)),
+    "shard": Job(large, IN_SHARDS, "out/"),
+    "shard, other sizes": Job(large, IN_SHARDS, "out/", ("convert", "--max-shard-size", "10KB")),
+    "shard, where one file was": Job(large, IN_SHARDS, "out/", ("convert",)),
+    "one file, where shards were": Job(large, ("convert",), "out/", IN_SHARDS),
+    "shard and cast": Job(large, (*IN_SHARDS, "--dtype", "float16"), "out/"),
     "page": Job(large, ("inspect", "--html"), "out.html"),
+    "page of differences": Job(shards, ("diff", "--html"), "out.html"),
 }
-SHORT = ("strip-prefix zip", "to safetensors zip", "shard")
+SHORT = ("strip-prefix to .pt", "convert to .safetensors", "shard, other sizes")
 
 
-def command(job: Job, source: Path, out: Path) -> list[str | Path]:
-    if job.arguments[0] == "inspect":
-        return [*job.arguments, out, source, "--force"]
-    return [job.arguments[0], source, out, *job.arguments[1:], "--force"]
+def command(job: Job, source: Path, out: str) -> list[str | Path]:
+    verb, *options = job.arguments
+    if verb == "inspect":
+        return [verb, source, *options, out, "--force"]
+    if verb == "diff":
+        return [verb, source, source.parent / "large.pt", *options, out, "--force"]
+    return [verb, source, out, *options, "--force"]
 
 
 def files_in(folder: Path) -> Files:
@@ -141,9 +196,8 @@ def visible(files: Files) -> Files:
     index = next((name for name in files if name.endswith(".index.json")), None)
     if index is None:
         return {name: data for name, data in files.items() if "-of-" not in name}
-    folder = Path(index).parent
-    names = set(json.loads(files[index])["weight_map"].values())
-    return {index: files[index]} | {f"{folder}/{name}": files[f"{folder}/{name}"] for name in names}
+    names = {index, *json.loads(files[index])["weight_map"].values()}
+    return {name: files[name] for name in names}
 
 
 def put(folder: Path, files: Files) -> None:
@@ -167,6 +221,16 @@ def faults(number: int) -> Iterator[Fault]:
         yield Fault(kind, number)
 
 
+def is_synced_before_it_is_named(calls: list[str]) -> bool:
+    """Whether no file gets its name between a write and the fsync that makes it last."""
+    written = False
+    for call in calls:
+        if written and call in ("link", "replace"):
+            return False
+        written = call in ("write", "copy_file_range") or (written and call != "fsync")
+    return True
+
+
 class Campaign:
     """One command, its output before and after, and all that may happen in between."""
 
@@ -175,13 +239,17 @@ class Campaign:
         self.runner, self.tally, self.job = runner, tally, job
         self.source, self.folder = job.make(folder / "in"), folder / "out"
         self.input = files_in(folder / "in")
-        self.arguments = command(job, self.source, self.folder / job.out)
+        self.in_folder = job.out.endswith("/")
+        out = f"{self.folder}/" if self.in_folder else f"{self.folder}/{job.out}"
+        self.arguments = command(job, self.source, out)
         self.old: Files = {}
         put(self.folder, {})
-        if replaced:
-            self.run(Fault())
-            whole = files_in(self.folder)
-            self.old = whole if job.out == "out" else {job.out: b"what was there"}
+        if replaced and self.in_folder:
+            before = command(job._replace(arguments=job.before or job.arguments), self.source, out)
+            assert self.runner.run(before, self.folder.parent).code in (0, 1)
+            self.old = files_in(self.folder)
+        elif replaced:
+            self.old = {job.out: b"what was there"}
         put(self.folder, self.old)
         self.calls = self.run(Fault()).calls
         self.new = files_in(self.folder)
@@ -192,6 +260,7 @@ class Campaign:
 
     def run_all(self) -> None:
         assert len(self.calls) >= 5
+        assert is_synced_before_it_is_named(self.calls)
         for number in range(1, len(self.calls) + 1):
             for fault in faults(number):
                 put(self.folder, self.old)
@@ -209,14 +278,14 @@ class Campaign:
         elif outcome.code in (0, 1):
             assert without_strays(found) == self.new, said
         else:
-            assert re.search("^error: .*cannot be written", outcome.stderr, re.M), said
+            assert re.search("^error: .*cannot be (written|unpacked)", outcome.stderr, re.M), said
             self.check_refused(fault, found, said)
         if not outcome.killed and self.calls[fault.number - 1] not in ("unlink", "rmdir"):
             assert found == without_strays(found), said
 
     def check_refused(self, fault: Fault, found: Files, said: str) -> None:
         """After an error: the old output; of shards perhaps the new, with some of the old."""
-        if self.job.out != "out" or visible(without_strays(found)) == visible(self.old):
+        if not self.in_folder or visible(without_strays(found)) == visible(self.old):
             undone = self.calls[fault.number - 1] not in ("unlink", "rmdir")
             assert not undone or without_strays(found) == self.old, said
         else:
@@ -243,11 +312,18 @@ def test_every_copy_is_there_whole_or_not_at_all(
     Campaign(runner, tmp_path, COPIES[name], tally, replaced=replaced).run_all()
 
 
-@copies([name for name, job in COPIES.items() if job.arguments == ("strip-prefix",)])
+@copies(
+    [
+        name
+        for name, job in COPIES.items()
+        if job.arguments == ("strip-prefix",) and job.out == "out.pt"
+    ]
+)
 def test_what_is_written_without_faults_is_whole(
     name: str, runner: Runner, tmp_path: Path, tally: Any
 ) -> None:
     made = Campaign(runner, tmp_path, COPIES[name], tally, replaced=False)
+    assert is_synced_before_it_is_named(made.calls)
     wanted = ckptfix.load_state_dict(made.source)
     found = torch.load(made.folder / "out.pt", map_location="cpu")
     found = found.get("model_state_dict", found)
@@ -256,10 +332,34 @@ def test_what_is_written_without_faults_is_whole(
 
 # --- edits in place
 
+
+def shortened(make: Callable[[Path], Path]) -> Callable[[Path], Path]:
+    """The same, after an edit in place that left room for longer names."""
+
+    def made(folder: Path) -> Path:
+        path = make(folder)
+        command = [sys.executable, "-m", "ckptfix", "strip-prefix", str(path), "--in-place"]
+        subprocess.run(command, check=True)
+        return path
+
+    return made
+
+
+def without_checksums(folder: Path) -> Path:
+    torch.serialization.set_crc32_options(False)
+    try:
+        return large(folder)
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
 EDITS = {
     "strip-prefix zip": Job(large, ("strip-prefix",)),
     "strip-prefix training": Job(CONTAINERS["training"], ("strip-prefix",)),
     "strip-prefix safetensors": Job(CONTAINERS["safetensors"], ("strip-prefix",)),
+    "strip-prefix without checksums": Job(without_checksums, ("strip-prefix",)),
+    "add-prefix zip": Job(shortened(large), ("add-prefix",)),
+    "add-prefix safetensors": Job(shortened(CONTAINERS["safetensors"]), ("add-prefix",)),
     "to-cpu": Job(CONTAINERS["training"], ("to-cpu",)),
     "rename": Job(large, ("rename", "--sub", "layers", "l")),
     "rename safetensors": Job(CONTAINERS["safetensors"], ("rename", "--sub", "linears", "l")),
@@ -363,7 +463,7 @@ def _left(file: Path) -> bool:
 # --- disks that are full
 
 
-@pytest.mark.parametrize("limit", [0, 1, 4096, 100_000, 1 << 20, 3_000_000])
+@pytest.mark.parametrize("limit", [0, 1, 4096, 100_000, 1 << 20, 1_200_000])
 def test_a_limit_on_the_size_of_files_leaves_the_old_one(limit: int, tmp_path: Path) -> None:
     source, out = large(tmp_path), tmp_path / "out.pt"
     out.write_bytes(b"what was there")
@@ -382,6 +482,42 @@ def test_a_limit_on_the_size_of_files_leaves_the_old_one(limit: int, tmp_path: P
     assert out.read_bytes() == b"what was there"
 
 
+@pytest.mark.parametrize("limit", [0, 1, 400, 4096, 100_000, 1_200_000])
+def test_a_limit_on_the_size_of_files_leaves_an_edited_file_as_it_was(
+    limit: int, tmp_path: Path
+) -> None:
+    path = large(tmp_path)
+    before = path.read_bytes()
+    ran = subprocess.run(
+        [sys.executable, "-m", "ckptfix", "strip-prefix", path, "--in-place"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(f"error: {path}: cannot be changed in place: file too large")
+    ckptfix.open(path)
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (before, ["large.pt"])
+
+
+@pytest.mark.parametrize("limit", [0, 1, 100_000])
+@pytest.mark.parametrize("make", [gzipped, in_a_tar, deflated])
+def test_no_room_to_unpack_is_an_error(make: Any, limit: int, tmp_path: Path, tally: Any) -> None:
+    source, out = make(tmp_path), tmp_path / "out.pt"
+    ran = subprocess.run(
+        [sys.executable, "-m", "ckptfix", "strip-prefix", source, out],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert (ran.returncode, os.listdir(tmp_path)) == (2, ["in"])
+    assert ran.stderr.startswith(f"error: {source}"), ran.stderr
+    assert "cannot be unpacked into a temporary file" in ran.stderr
+    tally("full disks")
+
+
 SMALL_DISK = """
 mount -t tmpfs -o size={size} none {disk} || exit 77
 for command in "strip-prefix in.pt {disk}/out.pt" "convert in.pt {disk}/out.safetensors" \
@@ -390,10 +526,15 @@ do
     {python} -m ckptfix $command && echo written || echo refused
 done
 ls -A {disk}
+umount {disk} && mount -t tmpfs -o size=2m none {disk} || exit 77
+cp in.pt {disk}/in.pt
+cat /dev/zero > {disk}/filled 2> /dev/null
+{python} -m ckptfix strip-prefix {disk}/in.pt --in-place && echo written || echo refused
+cmp in.pt {disk}/in.pt && ls -A {disk}
 """
 
 
-@pytest.mark.parametrize("size", ["64k", "1m", "3m"])
+@pytest.mark.parametrize("size", ["64k", "512k", "1m"])
 def test_a_full_disk_is_an_error_and_leaves_nothing(size: str, tmp_path: Path, tally: Any) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -411,7 +552,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(size: str, tmp_path: Path, t
         pytest.skip("needs unshare")
     if ran.returncode == 77 or "unshare" in ran.stderr:
         pytest.skip("needs user namespaces")
-    assert ran.stdout.split() == ["refused"] * 3, ran
-    assert ran.stderr.count("no space left on device") == 3
+    assert ran.stdout.split() == [*["refused"] * 4, "filled", "in.pt"], ran
+    assert ran.stderr.count("no space left on device") == 4
     assert "Traceback" not in ran.stderr
-    tally("full disks", 3)
+    tally("full disks", 4)

@@ -405,3 +405,15 @@ def test_small_spans_of_several_files_are_copied_in_order(folder: Path) -> None:
         for span in spans:
             sink.copy(span)
     assert (folder / "new").read_bytes() == b"".join(span.read() for span in spans)
+
+
+def test_names_of_temporary_files_that_are_taken_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = tmp_path / ".out.pt.00000000.tmp"
+    taken.write_bytes(b"someone else's")
+    monkeypatch.setattr(os, "urandom", lambda count: bytes(count))
+    with pytest.raises(WriteError, match="no name is free"), replacing(tmp_path / "out.pt"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [taken.name]
+    assert taken.read_bytes() == b"someone else's"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from ckptfix import formats, trees
+from ckptfix import formats, pickles, trees
 from ckptfix.document import OrderedMap, Storage, Tensor
 from ckptfix.errors import (
     DamagedError,
@@ -177,3 +177,13 @@ def test_nodes_that_no_container_holds_leave_nothing(tmp_path: Path) -> None:
 def test_errors_of_writing_are_of_one_kind() -> None:
     assert issubclass(OutputExistsError, WriteError)
     assert issubclass(VerifyError, WriteError)
+
+
+def test_what_reads_back_differently_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document, written = small(tmp_path), pickles.write
+    monkeypatch.setattr(pickles, "write", lambda root: written({**root, "epoch": 4}))
+    with pytest.raises(VerifyError, match=r"out\.pt: reads back differently at /?epoch"):
+        formats.write(document, tmp_path / "out.pt")
+    assert names(tmp_path) == ["small.pt"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickletools
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 PROTOCOLS = range(6)
 MEMORY = 64 << 20
-SAMPLE = [("zip", 2), ("legacy", 2), ("tar", 0), ("plain", 4), ("torchscript", 5), ("gzip", 1)]
+SAMPLE = [("zip", 2), ("legacy", 2), ("tar", 0), ("plain", 4), ("torchscript", 5), ("gzip", 1),
+          ("shards", 4)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +39,15 @@ def doors() -> Iterator[Doors]:
 class Trial:
     """One file, put before every door."""
 
-    def __init__(self, doors: Doors, folder: Path, data: bytes, tally: Any, said: str) -> None:
+    def __init__(
+        self, doors: Doors, folder: Path, data: hostile.Files, tally: Any, said: str
+    ) -> None:
         path = folder / "hostile.pt"
-        path.write_bytes(data)
+        hostile.put(path, data)
         self.found, self.tally, self.said = doors.try_all(path), tally, said
         tally("files tried")
         for name in self.found.get("left", []):
-            (folder / name).unlink()
+            remove(folder / name)
         self.check()
 
     def check(self) -> None:
@@ -76,6 +80,13 @@ class Trial:
         assert library["load_state_dict"] == WEIGHTS, (self.said, self.found)
         assert self.found["verbs"]["inspect"]["code"] == 0, (self.said, self.found)
         self.tally("read, inert")
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def bodies(speller: Speller) -> Iterator[tuple[str, bytes, str | None]]:

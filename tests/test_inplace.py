@@ -26,6 +26,7 @@ import torch
 
 import ckptfix
 from ckptfix import edits, formats, inplace, journal, pickles, trees, wrappers
+from ckptfix.document import OrderedMap
 from ckptfix.errors import (
     CkptfixError,
     InPlaceError,
@@ -688,3 +689,36 @@ def test_a_refusal_gives_the_command_that_writes_a_copy(tmp_path: Path) -> None:
     assert command[0] == "ckptfix"
     done(*command[1:], cwd=tmp_path)
     assert "linears.0.weight" in torch.load(tmp_path / "old model.fixed.pt", map_location="cpu")
+
+
+def test_storages_of_another_file_are_refused(ddp: Path) -> None:
+    document = ckptfix.open(ddp).document
+    for storage in trees.storages(document.root):
+        storage.key = "none"
+    with pytest.raises(InPlaceError, match="its tensors are not those of the file"):
+        inplace.prepare(document)
+
+
+def test_a_pickle_that_cannot_be_padded_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "in.pt"
+    torch.save({"w": torch.ones(2)}, path)
+    document = ckptfix.open(path).document
+    size = zips.read(FileSource(path)).records["in/data.pkl"].size
+    monkeypatch.setattr(pickles, "write", lambda root, own_keys: (b"N" * (size - 4) + b"0N.", []))
+    with pytest.raises(InPlaceError, match="cannot be padded to its old length"):
+        inplace.prepare(document)
+
+
+def test_a_header_of_other_tensors_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "in.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(2), "b": torch.ones(2, 2)}, path)
+    document = ckptfix.open(path).document
+    a, b = document.root["a"], document.root["b"]
+    fewer = replace(document, root=OrderedMap([("a", a)]))
+    with pytest.raises(InPlaceError, match="its tensors are not those of the file"):
+        inplace.prepare(fewer)
+    turned = OrderedMap([("a", a), ("b", replace(b, stride=(1, 2)))])
+    with pytest.raises(InPlaceError, match="the bytes of 'b' would change"):
+        inplace.prepare(replace(document, root=turned))

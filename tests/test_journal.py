@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import struct
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +17,7 @@ from hypothesis import strategies as st
 from ckptfix import journal
 from ckptfix.errors import ReadError
 from ckptfix.journal import Patch
+from tests.helpers import peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -190,6 +195,64 @@ def test_another_file_under_the_name_is_left_alone(file: Path, other: bytes) -> 
     assert caught.value.hint is not None
     assert f"rm {file}.ckptfix-journal" in caught.value.hint
     assert file.read_bytes() == other
+
+
+def sealed(count: int, body: bytes, size: int = len(OLD)) -> bytes:
+    """A journal with a right checksum, as anybody can make one."""
+    data = struct.pack("<16s2Q", b"ckptfix journal\n", size, count) + body
+    return data + hashlib.blake2b(data, digest_size=16).digest()
+
+
+def patch(offset: int, length: int, data: bytes) -> bytes:
+    return struct.pack("<2Q", offset, length) + data
+
+
+TWO = OLD[:2]
+FORGED = {
+    "more patches than bytes": sealed(1 << 63, b""),
+    "one patch, of nothing": sealed(1, b""),
+    "no patch": sealed(0, b""),
+    "a thousand patches": sealed(1000, patch(0, 0, b"") * 1000),
+    "a length of 2**63": sealed(1, patch(0, 1 << 63, b"ab")),
+    "a length of 2**64 - 1": sealed(1, patch(0, (1 << 64) - 1, b"ab")),
+    "an offset of 2**63": sealed(1, patch(1 << 63, 1, b"ab")),
+    "an offset of 2**64 - 1": sealed(1, patch((1 << 64) - 1, 1, b"ab")),
+    "new bytes that end too soon": sealed(1, patch(0, 2, TWO + b"x")),
+    "bytes past the end of the file": sealed(1, patch(len(OLD) - 1, 2, b"xx" + OLD[-1:] + b"x")),
+    "patches that overlap": sealed(2, patch(0, 2, b"xx" + TWO) + patch(1, 1, b"y" + TWO[1:])),
+    "bytes after the last patch": sealed(1, patch(0, 2, b"xx" + TWO) + b"surplus"),
+    "another file's size": sealed(1, patch(0, 2, b"xx" + TWO), len(OLD) + 1),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_journal_that_no_edit_can_have_left_changes_nothing(name: str, file: Path) -> None:
+    beside = file.parent / "file.ckptfix-journal"
+    beside.write_bytes(FORGED[name])
+    with peak_memory(1 << 20), pytest.raises(ReadError, match="something else has changed"):
+        journal.recover(file)
+    assert (file.read_bytes(), beside.read_bytes()) == (OLD, FORGED[name])
+
+
+def test_a_large_journal_is_not_held_in_memory(file: Path) -> None:
+    data = bytes(20 << 20)
+    file.write_bytes(data)
+    beside = file.parent / "file.ckptfix-journal"
+    beside.write_bytes(sealed(1, patch(0, len(data), b"x" * len(data) + data), len(data)))
+    with peak_memory(5 << 20):
+        assert "was put back" in str(journal.recover(file))
+    assert (file.read_bytes(), left(file)) == (b"x" * len(data), ["file"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_journal_that_is_a_pipe_does_not_stop_a_reader(file: Path) -> None:
+    beside = file.parent / "file.ckptfix-journal"
+    os.mkfifo(beside)
+    script = "import sys; from ckptfix import journal; journal.recover(sys.argv[1])"
+    command = [sys.executable, "-c", script, str(file)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert f"{beside}: is no regular file" in ran.stderr
+    assert file.read_bytes() == OLD
 
 
 def test_a_journal_that_is_a_link_is_not_followed(file: Path, tmp_path: Path) -> None:

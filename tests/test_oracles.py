@@ -178,13 +178,13 @@ def by_safetensors(path: Path) -> Any:
 
 
 def by_ckptfix(path: Path, tally: Callable[..., None]) -> Any:
-    """What it reads; anything but a `CkptfixError` with a reason is a failure of the test."""
+    """What it reads, or its refusal; anything but a `CkptfixError` is a failure of the test."""
     try:
         return ckptfix.load(path)
     except CkptfixError as refusal:
         has_a_reason(refusal)
         tally(f"refused by ckptfix: {refusal.slug}")
-        return REFUSED
+        return refusal
 
 
 def by_name(state: Any, theirs: Any) -> dict[str, Any]:
@@ -197,14 +197,15 @@ def agree(path: Path, kind: str, tally: Callable[..., None]) -> bool:
     safe = kind == "safetensors"
     theirs = by_safetensors(path) if safe else by_torch(path)
     ours = by_ckptfix(path, tally)
-    if theirs is not REFUSED and ours is not REFUSED:
+    refused = isinstance(ours, CkptfixError)
+    if theirs is not REFUSED and not refused:
         assert unlike(by_name(ours, theirs) if safe else ours, theirs) is None
         tally("both read it, and the same")
     elif theirs is not REFUSED:
-        tally("only the other reads it")
+        tally(f"only the other reads it; ckptfix says: {ours.slug}")
     else:
-        tally("only ckptfix reads it" if ours is not REFUSED else "both refuse")
-    return ours is not REFUSED
+        tally("both refuse" if refused else "only ckptfix reads it")
+    return not refused
 
 
 def agree_on_records(path: Path, tally: Callable[..., None]) -> None:
@@ -253,6 +254,8 @@ def campaign(seeds: range, tmp_path: Path, tally: Callable[..., None]) -> None:
         try:
             if agree(path, kind, tally):
                 written(path, out, kind, tally)
+            else:
+                assert how != "unchanged", "a sound file is refused"
             if kind == "zip":
                 agree_on_records(path, tally)
         except Exception as error:

@@ -10,7 +10,8 @@ import torch
 
 import ckptfix
 from ckptfix import formats
-from ckptfix.errors import ReadError
+from ckptfix.errors import DamagedError, ReadError, UnsafeError
+from ckptfix.limits import Limits
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -62,3 +63,33 @@ def test_every_truncation_is_refused(tmp_path: Path, protocol: int) -> None:
         (tmp_path / "cut.pkl").write_bytes(data[:size])
         with pytest.raises(ReadError):
             formats.read(tmp_path / "cut.pkl")
+
+
+@pytest.mark.parametrize("value", [7, 1.5, "text", b"bytes", None])
+def test_one_value_and_bytes_of_no_pickle_are_no_checkpoint(tmp_path: Path, value: object) -> None:
+    """As where the magic number of a legacy file is damaged: it must not be read as a number."""
+    path = dump(tmp_path / "value.pkl", value, 2)
+    formats.read(path)
+    path.write_bytes(path.read_bytes() + b"\x80\x02K\x01.")
+    with pytest.raises(DamagedError, match="then 5 bytes of no pickle"):
+        formats.read(path)
+
+
+def test_a_pickle_larger_than_the_limit_is_refused(tmp_path: Path) -> None:
+    path = dump(tmp_path / "large.pkl", {"w": torch.ones(2)}, 2)
+    with pytest.raises(UnsafeError, match=r"a pickle of \d+ bytes"):
+        formats.read(path, Limits(pickle_bytes=20))
+
+
+def test_a_persistent_id_is_refused_where_nothing_holds_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "persistent.pkl"
+    path.write_bytes(b"\x80\x02}X\x01\x00\x00\x00wX\x02\x00\x00\x00idQs.")
+    with pytest.raises(UnsafeError, match="a pickle that has no container"):
+        formats.read(path)
+
+
+def test_a_storage_without_bytes_is_an_object_that_is_carried_along(tmp_path: Path) -> None:
+    path = tmp_path / "odd.pkl"
+    path.write_bytes(b"\x80\x02ctorch.storage\n_load_from_bytes\nK\x01\x85R.")
+    root = formats.read(path).root
+    assert (str(root.function), root.args) == ("torch.storage._load_from_bytes", (1,))

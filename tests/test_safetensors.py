@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptfix import api, formats
+from ckptfix.document import OrderedMap
 from ckptfix.dtypes import BY_NAME, BY_SAFETENSORS
 from ckptfix.errors import DamagedError, ReadError, UnsafeError, UnsupportedError
+from ckptfix.formats.safetensors import difference, module_versions, without_ties
 from ckptfix.limits import Limits
 from ckptfix.spans import BytesSource
 from tests.conftest import SAFETENSORS
@@ -144,6 +147,13 @@ def test_files_without_tensors_are_read() -> None:
         assert accepted_by_the_library(data)
         assert dict(read(data).root) == {}
     assert read(container({"__metadata__": {"a": "b"}})).metadata == {"a": "b"}
+
+
+def test_metadata_that_is_null_is_none_as_the_library_has_it() -> None:
+    data = container({"__metadata__": None, "w": F32}, bytes(8))
+    assert [name for name, _ in safetensors.deserialize(data)] == ["w"]
+    document = read(data)
+    assert (list(document.root), document.metadata) == (["w"], {})
 
 
 def test_scalars_and_empty_tensors_are_read_and_written(tmp_path: Path) -> None:
@@ -436,3 +446,29 @@ def test_the_table_of_dtypes_is_the_librarys() -> None:
         }
         found = safetensors.deserialize(container(header, bytes(2 * row.itemsize)))
         assert found[0][1]["dtype"] == name
+
+
+def test_four_bits_that_do_not_fill_bytes_are_refused() -> None:
+    entry = {"dtype": "F4", "shape": [3], "data_offsets": [0, 2]}
+    with pytest.raises(DamagedError, match="does not fill whole bytes"):
+        read(container({"w": entry}, bytes(2)))
+
+
+def test_what_reads_back_otherwise_is_named() -> None:
+    both = read(container({"w": F32, "v": {**F32, "data_offsets": [8, 16]}}, bytes(16)))
+    one = read(container({"w": F32}, bytes(8)))
+    flat = read(container({"w": {**F32, "shape": [1, 2]}}, bytes(8)))
+    listed = replace(one, root=OrderedMap([("w", [1])]))
+    assert difference(one, one) is None
+    assert (difference(both, one), difference(one, both)) == ("v", "v")
+    assert difference(one, flat) == "w"
+    assert (difference(listed, one), difference(one, listed)) == ("w", "w")
+
+
+def test_only_tensors_and_plain_versions_are_kept() -> None:
+    with pytest.raises(UnsupportedError, match="'epoch' is no tensor"):
+        without_ties({"epoch": 3})
+    versions = OrderedMap()
+    versions.attributes = {"_metadata": {"": {"version": b"bytes"}}}
+    with pytest.raises(UnsupportedError, match="what safetensors cannot keep"):
+        module_versions(versions)

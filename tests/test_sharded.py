@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +25,12 @@ from ckptfix.errors import (
     OutputExistsError,
     ReadError,
     UnsafeError,
+    UnsupportedError,
+    VerifyError,
     WriteError,
 )
+from ckptfix.formats import sharding
+from ckptfix.limits import Limits
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 INDEX = "model.safetensors.index.json"
@@ -724,3 +729,60 @@ def test_sharding_a_large_model_takes_little_memory(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 5
     loaded = ckptfix.load_state_dict(tmp_path / "out")
     assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+def test_shards_of_two_byte_orders_are_refused(tmp_path: Path) -> None:
+    sharded_folder(tmp_path)
+    for name, order in (("a", "little"), ("b", "big")):
+        with zipfile.ZipFile(tmp_path / f"{name}.bin", "a") as archive:
+            archive.writestr(f"{name}/byteorder", order)
+    with pytest.raises(UnsupportedError, match="differ in byte order"):
+        formats.read(tmp_path)
+
+
+def sharded_folder(folder: Path) -> None:
+    """Two shards, without a record of their byte order."""
+    for name in "ab":
+        torch.save({name: torch.ones(2)}, folder / "whole")
+        with (
+            zipfile.ZipFile(folder / "whole") as old,
+            zipfile.ZipFile(folder / f"{name}.bin", "w") as new,
+        ):
+            for record in ("data.pkl", "data/0", "version"):
+                new.writestr(f"{name}/{record}", old.read(f"whole/{record}"))
+    (folder / "whole").unlink()
+    weight_map = {"weight_map": {"a": "a.bin", "b": "b.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(weight_map))
+
+
+def test_a_shard_that_maps_no_names_is_refused(tmp_path: Path) -> None:
+    sharded_folder(tmp_path)
+    torch.save([torch.ones(2)], tmp_path / "b.bin")
+    with pytest.raises(UnsupportedError, match=r"b\.bin: a shard that maps no names"):
+        formats.read(tmp_path)
+
+
+def test_an_index_larger_than_the_limit_is_refused(tmp_path: Path) -> None:
+    sharded_folder(tmp_path)
+    with pytest.raises(UnsafeError, match=r"an index of \d+ bytes"):
+        formats.read(tmp_path, Limits(header_bytes=10))
+
+
+def test_a_folder_that_does_not_read_back_keeps_its_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {f"w{index}": torch.full((10,), float(index)) for index in range(4)}
+    torch.save(state, tmp_path / "in.pt")
+    (tmp_path / "out").mkdir()
+    document = ckptfix.open(tmp_path / "in.pt").document
+    formats.write(document, tmp_path / "out", max_shard_size=40)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    written = sharding._index
+
+    def other(document: Any, shards: Any) -> bytes:
+        return written(document, shards).replace(b'"w3"', b'"w9"')
+
+    monkeypatch.setattr(sharding, "_index", other)
+    with pytest.raises(VerifyError, match=r"out: does not read back: .*'w9'"):
+        formats.write(document, tmp_path / "out", max_shard_size=40, force=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -101,11 +101,8 @@ def test_what_ckptfix_writes_is_recognised(tmp_path: Path) -> None:
 
 def test_everything_is_in_the_memo(tmp_path: Path) -> None:
     body = body_of(filled({"a": torch.zeros(2, 3), "b": torch.ones(4)}), tmp_path / "x.pt")
-    puts = {
-        arg
-        for opcode, arg, _ in pickletools.genops(b"\x80\x02" + body + b".")
-        if "PUT" in opcode.name
-    }
+    opcodes = pickletools.genops(b"\x80\x02" + body + b".")
+    puts: set[Any] = {number for opcode, number, _ in opcodes if "PUT" in opcode.name}
     gets = b"".join(b"j" + struct.pack("<I", number) for number in sorted(puts))
     both = in_one_step(b"(" + body + gets + b"t"), one_by_one(b"(" + body + gets + b"t")
     assert trees.difference(*both) is None

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from ckptfix import formats
-from ckptfix.document import Tensor
+from ckptfix.document import Storage, Tensor
 from ckptfix.dtypes import BY_NAME
 from ckptfix.errors import DamagedError, ReadError, UnsafeError, UnsupportedError
+from ckptfix.formats import torch_legacy
 from ckptfix.formats.torch_legacy import MAGIC_NUMBER
 from ckptfix.spans import BytesSource
 from ckptfix.trees import storages
@@ -255,3 +256,24 @@ class Reduced:
 
     def __reduce__(self) -> Any:
         return self.function, self.args
+
+
+def test_another_magic_number_is_damage() -> None:
+    other = pickle.dumps(MAGIC_NUMBER + 1, 2)
+    with pytest.raises(DamagedError, match="does not begin as torch's legacy files do"):
+        torch_legacy.read(BytesSource(other + saved({"w": torch.ones(2)})[len(other) :], "x.pt"))
+
+
+@pytest.mark.parametrize(
+    ("described", "problem"),
+    [
+        ((1, 2), "described wrongly"),
+        (("key", "0", 1), "described wrongly"),
+        (("key", 0, "1"), "described wrongly"),
+        (("key", 3, 2), "reaches outside"),
+        (("key", -1, 2), "reaches outside"),
+    ],
+)
+def test_views_that_are_none_are_refused(described: Any, problem: str) -> None:
+    with pytest.raises(ReadError, match=problem):
+        torch_legacy.view(Storage(BY_NAME["float32"], 4, "cpu"), described)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import zipfile
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -397,3 +398,26 @@ def test_what_is_not_torchs_is_named(tmp_path: Path) -> None:
         formats.read(tmp_path / "letter.pt")
     assert caught.value.hint is not None
     assert "unzip -l" in caught.value.hint
+
+
+def test_a_pickle_larger_than_the_limit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsafeError, match=r"its pickle has \d+ bytes"):
+        formats.read(saved(tmp_path / "in.pt"), Limits(pickle_bytes=20))
+
+
+def test_a_storage_that_is_described_in_two_ways_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "in.pt", {"a": torch.ones(2), "b": torch.zeros(4)})
+    with zipfile.ZipFile(path) as archive:
+        pickle = archive.read("in/data.pkl")
+    key = b"X\x01\x00\x00\x00%d"
+    assert pickle.count(key % 1) == 1
+    out = repacked(path, tmp_path / "out.pt", {"in/data.pkl": pickle.replace(key % 1, key % 0)})
+    with pytest.raises(UnsafeError, match="'0' is described in two ways"):
+        formats.read(out)
+
+
+def test_records_that_are_lost_are_a_difference(tmp_path: Path) -> None:
+    document = formats.read(saved(tmp_path / "in.pt"))
+    more = replace(document, extras={"notes": Span(BytesSource(b"text"), 0, 4)})
+    assert torch_zip.difference(document, document) is None
+    assert torch_zip.difference(more, document) == "its further records"

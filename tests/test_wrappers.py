@@ -387,7 +387,7 @@ def test_fifty_thousand_keys_take_no_time_to_speak_of() -> None:
     assert only(fitting.fits(keys, plain)).removed == "module."
     assert fitting.closest([*keys, "n_averaged"], plain).removed == "module."
     assert wrappers.detect(keys).leading == ("module",)
-    assert time.process_time() - start < 10, "generous, for slow machines: quadratic takes hours"
+    assert time.process_time() - start < 60, "generous, for slow machines: quadratic takes hours"
 
 
 # Properties

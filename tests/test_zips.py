@@ -345,6 +345,13 @@ def test_archives_in_several_parts_are_refused() -> None:
         read(changed(data, len(data) - 18, "<H", 1))
 
 
+def test_a_record_in_another_part_is_refused() -> None:
+    data = pack()
+    moved_away = changed(data, central_header(data, 1) + 34, "<H", 1)
+    with pytest.raises(UnsupportedError, match="another part of a divided archive"):
+        read(moved_away)
+
+
 @pytest.mark.parametrize("claimed", [1000, 3_000_000])
 def test_a_bomb_unpacks_to_no_more_than_it_declares(claimed: int) -> None:
     data = pack({"a/bomb": bytes(2_000_000)}, zipfile.ZIP_DEFLATED)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ckptfix import pickles
 from ckptfix.document import Document, Global, Node, Storage
-from ckptfix.errors import UnsafeError
+from ckptfix.errors import DamagedError, UnsafeError
 from ckptfix.findings import Finding
 from ckptfix.formats import torch_legacy, torch_zip
 from ckptfix.limits import DEFAULT, Limits
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NAME = "plain pickle"
 _TEXT_STARTS = b"(c]}l"
 _STOP = b"."
+_SCALARS = (int, float, str, bytes, type(None))
 
 
 def matches(source: Source, head: bytes) -> bool:
@@ -42,6 +43,11 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
         torch_legacy.mapped(source), _refuse, name=source.name, limits=limits, builders=_BUILDERS
     )
     surplus = source.size - end
+    if surplus and isinstance(root, _SCALARS):  # as where the magic number of a legacy file is torn
+        raise DamagedError(
+            f"{source.name}: holds one {type(root).__name__}, then {surplus} bytes of no pickle",
+            hint="the file is damaged: copy or download it again",
+        )
     notes = (Finding("trailing-bytes", f"{surplus} bytes follow the end of the pickle"),)
     return Document(root, NAME, source.name, source.size, notes=notes if surplus else ())
 

@@ -63,7 +63,8 @@ def read(source: Source, limits: Limits = DEFAULT, lost: list[Storage] | None = 
     A file that is cut short is refused, unless there is a list that takes the storages it lost.
     """
     header, start = _header(source, limits)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null, which the safetensors library reads too
     if not _is_metadata(metadata):
         raise DamagedError(f"{source.name}: __metadata__ does not map text to text")
     if not _is_unicode((*header, *metadata, *metadata.values())):

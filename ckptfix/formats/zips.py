@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LOCAL = struct.Struct("<4s5H3I2H")
 CENTRAL = struct.Struct("<4s6H3I5H2I")
-_CENTRAL, _LOCAL = struct.Struct("<4s4x2H4x3I3H8xI"), struct.Struct("<4s2x2H4x3I2H")
+_CENTRAL, _LOCAL = struct.Struct("<4s4x2H4x3I4H6xI"), struct.Struct("<4s2x2H4x3I2H")
 """The same, of which only what is looked at is unpacked."""
 END = struct.Struct("<4s4H2IH")
 END64 = struct.Struct("<4sQ2H2I4Q")
@@ -196,8 +196,8 @@ def _central_entries(directory: bytes, count: int, name: str) -> list[Record]:
 
 
 def _central_entry(directory: bytes, position: int, name: str) -> tuple[Record, int]:
-    magic, flags, method, crc, packed, size, named, extra, comment, offset = _CENTRAL.unpack_from(
-        directory, position
+    magic, flags, method, crc, packed, size, named, extra, comment, disk, offset = (
+        _CENTRAL.unpack_from(directory, position)
     )
     if magic != _CENTRAL_MAGIC:
         raise DamagedError(f"{name}: the archive's directory is damaged", hint=_RETRY)
@@ -214,6 +214,8 @@ def _central_entry(directory: bytes, position: int, name: str) -> tuple[Record, 
         offset = wide.pop(0) if offset == _MAX32 and wide else offset
     if flags & _ENCRYPTED:
         raise UnsupportedError(f"{name}: {decoded!r} is encrypted")
+    if disk and disk != _MAX16:
+        raise UnsupportedError(f"{name}: {decoded!r} lies in another part of a divided archive")
     if method != _STORED and method != _DEFLATED:
         raise UnsupportedError(f"{name}: {decoded!r} is packed with method {method}")
     if method == _STORED and packed != size:
