@@ -58,4 +58,5 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) setuptools
 	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@$(BIN)/python -m compileall -q ckptfix
 	@touch $@
