@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -57,6 +57,8 @@ class Report:
     """Elements that the target wants."""
     random_numel: int
     """Elements that `strict=False` would leave at random: missing and mismatching ones."""
+    passed_over: list[str] = field(default_factory=list)
+    """Where averages of the weights stand that fit as well, and were not taken."""
 
     @property
     def loads(self) -> bool:

@@ -109,8 +109,8 @@ CODES: dict[str, Meaning] = {
     ),
     "averaged-copy": Meaning(
         _NOTE,
-        "an averaged copy of the weights fits as well (`fix --model`)",
-        "not taken; `--select` takes it",
+        "averages of the weights fit as well (`fix --model`)",
+        "not taken; `--select` takes them, `strip-prefix --partial --prefix` where they are a part",
     ),
     "nested": Meaning(
         _NOTE,

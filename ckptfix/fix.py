@@ -1,6 +1,7 @@
 """Find what is wrong with a checkpoint, and plan what mends it; nothing is guessed.
 
-Without a target only what is certain is mended: wrappers that every key carries, device tags.
+Without a target only what is certain is mended: wrappers that every key carries, device tags. Keys
+that are there with a wrapper's name and without are refused.
 With one (a model, another checkpoint) the state dict that fits is found, renamed as the target has
 it, and reduced to what it wants; what is dropped is named. Where two ways fit, where a key is
 missing or a shape differs, the plan is refused.
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix import edits, wrappers
+from ckptfix.diagnose import command
+from ckptfix.errors import KeyCollisionError
 from ckptfix.matching import match
 from ckptfix.state_dicts import StateDict, choose, find, of_models
 from ckptfix.tensors import as_tensor
@@ -48,8 +51,6 @@ class Plan:
     """Keys of the state dict that the target does not want."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """Path and kind of what lies beside the state dict and is not carried along."""
-    kept: list[str] = field(default_factory=list)
-    """What looks wrong and was left alone, since that is not certain: a sentence each."""
 
 
 def plan(
@@ -68,7 +69,7 @@ def plan(
 
     Raises:
         SelectionError: there is no state dict, or several fit.
-        RenameError: the keys fit in two ways, or two would become one.
+        RenameError: the keys fit in two ways, or two would become one without their wrappers.
         KeyMismatchError: a key is missing or a shape differs; carries the report.
     """
     if wanted is None:
@@ -80,19 +81,25 @@ def plan(
 def _certain(document: Document, select: str | None) -> Plan:
     """Without the wrappers that every key of a state dict carries."""
     states = [choose(document, select)] if select is not None else of_models(find(document.root))
-    found = [(state, wrappers.strip(state.mapping)) for state in states if state.origin is None]
+    states = [state for state in states if state.origin is None]
+    _check_collisions(document, states)
+    found = [(state, wrappers.strip(state.mapping)) for state in states]
     changes = [(state, renaming) for state, renaming in found if renaming.changed]
     cures = [_renaming_cure(state, renaming) for state, renaming in changes]
     renamed = _changed(renaming for _, renaming in changes)
-    kept = [line for state in states for line in _kept(state)]
-    return Plan(edits.rename(document, changes), cures, renamed, kept=kept)
+    return Plan(edits.rename(document, changes), cures, renamed)
 
 
-def _kept(state: StateDict) -> Iterable[str]:
-    """Keys with a wrapper's name and without: either the model has both, or one is the older."""
-    pair = wrappers.detect(state.mapping).collision
-    if pair is not None:
-        yield f"{pair[0]!r} and {pair[1]!r} would become one without their wrapper; both stay"
+def _check_collisions(document: Document, states: Iterable[StateDict]) -> None:
+    """Refuse keys with a wrapper's name and without: the model has both, or one is the older."""
+    for state in states:
+        try:
+            wrappers.strip(state.mapping, partial=True)
+        except KeyCollisionError as error:
+            fix = command("fix", document, "fixed")
+            error.message = f"{document.name}: {error.message}"
+            error.hint = f"say which model it is for: {fix} --model FILE.py:NAME"
+            raise
 
 
 def _renaming_cure(state: StateDict, renaming: Renaming) -> Cure:
@@ -134,9 +141,9 @@ def _cures(found: Match, wanted: Target, dropped: list[str]) -> Iterable[Cure]:
     path = found.state.path
     if found.renaming.changed:
         yield _renaming_cure(found.state, found.renaming)
-    if found.averages:
-        what = f"averages that fit as well: {', '.join(found.averages)}"
-        yield Cure("averaged-copy", path, what, "not taken; --select takes them")
+    if found.report.passed_over:
+        what = f"averages that fit as well: {', '.join(found.report.passed_over)}"
+        yield Cure("averaged-copy", path, what, "not taken")
     for key, other in found.tied.items():
         yield Cure("tied-tensors", path, f"{key} is missing", f"tied to {other}")
     if dropped:
@@ -172,8 +179,9 @@ def _alone(made: Plan, document: Document, state: StateDict, mapping: OrderedMap
     """The plan reduced to the state dict, with what lies beside it named."""
     left_out = edits.only(document, state).left_out
     cures = list(made.cures)
-    if left_out:
-        found = f"the state dict lies in a checkpoint, beside {len(left_out)} other things"
+    if state.mapping is not document.root:
+        beside = f", beside {len(left_out)} other things" if left_out else ""
+        found = f"the state dict lies in a checkpoint{beside}"
         cures.append(Cure("nested", state.path, found, "taken out"))
     alone = replace(document, root=mapping, extras={})
     return replace(made, document=alone, cures=cures, left_out=left_out)

@@ -33,27 +33,20 @@ class Cause(NamedTuple):
 def error(name: str, path: str, report: Report, wanted: str) -> KeyMismatchError:
     """The refusal of a state dict (at `path` in the checkpoint `name`) that does not fit."""
     where = name if path == "/" else f"{name} ({path})"
-    found = cause(report, name, wanted)
+    found = cause(report, name)
     message = f"{where} does not match {wanted}: {found.what}\n{describe(report)}"
     return KeyMismatchError(report, message, hint=found.hint)
 
 
-def cause(report: Report, name: str, wanted: str) -> Cause:
-    """The sentence that says it best. The report is one that does not load."""
+def cause(report: Report, name: str) -> Cause:
+    """The sentence that says it best, of a report with missing keys or other shapes."""
     if report.missing:
         return _missing(report, name)
-    if report.shape_mismatch:
-        return _shapes(report.shape_mismatch, name)
-    keys = _listed(report.unexpected)
-    return Cause(
-        f"it has everything that {wanted} wants, and more: {keys}",
-        f"leave that out: ckptfix fix {shlex.quote(name)} OUT --model FILE.py:NAME; "
-        "or load it with strict=False",
-    )
+    return _shapes(report.shape_mismatch, name)
 
 
 def _missing(report: Report, name: str) -> Cause:
-    what = f"the file lacks {_listed(report.missing)}"
+    what = f"the file lacks {listed(report.missing)}"
     if not report.matched and not report.shape_mismatch:
         what = "nothing matches: is this the right model?"
     for key in report.missing[:_SHOWN]:
@@ -121,6 +114,7 @@ def _only_sizes(rows: Sequence[Difference]) -> tuple[int, int] | None:
     return pairs.pop() if modules == layers and len(pairs) == 1 else None  # no norm is among them
 
 
-def _listed(keys: Sequence[str]) -> str:
+def listed(keys: Sequence[str]) -> str:
+    """The first few of many keys, and how many more there are."""
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     return ", ".join(keys[:_SHOWN]) + more

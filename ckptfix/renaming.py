@@ -127,13 +127,15 @@ def without_collisions(renamed: dict[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """A rule for the start of a prefix, or of a key: one prefix off where it is, another on."""
+    """A rule for the start of a prefix, or of a key: one prefix off, another on in its place."""
 
     strip: str = ""
     add: str = ""
 
     def __call__(self, text: str) -> str:
-        """The text with the one prefix off, where it has it, and the other on."""
+        """The text with the one prefix off and the other on, where it has the one."""
+        if not text.startswith(self.strip):
+            return text
         return self.add + text.removeprefix(self.strip)
 
 

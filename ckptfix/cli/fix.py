@@ -37,8 +37,9 @@ def command(
 
     Without a model, only what is certain is mended: wrappers that every key carries, device tags,
     the container; everything else is carried along. With a model, or a checkpoint that loads, OUT
-    is a state dict that load_state_dict takes strictly: names are stripped or added, the part of a
-    larger model that is meant is taken out, and what the model does not want is dropped, by name.
+    is a state dict that load_state_dict takes strictly: prefixes are stripped, added or exchanged,
+    the part of a larger model that is meant is taken out, and what the model does not want is
+    dropped, by name. Averages (EMA, SWA) are taken only where nothing else fits, or by --select.
 
     \b
     Examples:
@@ -50,7 +51,8 @@ def command(
       0  OUT was written
       1  there is nothing to mend; nothing was written
       2  IN cannot be read, or cannot be made to fit (a key is missing, a shape
-         differs, or two ways fit), or OUT cannot be written; nothing was written
+         differs, two ways fit, or two keys would become one), or OUT cannot be
+         written; nothing was written
     """
     job = Job("fix", source, target, force, dry_run)
     wanted = options.wanted(model, init, like)
@@ -64,8 +66,6 @@ def command(
     )
     if not dry_run:
         soundness.check_sums(made.document)  # nothing that is damaged is called mended
-    for line in made.kept:
-        output.note(line)
     if not made.cures and not _is_other_container(document, job):
         return job.nothing("nothing to mend")
     if made.cures:

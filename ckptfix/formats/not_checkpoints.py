@@ -62,7 +62,10 @@ def explain(source: Source, head: bytes) -> ReadError:
             )
     for magic, kind in _OTHERS.items():
         if head.startswith(magic):
-            return NotACheckpointError(f"{name}: {kind}, not a checkpoint of PyTorch")
+            return NotACheckpointError(
+                f"{name}: {kind}, not a checkpoint of PyTorch",
+                hint=f"see what it is: file {quoted}",
+            )
     return _plain(source, head, quoted)
 
 
