@@ -149,13 +149,17 @@ def _shifts(source: Iterable[str], target: Iterable[str]) -> Iterator[Shift]:
 
 
 def _exchanges(source: Iterable[str], target: Iterable[str]) -> Iterator[Shift]:
-    """What all keys of the target begin with, put in the place of what many keys begin with."""
+    """What all keys of the target begin with, put in the place of what many keys begin with.
+
+    Both have to hold several modules: a layer of another name is no prefix.
+    """
     ours, prefixes = set(source), {components_of(prefix_of(key)) for key in target}
     common = shared_start(min(prefixes, default=()), max(prefixes, default=()))
     for depth in range(1, len(common) + 1):
         prefix = joined(common[:depth])
         bare = {key.removeprefix(prefix) for key in target}
-        yield from (Shift(strip, prefix) for strip in _surplus(ours, bare, len(bare) / 2))
+        if len(set(map(prefix_of, bare))) > 1:
+            yield from (Shift(strip, prefix) for strip in _surplus(ours, bare, len(bare) / 2))
 
 
 _Shifts = Callable[[Iterable[str], Iterable[str]], Iterable[Shift]]

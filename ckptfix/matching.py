@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix import fitting, mismatches
 from ckptfix import target as targets
 from ckptfix.diagnose import command
 from ckptfix.document import Document, OrderedMap
-from ckptfix.errors import KeyCollisionError, RenameError, SelectionError
+from ckptfix.errors import KeyCollisionError, KeyMismatchError, RenameError, SelectionError
 from ckptfix.renaming import components_of, joined, prefix_of, renamed_by, shared_start
 from ckptfix.state_dicts import StateDict, choose, find, is_average, of_models
-from ckptfix.tensors import without_disguise
+from ckptfix.tensors import as_tensor, without_disguise
+from ckptfix.values import Side, same_values
 from ckptfix.wrappers import bare_prefix
 
 if TYPE_CHECKING:
@@ -88,7 +90,8 @@ def match(
     Raises:
         SelectionError: there is no state dict, or several fit.
         RenameError: the keys fit in two ways, or a key is there twice.
-        KeyMismatchError: a key is missing or a shape differs, and not `partly`; has the report.
+        KeyMismatchError: a key is missing or a shape differs, and not `partly`; or two tensors
+            differ that are one in the target. Has the report.
     """
     states = [choose(document, select)] if select is not None else of_models(find(document.root))
     states = states or [choose(document)]  # which says that there is none
@@ -99,6 +102,7 @@ def match(
     _check_twice(document.name, found[0], wanted)
     if not whole and not partly:
         raise mismatches.error(document.name, found[0].state.path, found[0].report, wanted.name)
+    _check_ties(document, found[0], wanted)
     passed_over = [one.place for one in whole if one is not found[0]]
     return found[0]._replace(report=replace(found[0].report, passed_over=passed_over))
 
@@ -111,6 +115,24 @@ def _check_twice(name: str, found: Match, wanted: Target) -> None:
             error = KeyCollisionError(old, old_of[bare], bare)
             error.message = f"{name}: {error.message}"
             raise error
+
+
+def _check_ties(document: Document, meant: Match, wanted: Target) -> None:
+    """Refuse different tensors for one tensor of the target: the one loaded last would stay."""
+    mapping = meant.mapping() if wanted.ties else {}
+    tensors = {key: as_tensor(node) for key, node in mapping.items()}
+    for keys in wanted.ties:
+        sides = {
+            key: Side(found, document.byteorder) for key in keys if (found := tensors.get(key))
+        }
+        for first, second in pairwise(sides):
+            if not same_values(sides[first], sides[second]):
+                raise KeyMismatchError(
+                    meant.report,
+                    f"{document.name}: {first!r} and {second!r} are one tensor of {wanted.name}, "
+                    "and two different ones in the file",
+                    hint="build the model as it was trained, without that tie (--init)",
+                )
 
 
 def _plain(found: list[Match]) -> list[Match]:

@@ -401,6 +401,18 @@ def test_16_a_tie_that_was_not_saved_is_made(saved: str) -> None:
     assert ckptfix.load_into(Tied(), "in.pt").identical
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_16_tensors_that_are_one_in_the_model_have_to_be_equal_in_the_file(turned: bool) -> None:
+    weight = torch.rand(5, 2)
+    copy = weight.t().contiguous().t() if turned else weight.clone()
+    both = {"embed.weight": weight, "lm_head.weight": copy}
+    mends(prefixed("module.", both), Tied(), both)
+    copy[0, 0] += 1
+    torch.save(prefixed("module.", both), "in.pt")
+    said = "'embed.weight' and 'lm_head.weight' are one tensor of Tied, and two different ones"
+    refuses(KeyMismatchError, said, Tied())
+
+
 def test_16_views_and_turned_tensors_keep_their_values() -> None:
     base = torch.arange(8.0)
     state = {"a": base[:2], "b": base[1:3], "c": torch.rand(2, 2).t()[0]}
@@ -558,6 +570,8 @@ def test_a_prefix_is_exchanged_for_the_one_that_the_model_has_where_nothing_else
         "module.aux.", Net().state_dict()
     )
     mends(nearer, model, model.state_dict(), dropped=list(nearer)[len(nearer) // 2 :])
+    torch.save(nn.ModuleDict({"fc": nn.Linear(2, 2)}).state_dict(), "in.pt")
+    refuses(KeyMismatchError, "nothing matches", nn.ModuleDict({"linear": nn.Linear(2, 2)}))
     torch.save(prefixed("a.", net.state_dict()) | prefixed("b.", Net().state_dict()), "in.pt")
     refuses(RenameError, r"2 ways: removed a\., added backbone\.; removed b\.", model)
 
