@@ -124,17 +124,8 @@ def _prefixes(document: Document, state: StateDict) -> Iterator[Finding]:
             yield Finding("wrapper-inside", message, state.path, strip or None)
 
 
-def ties(state: StateDict) -> list[list[str]]:
-    """Keys that name one tensor, for each tensor that has several."""
-    groups: dict[object, list[str]] = {}
-    for key, tensor in state.tensors.items():
-        if tensor.numel:
-            groups.setdefault(tensor.view, []).append(key)
-    return [keys for keys in groups.values() if len(keys) > 1]
-
-
 def _ties(state: StateDict) -> Iterator[Finding]:
-    groups = ties(state)
+    groups = state.ties
     if groups:
         shown = " = ".join(groups[0])
         more = f", and {len(groups) - 1} more" if len(groups) > 1 else ""

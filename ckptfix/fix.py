@@ -16,7 +16,7 @@ from ckptfix import edits, wrappers
 from ckptfix.diagnose import command
 from ckptfix.errors import KeyCollisionError
 from ckptfix.matching import match
-from ckptfix.state_dicts import StateDict, choose, find, of_models
+from ckptfix.state_dicts import StateDict, choose, find, is_special_tensor, of_models
 from ckptfix.tensors import as_tensor
 from ckptfix.trees import rebuild
 
@@ -59,23 +59,29 @@ def plan(
     *,
     select: str | None = None,
     keep_training_state: bool = False,
-    untie: bool = False,
+    tensors_only: bool = False,
 ) -> Plan:
     """What mends a document, for a target if there is one.
 
     With `keep_training_state` the weights are mended where they are and everything else stays. With
-    `untie`, keys that the target does not tie get tensors of their own, for containers that write
-    a tied tensor once.
+    `tensors_only`, for containers that hold nothing else and a tied tensor once, keys that the
+    target does not tie get tensors of their own.
 
     Raises:
         SelectionError: there is no state dict, or several fit.
         RenameError: the keys fit in two ways, or two would become one without their wrappers.
         KeyMismatchError: a key is missing or a shape differs; carries the report.
+        UnsupportedError: with `tensors_only`, the target wants a value that is no tensor.
     """
     if wanted is None:
         return _on_cpu(_certain(document, select))
     found = match(document, wanted, select)
-    return _on_cpu(_fitting(document, wanted, found, keep_training_state, untie))
+    mapping = found.mapping()
+    untied = _untie(document, mapping, wanted) if tensors_only else []
+    made = _fitting(document, wanted, found, mapping, untied)
+    if not keep_training_state:
+        made = _alone(made, document, found.state, mapping)
+    return _on_cpu(made)
 
 
 def _certain(document: Document, select: str | None) -> Plan:
@@ -123,22 +129,21 @@ def _on_cpu(made: Plan) -> Plan:
 # --- with a target
 
 
-def _fitting(document: Document, wanted: Target, found: Match, keep: bool, untie: bool) -> Plan:
-    dropped = found.unused
-    mapping = found.mapping()
-    untied = _untie(mapping, wanted) if untie else []
-    own = [Cure("tied-tensors", found.state.path, f"{key} is tied", "untied") for key in untied]
-    made = Plan(
-        _replaced(document, found.state, mapping),
-        [*_cures(found, wanted, dropped), *own],
-        _changed([found.renaming]),
-        dropped,
-    )
-    return made if keep else _alone(made, document, found.state, mapping)
-
-
-def _cures(found: Match, wanted: Target, dropped: list[str]) -> Iterable[Cure]:
+def _fitting(
+    document: Document, wanted: Target, found: Match, mapping: OrderedMap, untied: list[str]
+) -> Plan:
     path = found.state.path
+    own = [Cure("tied-tensors", path, f"{key} is tied", "untied") for key in untied]
+    return Plan(
+        _replaced(document, found.state, mapping),
+        [*_cures(found, wanted), *own],
+        _changed([found.renaming]),
+        found.unused,
+    )
+
+
+def _cures(found: Match, wanted: Target) -> Iterable[Cure]:
+    path, dropped = found.state.path, found.unused
     if found.renaming.changed:
         yield _renaming_cure(found.state, found.renaming)
     if found.report.passed_over:
@@ -152,13 +157,18 @@ def _cures(found: Match, wanted: Target, dropped: list[str]) -> Iterable[Cure]:
         yield Cure("unexpected-keys", path, what, "dropped")
 
 
-def _untie(mapping: OrderedMap, wanted: Target) -> list[str]:
-    """Give a storage of its own to each tied key that the target does not tie; returns the keys."""
+def _untie(document: Document, mapping: OrderedMap, wanted: Target) -> list[str]:
+    """Give a storage of its own to each tied key that the target does not tie; returns the keys.
+
+    Raises `UnsupportedError` for a value that is no tensor.
+    """
     group = {key: keys for keys in wanted.ties for key in keys}
     first: dict[Hashable, str] = {}
     untied = []
     for key, node in mapping.items():
         tensor = as_tensor(node)
+        if tensor is None and not is_special_tensor(node):
+            raise edits.cannot_hold(document, key, edits.kind(node))
         if tensor is None or not tensor.numel:
             continue
         other = first.setdefault(tensor.view, key)

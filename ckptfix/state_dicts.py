@@ -20,7 +20,7 @@ from ckptfix.tensors import as_tensor
 from ckptfix.trees import PATH_DEPTH, Path, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Mapping, Sequence
 
     from ckptfix.document import Document
 
@@ -71,6 +71,15 @@ class StateDict:
     def others(self) -> Mapping[str, Node]:
         """What is no dense tensor: integers, extra state, sparse and quantized tensors."""
         return {key: value for key, value in self.mapping.items() if key not in self.tensors}
+
+    @cached_property
+    def ties(self) -> list[list[str]]:
+        """Keys that name one tensor, for each tensor that has several."""
+        groups: dict[Hashable, list[str]] = {}
+        for key, tensor in self.tensors.items():
+            if tensor.numel:
+                groups.setdefault(tensor.view, []).append(key)
+        return [keys for keys in groups.values() if len(keys) > 1]
 
     @property
     def metadata(self) -> Mapping[str, Node] | None:

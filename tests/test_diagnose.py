@@ -18,7 +18,7 @@ from torch._weights_only_unpickler import _get_allowed_globals
 
 import ckptfix
 from ckptfix import formats, target
-from ckptfix.diagnose import diagnose, is_allowed, remedy, ties, wasted
+from ckptfix.diagnose import diagnose, is_allowed, remedy, wasted
 from ckptfix.document import Global
 from ckptfix.findings import CODES, Finding, Severity
 from ckptfix.state_dicts import choose, find
@@ -170,12 +170,6 @@ def test_inspect_shows_the_findings_and_their_commands():
 
 
 # The parts
-
-
-def test_ties_are_keys_that_name_one_tensor():
-    state = choose(formats.read(FIXTURES / "tied.pt"))
-    assert ties(state) == [["embed.weight", "lm_head.weight"]]
-    assert ties(choose(formats.read(FIXTURES / "views.pt"))) == []
 
 
 def test_waste_is_what_no_tensor_reaches():

@@ -62,7 +62,7 @@ def command(
         wanted,
         select=select,
         keep_training_state=keep_training_state,
-        untie=formats.writable(target).tensors_only,
+        tensors_only=formats.writable(target).tensors_only,
     )
     if not dry_run:
         soundness.check_sums(made.document)  # nothing that is damaged is called mended
