@@ -129,13 +129,13 @@ class Section(NamedTuple):
     rows: list[str]
 
 
-def describe(report: Report, limit: int = 12) -> str:
+def describe(report: Report, limit: int = 12) -> list[str]:
     """A report as lines of text, as a diff would have them: at most `limit` keys of each kind."""
     lines = counts(report)
     for title, sign, rows in sections(report):
         lines += [title, *(f"  {sign} {row}" for row in rows[:limit])]
         lines += [f"  … and {len(rows) - limit:,} more"] if len(rows) > limit else []
-    return "\n".join(lines)
+    return lines
 
 
 def counts(report: Report) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix import fitting, formats, wrappers
+from ckptfix import target as targets
 from ckptfix.compacting import compact
 from ckptfix.document import Document, Global, Tensor
 from ckptfix.dtypes import BY_NAME, BY_STORAGE
@@ -245,7 +246,7 @@ def remedy(document: Document, state: StateDict, wanted: Target) -> Remedy | Non
     if len(ways) > 1:
         listed = "; ".join(way.label for way in ways)
         return Remedy(f"The keys fit in {len(ways)} ways: {listed}.", None)
-    if not ways:
+    if not ways or not targets.report(state, wanted, ways[0]).loads:
         return None
     select = () if state.path == "/" else ("--select", state.path)
     found = _command_for(ways[0], document, state, select)

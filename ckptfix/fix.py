@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from ckptfix.renaming import Renaming
     from ckptfix.target import Target
 
-_SHOWN = 5
-
 
 class Cure(NamedTuple):
     """One row of a plan: what was found, where, and what is done about it."""
@@ -51,6 +49,8 @@ class Plan:
     """Keys of the state dict that the target does not want."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """Path and kind of what lies beside the state dict and is not carried along."""
+    of_another_dtype: list[str] = field(default_factory=list)
+    """Keys whose dtype is not the target's: they are left, and torch casts them."""
 
 
 def plan(
@@ -109,7 +109,8 @@ def _check_collisions(document: Document, states: Iterable[StateDict]) -> None:
 
 
 def _renaming_cure(state: StateDict, renaming: Renaming) -> Cure:
-    found = f"{renaming.changed} of {len(renaming.keys)} keys carry other names"
+    what = f"carry {renaming.removed}" if renaming.removed else f"lack {renaming.added}"
+    found = f"{renaming.changed} of {len(renaming.keys)} keys {what}"
     return Cure("prefix-wrapper", state.path, found, renaming.label)
 
 
@@ -132,13 +133,15 @@ def _on_cpu(made: Plan) -> Plan:
 def _fitting(
     document: Document, wanted: Target, found: Match, mapping: OrderedMap, untied: list[str]
 ) -> Plan:
-    path = found.state.path
+    path, dropped = found.state.path, found.unused
+    renamed = _changed([found.renaming])
     own = [Cure("tied-tensors", path, f"{key} is tied", "untied") for key in untied]
     return Plan(
         _replaced(document, found.state, mapping),
         [*_cures(found, wanted), *own],
-        _changed([found.renaming]),
-        found.unused,
+        {old: new for old, new in renamed.items() if new in wanted.specs},
+        dropped,
+        of_another_dtype=[row.key for row in found.report.dtype_difference],
     )
 
 
@@ -152,8 +155,7 @@ def _cures(found: Match, wanted: Target) -> Iterable[Cure]:
     for key, other in found.tied.items():
         yield Cure("tied-tensors", path, f"{key} is missing", f"tied to {other}")
     if dropped:
-        shown = ", ".join(dropped[:_SHOWN]) + (", …" if len(dropped) > _SHOWN else "")
-        what = f"{len(dropped)} keys that {wanted.name} does not have: {shown}"
+        what = f"{len(dropped)} keys that {wanted.name} does not have"
         yield Cure("unexpected-keys", path, what, "dropped")
 
 

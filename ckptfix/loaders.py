@@ -116,7 +116,7 @@ def load_into(
     wanted = target.of_module(model)
     found = match(document, wanted, select, partly=not strict)
     if found.report.shape_mismatch:
-        raise mismatches.error(document.name, found.state.path, found.report, wanted.name)
+        raise mismatches.error(document, found.state.path, found.report, wanted.name)
     model.load_state_dict(_loaded(document, found.mapping(), "cpu"), strict=strict)
     return found.report
 

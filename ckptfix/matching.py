@@ -6,6 +6,7 @@ only one that gives the target all it wants is taken. Nothing is guessed: two th
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
 from itertools import pairwise
@@ -99,21 +100,22 @@ def match(
     found = _plain(whole) or _nearest(states, wanted)
     if len(found) > 1 and (whole or partly):
         raise _several(document, found, wanted)
-    _check_twice(document.name, found[0], wanted)
+    _check_twice(document, found[0], wanted)
     if not whole and not partly:
-        raise mismatches.error(document.name, found[0].state.path, found[0].report, wanted.name)
+        raise mismatches.error(document, found[0].state.path, found[0].report, wanted.name)
     _check_ties(document, found[0], wanted)
     passed_over = [one.place for one in whole if one is not found[0]]
     return found[0]._replace(report=replace(found[0].report, passed_over=passed_over))
 
 
-def _check_twice(name: str, found: Match, wanted: Target) -> None:
+def _check_twice(document: Document, found: Match, wanted: Target) -> None:
     """Refuse keys that are there with a wrapper's prefix and without: one of them is the older."""
     old_of = {new: old for old, new in found.renaming.keys.items()}
     for old, bare in renamed_by(found.unused, bare_prefix).items():
         if bare in wanted.specs and bare in old_of:
             error = KeyCollisionError(old, old_of[bare], bare)
-            error.message = f"{name}: {error.message}"
+            error.message = f"{document.name}: {error.message}"
+            error.hint = f"to take {old_of[bare]!r}: {_putting_aside(document, found, old)}"
             raise error
 
 
@@ -214,6 +216,16 @@ def _several(
         f"{document.name}: the keys {verb} {wanted.name} in {len(found)} ways: {labels}",
         hint=f"choose one: {_stripping(document, found)}",
         code="ambiguous-prefix",
+    )
+
+
+def _putting_aside(document: Document, found: Match, key: str) -> str:
+    """The command that gives keys which begin as one does another name, which nobody wants."""
+    path = found.state.path
+    select = () if path == "/" else ("--select", path)
+    start = prefix_of(key).removesuffix(bare_prefix(prefix_of(key))) or prefix_of(key)
+    return command(
+        "rename", document, "renamed", "--sub", f"^{re.escape(start)}", "unused.", *select
     )
 
 

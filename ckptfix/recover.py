@@ -66,7 +66,8 @@ def recover(path: str | os.PathLike[str]) -> Recovered:
     else:
         document, absent = _read_file(path, lost, steps), []
     if lost:
-        steps.append(f"found {len(lost)} storages cut off, absent or with wrong checksums")
+        what = "1 storage" if len(lost) == 1 else f"{len(lost)} storages"
+        steps.append(f"found {what} cut off, absent or with a wrong checksum")
     return _without(document, lost, absent, steps)
 
 

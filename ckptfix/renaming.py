@@ -82,7 +82,7 @@ class Renaming:
         prefixes = dict.fromkeys((prefix_of(old), prefix_of(new)) for old, new in changed)
         removed: dict[str, None] = {}
         added: dict[str, None] = {}
-        for old, new in dict.fromkeys(_unlike(_split(*pair)) for pair in _trimmed(prefixes)):
+        for old, new in dict.fromkeys(unlike(*_split(*pair)) for pair in _trimmed(prefixes)):
             for _, i, i_end, j, j_end in _edits(old, new):
                 removed[joined(old[i:i_end])] = None
                 added[joined(new[j:j_end])] = None
@@ -188,9 +188,8 @@ def _split(old: str, new: str) -> _Pair:
     return components_of(old), components_of(new)
 
 
-def _unlike(pair: _Pair) -> _Pair:
+def unlike(old: tuple[str, ...], new: tuple[str, ...]) -> _Pair:
     """Two lists of components without what both end with, then without what both begin with."""
-    old, new = pair
     tail = len(shared_start(old[::-1], new[::-1]))
     old, new = old[: len(old) - tail], new[: len(new) - tail]
     head = len(shared_start(old, new))

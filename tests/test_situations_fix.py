@@ -656,3 +656,103 @@ def test_twins_that_come_equally_near_are_refused_without_strict_too() -> None:
         ckptfix.load_into(Net(), "in.pt", strict=False)
     report = ckptfix.load_into(Net(), "in.pt", select="b", strict=False)
     assert report.missing == ["norm.bias"]
+
+
+# --- what is said, and the commands that are named
+
+
+def saved_model(source: str) -> None:
+    Path("net.py").write_text(f"from torch import nn\ndef net():\n    return {source}\n")
+
+
+def test_a_refusal_is_a_list_with_a_line_for_each_key() -> None:
+    torch.save(classifier(1000).state_dict(), "in.pt")
+    torch.save(classifier(10).state_dict(), "like.pt")
+    ran = ckptfix_command("fix", "in.pt", "out.pt", "--like", "like.pt")
+    lines = ran.stderr.splitlines()
+    assert [line.partition(":")[0] for line in (lines[0], lines[-1])] == ["error", "hint"]
+    assert "    ! fc.weight: [1000, 4], wanted [10, 4]" in lines
+    assert "\\n" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("fc.wieght", "fc.weight"), ("layers.0.attn.q", "layers.0.attention.q"), ("a.b.c", "a.bb.c")],
+)
+def test_the_nearest_name_comes_with_a_command_that_renames(old: str, new: str) -> None:
+    torch.save({"model": {old: torch.ones(2), "last": torch.ones(2)}, "epoch": 3}, "in.pt")
+    error = refuses(KeyMismatchError, f"lacks {re.escape(new)}", like(new, "last"))
+    said, _, command = (error.hint or "").partition(": ckptfix ")
+    assert said == f"if {old!r} is meant for {new!r}"
+    assert ckptfix_command(*shlex.split(command)).returncode == 0
+    assert ckptfix.load_into(like(new, "last"), "in.renamed.pt").loads
+
+
+def test_of_keys_that_are_there_twice_a_command_takes_one() -> None:
+    net = Net()
+    torch.save({"net": prefixed("module.", Net().state_dict()) | net.state_dict()}, "in.pt")
+    error = refuses(KeyCollisionError, "would both become", Net())
+    said, _, command = (error.hint or "").partition(": ckptfix ")
+    assert said == "to take 'conv.weight'"
+    assert ckptfix_command(*shlex.split(command)).returncode == 0
+    model = Net()
+    assert len(ckptfix.load_into(model, "in.renamed.pt").unexpected) == len(net.state_dict())
+    assert unlike(model.state_dict(), net.state_dict()) is None
+
+
+def test_check_names_the_fix_that_makes_it_load() -> None:
+    saved_model("nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3))")
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3))
+    part = prefixed("encoder.", net.state_dict())
+    torch.save({"G": part | {"head": torch.ones(2)}, "D": {"w": torch.ones(2)}}, "in.pt")
+    ran = ckptfix_command("check", "in.pt", "--model", "net.py:net")
+    assert ran.returncode == 1
+    assert ran.stdout.startswith("in.pt (G) does not match")
+    assert ckptfix_command(*shlex.split(ran.stdout.splitlines()[-1])[1:]).returncode == 0
+    net.load_state_dict(torch.load("in.fixed.pt"), strict=True)
+
+
+def test_check_says_why_nothing_mends_it() -> None:
+    torch.save(classifier(1000).state_dict(), "in.pt")
+    torch.save(classifier(10).state_dict(), "like.pt")
+    ran = ckptfix_command("check", "in.pt", "--like", "like.pt")
+    assert ran.returncode == 1
+    assert ran.stdout.splitlines()[-2:] == [
+        "only the classifier head differs: fc.weight [1000, 4] vs [10, 4]",
+        "build the model with 1000 classes (--init), load it, then replace 'fc'",
+    ]
+
+
+def test_what_was_done_is_counted_and_what_was_dropped_is_named() -> None:
+    net = Net()
+    value = {"net": prefixed("module.", net.state_dict()) | {"module.queue": torch.ones(2)}}
+    torch.save(value | {"epoch": 3}, "in.pt")
+    torch.save({k: v.half() for k, v in net.state_dict().items()}, "like.pt")
+    ran = ckptfix_command("fix", "in.pt", "out.pt", "--like", "like.pt")
+    assert ran.stdout.splitlines()[-1] == (
+        "wrote out.pt: 7 tensors copied, 7 renamed, none cast, 1 dropped, 1 thing left behind"
+    )
+    assert "note: 1 key dropped: module.queue\n" in ran.stderr
+    assert "of another dtype; torch casts them as it loads: conv.weight, " in ran.stderr
+
+
+def test_a_file_that_is_cut_short_is_refused_with_the_command_that_saves_what_is_whole() -> None:
+    torch.save({"a": torch.ones(500), "b": torch.ones(500)}, "in.pt")
+    Path("in.pt").write_bytes(Path("in.pt").read_bytes()[:4000])
+    ran = ckptfix_command("fix", "in.pt", "out.pt")
+    command = ran.stderr.rpartition("save what is whole: ckptfix ")[2]
+    assert ckptfix_command(*shlex.split(command)).returncode == 1
+    assert unlike(torch.load("in.recovered.pt"), {"a": torch.ones(500)}) is None
+
+
+def test_check_names_every_tensor_that_is_damaged() -> None:
+    state = {"a": torch.arange(9.0), "b": torch.arange(9.0, 20.0), "c": torch.ones(3)}
+    torch.save(state, "in.pt")
+    data = Path("in.pt").read_bytes()
+    for key in ("a", "b"):
+        found = state[key].numpy().tobytes()
+        data = data.replace(found, found[:-1] + b"x")
+    Path("in.pt").write_bytes(data)
+    ran = ckptfix_command("check", "--read-data", "in.pt")
+    assert ran.returncode == 1
+    assert [line.split("(")[1][0] for line in ran.stdout.splitlines()] == ["a", "b"]

@@ -35,6 +35,8 @@ def command(file: TextIO) -> int:
       1  no known error is in the text
       2  the text cannot be read
     """
+    if file.isatty():
+        output.note("paste the error, then press Ctrl-D")
     found = explain(file.read())
     rows = [
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,14 @@ def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
     if os.path.isdir(path):
         return _read_folder(Path(path), limits)
     undone = journal.recover(path)
-    document = _read_file(FileSource(path), limits)
+    try:
+        document = _read_file(FileSource(path), limits)
+    except DamagedError as error:
+        if error.slug == DamagedError.code:
+            saved = Path(path).with_name(f"{Path(path).stem}.recovered.pt")
+            save = shlex.join(["ckptfix", "recover", str(path), str(saved)])
+            error.hint = f"{error.hint}; or save what is whole: {save}"
+        raise
     if undone is None:
         return document
     return replace(document, notes=(Finding("rolled-back", undone), *document.notes))

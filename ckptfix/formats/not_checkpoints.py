@@ -87,6 +87,7 @@ def _plain(source: Source, head: bytes, quoted: str) -> ReadError:
         return DamagedError(
             f"{name}: only {source.size} bytes, too few for a checkpoint",
             hint="copy or download it again",
+            code="too-short",
         )
     return NotACheckpointError(
         f"{name}: not a checkpoint that ckptfix knows (begins with {head[:8].hex(' ')})",
