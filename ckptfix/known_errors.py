@@ -1,6 +1,6 @@
 """The table of error texts that people meet when a checkpoint does not load.
 
-They are those of torch (1.0 to 2.13), safetensors, transformers, Lightning and DeepSpeed. Texts
+They are those of torch (0.3 to 2.13), safetensors, transformers, Lightning and DeepSpeed. Texts
 change between versions, so each is known by the part that stays. `docs/errors.md` is this table.
 """
 

@@ -309,6 +309,11 @@ def test_the_documented_text_is_known(known: Known) -> None:
     assert [row.known.code for row in explain(known.example)] == [known.code]
 
 
+def test_every_text_is_made_by_its_library_or_can_be_no_more() -> None:
+    elsewhere = {code for code, *_ in LIBRARIES.values()}
+    assert {known.code for known in KNOWN} == {*REAL, *elsewhere, "torch-too-old"}
+
+
 def test_codes_are_unique() -> None:
     codes = [known.code for known in KNOWN]
     assert sorted(set(codes)) == sorted(codes)
@@ -355,7 +360,7 @@ def test_a_piped_traceback_gives_the_command_with_its_file() -> None:
 def test_a_log_file_gives_json(tmp_path: Path) -> None:
     (tmp_path / "train.log").write_text(f"step 1\nstep 2\n{printed(REAL['prefix-module'])}")
     (row,) = json.loads(run(str(tmp_path / "train.log"), "--json").stdout)["found"]
-    assert row["code"] == "prefix-module"
+    assert (row["code"], row["severity"]) == ("prefix-module", "error")
     assert row["command"] == "ckptfix strip-prefix FILE OUT"
 
 

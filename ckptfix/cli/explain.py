@@ -8,6 +8,7 @@ import click
 
 from ckptfix.cli import options, output
 from ckptfix.explain import Explanation, explain
+from ckptfix.findings import CODES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +42,7 @@ def command(file: TextIO) -> int:
     rows = [
         {
             "code": row.known.code,
+            "severity": CODES[row.known.code].severity,
             "excerpt": row.excerpt,
             "cause": row.known.cause,
             "command": row.command,
