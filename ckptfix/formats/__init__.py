@@ -128,14 +128,15 @@ _READERS = (
 )
 
 
-def _is_checkpoint(head: bytes) -> bool:
+def is_checkpoint(head: bytes) -> bool:
+    """Whether a file begins as one of torch's containers or safetensors does."""
     return torch_tar.matches(head) or any(matches(head) for matches, _ in _READERS)
 
 
 def _read_tar(source: Source, limits: Limits) -> Document:
     if torch_tar.is_checkpoint(torch_tar.members(source)):
         return torch_tar.read(source, limits)
-    member = packed.only_member(source, _is_checkpoint)
+    member = packed.only_member(source, is_checkpoint)
     if torch_tar.matches(member.read(0, min(member.size, _HEAD))):
         return torch_tar.read(member, limits)  # and no other: archives could nest without end
     return read_source(member, limits)
