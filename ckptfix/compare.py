@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -57,6 +57,8 @@ class Report:
     """Elements that the target wants."""
     random_numel: int
     """Elements that `strict=False` would leave at random: missing and mismatching ones."""
+    passed_over: list[str] = field(default_factory=list)
+    """Where averages of the weights stand that fit as well, and were not taken."""
 
     @property
     def loads(self) -> bool:
@@ -127,13 +129,13 @@ class Section(NamedTuple):
     rows: list[str]
 
 
-def describe(report: Report, limit: int = 12) -> str:
+def describe(report: Report, limit: int = 12) -> list[str]:
     """A report as lines of text, as a diff would have them: at most `limit` keys of each kind."""
     lines = counts(report)
     for title, sign, rows in sections(report):
         lines += [title, *(f"  {sign} {row}" for row in rows[:limit])]
         lines += [f"  … and {len(rows) - limit:,} more"] if len(rows) > limit else []
-    return "\n".join(lines)
+    return lines
 
 
 def counts(report: Report) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix import fitting, formats, wrappers
+from ckptfix import target as targets
 from ckptfix.compacting import compact
 from ckptfix.document import Document, Global, Tensor
 from ckptfix.dtypes import BY_NAME, BY_STORAGE
@@ -124,17 +125,8 @@ def _prefixes(document: Document, state: StateDict) -> Iterator[Finding]:
             yield Finding("wrapper-inside", message, state.path, strip or None)
 
 
-def ties(state: StateDict) -> list[list[str]]:
-    """Keys that name one tensor, for each tensor that has several."""
-    groups: dict[object, list[str]] = {}
-    for key, tensor in state.tensors.items():
-        if tensor.numel:
-            groups.setdefault(tensor.view, []).append(key)
-    return [keys for keys in groups.values() if len(keys) > 1]
-
-
 def _ties(state: StateDict) -> Iterator[Finding]:
-    groups = ties(state)
+    groups = state.ties
     if groups:
         shown = " = ".join(groups[0])
         more = f", and {len(groups) - 1} more" if len(groups) > 1 else ""
@@ -254,7 +246,7 @@ def remedy(document: Document, state: StateDict, wanted: Target) -> Remedy | Non
     if len(ways) > 1:
         listed = "; ".join(way.label for way in ways)
         return Remedy(f"The keys fit in {len(ways)} ways: {listed}.", None)
-    if not ways:
+    if not ways or not targets.report(state, wanted, ways[0]).loads:
         return None
     select = () if state.path == "/" else ("--select", state.path)
     found = _command_for(ways[0], document, state, select)

@@ -180,7 +180,7 @@ def flatten(document: Document, state: StateDict) -> Fitted:
                 dense[tensor.view] = _dense(tensor, key, document)
             flat[key] = dense[tensor.view]
         elif is_special_tensor(node):
-            raise _cannot_hold(document, key, *_special(node.cls))
+            raise cannot_hold(document, key, *_special(node.cls))
         else:
             left_out.append((_below(state.path, key), kind(node)))
     return Fitted(replace(fitted.document, root=flat, extras={}), left_out)
@@ -188,7 +188,7 @@ def flatten(document: Document, state: StateDict) -> Fitted:
 
 def _dense(tensor: Tensor, key: str, document: Document) -> Tensor:
     if tensor.dtype.safetensors is None:
-        raise _cannot_hold(document, key, f"{tensor.dtype} tensor")
+        raise cannot_hold(document, key, f"{tensor.dtype} tensor")
     swapped = document.byteorder != "little" and tensor.dtype.itemsize > 1
     plain = replace(tensor, requires_grad=False, hooks=None, metadata=None)
     if tensor.is_contiguous and not swapped and not tensor.metadata:
@@ -226,7 +226,8 @@ def _special(cls: str) -> tuple[str, str]:
     return next(found, ("tensor subclass", ""))
 
 
-def _cannot_hold(document: Document, key: str, what: str, dense: str = "") -> UnsupportedError:
+def cannot_hold(document: Document, key: str, what: str, dense: str = "") -> UnsupportedError:
+    """The refusal of a value that safetensors has no form for; `dense` is code that makes one."""
     instead = f", or save {dense} of it in torch first" if dense else ""
     return UnsupportedError(
         f"{document.name}: {key!r} is a {what}, which safetensors cannot hold",

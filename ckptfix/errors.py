@@ -17,8 +17,9 @@
     ├── TargetError                the model or key list to check against cannot be had
     └── KeyMismatchError           the keys do not match the target; carries the report
 
-Each has a `message` (what and where), a `hint` (one line, with a command where there is one) and
-a `code` (a slug that scripts can test). Anything else that escapes is a bug in ckptfix.
+Each has a `message` (what and where, in one line), `details` (more lines, if any), a `hint` (one
+line, with a command where there is one) and a `code` (a slug that scripts can test). Anything else
+that escapes is a bug in ckptfix.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class CkptfixError(Exception):
     code: ClassVar[str] = "error"
     cure: ClassVar[str | None] = None
     """The hint where none is given."""
+    details: Sequence[str] = ()
+    """Lines that say more than the message, which is one line."""
 
     def __init__(self, message: str, *, hint: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -156,6 +159,17 @@ class KeyMismatchError(CkptfixError):
 
     code = "key-mismatch"
 
-    def __init__(self, report: Report, message: str, *, hint: str | None = None) -> None:
+    def __init__(
+        self,
+        report: Report,
+        message: str,
+        *,
+        hint: str | None = None,
+        details: Sequence[str] = (),
+    ) -> None:
         super().__init__(message, hint=hint)
         self.report = report
+        self.details = details
+
+    def __str__(self) -> str:
+        return "\n".join([self.message, *self.details])

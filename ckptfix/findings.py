@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from ckptfix.known_errors import KNOWN
+
 
 class Severity(StrEnum):
     """How much a finding matters."""
@@ -109,8 +111,8 @@ CODES: dict[str, Meaning] = {
     ),
     "averaged-copy": Meaning(
         _NOTE,
-        "an averaged copy of the weights fits as well (`fix --model`)",
-        "not taken; `--select` takes it",
+        "averages of the weights fit as well (`fix --model`)",
+        "not taken; `--select` takes them, `strip-prefix --partial --prefix` where they are a part",
     ),
     "nested": Meaning(
         _NOTE,
@@ -118,7 +120,13 @@ CODES: dict[str, Meaning] = {
         "taken out; `--keep-training-state` leaves it there",
     ),
 }
-"""Severity, meaning and cure of each code; `docs/findings.md` is this table."""
+CODES |= {
+    known.code: Meaning(_ERROR, known.cause, f"`{known.command}`")
+    for known in KNOWN
+    if known.code not in CODES  # some are noticed in files, too
+}
+"""Severity, meaning and cure of each code, of findings and of errors that `explain` knows;
+`docs/findings.md` is this table."""
 
 
 def as_markdown() -> str:

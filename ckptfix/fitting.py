@@ -7,6 +7,7 @@ to refuse. Pure functions of lists of keys, linear in their number.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial as bind
 from typing import TYPE_CHECKING
@@ -16,16 +17,20 @@ from ckptfix.renaming import (
     Renaming,
     Rule,
     Shift,
+    components_of,
     depth_of,
     first_collision,
+    joined,
+    prefix_of,
     rename,
     renamed_by,
+    shared_start,
     without_collisions,
 )
 from ckptfix.wrappers import WRAPPERS, bare_prefix, without_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
 
 def fits(keys: Iterable[str], target_keys: Iterable[str]) -> list[Renaming]:
@@ -37,7 +42,8 @@ def fits(keys: Iterable[str], target_keys: Iterable[str]) -> list[Renaming]:
     keys, target = list(keys), dict.fromkeys(target_keys)
     if target.keys() == set(keys):
         return [rename(keys, Shift())]
-    found = (c for c in _candidates(keys, target) if set(c.keys.values()) == target.keys())
+    candidates = _candidates(keys, target, _shifts)
+    found = (c for c in candidates if set(c.keys.values()) == target.keys())
     return _distinct(found, lambda renaming: tuple(renaming.keys.values()))
 
 
@@ -47,19 +53,32 @@ def closest(keys: Iterable[str], target_keys: Iterable[str]) -> Renaming:
 
 
 def nearest(keys: Iterable[str], target_keys: Iterable[str]) -> list[Renaming]:
-    """Like `closest`, with every other choice that matches as many keys of the target.
-
-    Two choices are two only where they take other keys for the target's: a checkpoint with a
-    student and a teacher of the same build has two.
-    """
-    keys, target = list(keys), dict.fromkeys(target_keys)
-    unchanged = rename(keys, Shift())
-    scored = [(len(_matched(c, target)), c) for c in (unchanged, *_candidates(keys, target))]
+    """Like `closest`, with every other choice that matches as many keys of the target."""
+    target = dict.fromkeys(target_keys)
+    unchanged, *others = ways(keys, target)
+    scored = [(len(_matched(way, target)), way) for way in (unchanged, *others)]
     best = max(score for score, _ in scored)
     if scored[0][0] == best:
         return [unchanged]
-    ties = (renaming for score, renaming in scored if score == best)
-    return _distinct(ties, lambda renaming: frozenset(_matched(renaming, target).items()))
+    return [way for score, way in scored if score == best]
+
+
+def ways(
+    keys: Iterable[str], target_keys: Iterable[str], *, exchange: bool = False
+) -> list[Renaming]:
+    """Every renaming worth a look: keys as they are, then without or with a prefix.
+
+    With `exchange`, instead with another prefix in the place of one. Two are two only where they
+    take other keys for the target's: a checkpoint with a student and a teacher of one build has
+    two.
+    """
+    keys, target = list(keys), dict.fromkeys(target_keys)
+    unchanged = rename(keys, Shift())
+    if target.keys() == set(keys):
+        return [unchanged]
+    candidates = _candidates(keys, target, _exchanges if exchange else _shifts)
+    found = (unchanged, *candidates)
+    return _distinct(found, lambda way: frozenset(_matched(way, target).items()))
 
 
 def _same(prefix: str) -> str:
@@ -75,8 +94,8 @@ _FORMS: tuple[Rule, ...] = (
 """Ways to write keys without wrappers, gentlest first. Keys fit where they are equal in one."""
 
 
-def _candidates(keys: Iterable[str], target: Iterable[str]) -> Iterator[Renaming]:
-    """Every renaming worth a look, gentlest first: keys and target in each form, and shifted.
+def _candidates(keys: Iterable[str], target: Iterable[str], shifts: _Shifts) -> Iterator[Renaming]:
+    """Renamings, gentlest first: keys and target in each form, and shifted.
 
     Forms and shifts under which two keys would become one are passed over.
     """
@@ -87,7 +106,7 @@ def _candidates(keys: Iterable[str], target: Iterable[str]) -> Iterator[Renaming
             continue
         seen.append(forms)
         rule_of = _module_rules(forms[1], form)
-        for shift in _shifts(forms[0].values(), forms[1].values()):
+        for shift in shifts(forms[0].values(), forms[1].values()):
             with suppress(KeyCollisionError):
                 yield Renaming(_through(*forms, shift), rule_of(shift))
 
@@ -127,6 +146,24 @@ def _shifts(source: Iterable[str], target: Iterable[str]) -> Iterator[Shift]:
         many = min(len(ours), len(theirs)) / 2
         yield from (Shift(strip=prefix) for prefix in _surplus(ours, theirs, many))
         yield from (Shift(add=prefix) for prefix in _surplus(theirs, ours, many))
+
+
+def _exchanges(source: Iterable[str], target: Iterable[str]) -> Iterator[Shift]:
+    """What all keys of the target begin with, put in the place of what many keys begin with.
+
+    Both have to hold several modules: a layer of another name is no prefix.
+    """
+    ours, prefixes = set(source), {components_of(prefix_of(key)) for key in target}
+    common = shared_start(min(prefixes, default=()), max(prefixes, default=()))
+    for depth in range(1, len(common) + 1):
+        prefix = joined(common[:depth])
+        bare = {key.removeprefix(prefix) for key in target}
+        if len(set(map(prefix_of, bare))) > 1:
+            yield from (Shift(strip, prefix) for strip in _surplus(ours, bare, len(bare) / 2))
+
+
+_Shifts = Callable[[Iterable[str], Iterable[str]], Iterable[Shift]]
+"""What to try on the keys of a file, given the keys of a target."""
 
 
 def _surplus(longer: Collection[str], shorter: Collection[str], many: float) -> list[str]:

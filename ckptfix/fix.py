@@ -1,6 +1,7 @@
 """Find what is wrong with a checkpoint, and plan what mends it; nothing is guessed.
 
-Without a target only what is certain is mended: wrappers that every key carries, device tags.
+Without a target only what is certain is mended: wrappers that every key carries, device tags. Keys
+that are there with a wrapper's name and without are refused.
 With one (a model, another checkpoint) the state dict that fits is found, renamed as the target has
 it, and reduced to what it wants; what is dropped is named. Where two ways fit, where a key is
 missing or a shape differs, the plan is refused.
@@ -12,8 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix import edits, wrappers
+from ckptfix.diagnose import command
+from ckptfix.errors import KeyCollisionError
 from ckptfix.matching import match
-from ckptfix.state_dicts import StateDict, choose, find, of_models
+from ckptfix.state_dicts import StateDict, choose, find, is_special_tensor, of_models
 from ckptfix.tensors import as_tensor
 from ckptfix.trees import rebuild
 
@@ -24,8 +27,6 @@ if TYPE_CHECKING:
     from ckptfix.matching import Match
     from ckptfix.renaming import Renaming
     from ckptfix.target import Target
-
-_SHOWN = 5
 
 
 class Cure(NamedTuple):
@@ -48,8 +49,8 @@ class Plan:
     """Keys of the state dict that the target does not want."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """Path and kind of what lies beside the state dict and is not carried along."""
-    kept: list[str] = field(default_factory=list)
-    """What looks wrong and was left alone, since that is not certain: a sentence each."""
+    of_another_dtype: list[str] = field(default_factory=list)
+    """Keys whose dtype is not the target's: they are left, and torch casts them."""
 
 
 def plan(
@@ -58,45 +59,58 @@ def plan(
     *,
     select: str | None = None,
     keep_training_state: bool = False,
-    untie: bool = False,
+    tensors_only: bool = False,
 ) -> Plan:
     """What mends a document, for a target if there is one.
 
     With `keep_training_state` the weights are mended where they are and everything else stays. With
-    `untie`, keys that the target does not tie get tensors of their own, for containers that write
-    a tied tensor once.
+    `tensors_only`, for containers that hold nothing else and a tied tensor once, keys that the
+    target does not tie get tensors of their own.
 
     Raises:
         SelectionError: there is no state dict, or several fit.
-        RenameError: the keys fit in two ways, or two would become one.
+        RenameError: the keys fit in two ways, or two would become one without their wrappers.
         KeyMismatchError: a key is missing or a shape differs; carries the report.
+        UnsupportedError: with `tensors_only`, the target wants a value that is no tensor.
     """
     if wanted is None:
         return _on_cpu(_certain(document, select))
     found = match(document, wanted, select)
-    return _on_cpu(_fitting(document, wanted, found, keep_training_state, untie))
+    mapping = found.mapping()
+    untied = _untie(document, mapping, wanted) if tensors_only else []
+    made = _fitting(document, wanted, found, mapping, untied)
+    if not keep_training_state:
+        made = _alone(made, document, found.state, mapping)
+    return _on_cpu(made)
 
 
 def _certain(document: Document, select: str | None) -> Plan:
     """Without the wrappers that every key of a state dict carries."""
     states = [choose(document, select)] if select is not None else of_models(find(document.root))
-    found = [(state, wrappers.strip(state.mapping)) for state in states if state.origin is None]
+    states = [state for state in states if state.origin is None]
+    _check_collisions(document, states)
+    found = [(state, wrappers.strip(state.mapping)) for state in states]
     changes = [(state, renaming) for state, renaming in found if renaming.changed]
     cures = [_renaming_cure(state, renaming) for state, renaming in changes]
     renamed = _changed(renaming for _, renaming in changes)
-    kept = [line for state in states for line in _kept(state)]
-    return Plan(edits.rename(document, changes), cures, renamed, kept=kept)
+    return Plan(edits.rename(document, changes), cures, renamed)
 
 
-def _kept(state: StateDict) -> Iterable[str]:
-    """Keys with a wrapper's name and without: either the model has both, or one is the older."""
-    pair = wrappers.detect(state.mapping).collision
-    if pair is not None:
-        yield f"{pair[0]!r} and {pair[1]!r} would become one without their wrapper; both stay"
+def _check_collisions(document: Document, states: Iterable[StateDict]) -> None:
+    """Refuse keys with a wrapper's name and without: the model has both, or one is the older."""
+    for state in states:
+        try:
+            wrappers.strip(state.mapping, partial=True)
+        except KeyCollisionError as error:
+            fix = command("fix", document, "fixed")
+            error.message = f"{document.name}: {error.message}"
+            error.hint = f"say which model it is for: {fix} --model FILE.py:NAME"
+            raise
 
 
 def _renaming_cure(state: StateDict, renaming: Renaming) -> Cure:
-    found = f"{renaming.changed} of {len(renaming.keys)} keys carry other names"
+    what = f"carry {renaming.removed}" if renaming.removed else f"lack {renaming.added}"
+    found = f"{renaming.changed} of {len(renaming.keys)} keys {what}"
     return Cure("prefix-wrapper", state.path, found, renaming.label)
 
 
@@ -116,42 +130,47 @@ def _on_cpu(made: Plan) -> Plan:
 # --- with a target
 
 
-def _fitting(document: Document, wanted: Target, found: Match, keep: bool, untie: bool) -> Plan:
-    dropped = found.unused
-    mapping = found.mapping()
-    untied = _untie(mapping, wanted) if untie else []
-    own = [Cure("tied-tensors", found.state.path, f"{key} is tied", "untied") for key in untied]
-    made = Plan(
+def _fitting(
+    document: Document, wanted: Target, found: Match, mapping: OrderedMap, untied: list[str]
+) -> Plan:
+    path, dropped = found.state.path, found.unused
+    renamed = _changed([found.renaming])
+    own = [Cure("tied-tensors", path, f"{key} is tied", "untied") for key in untied]
+    return Plan(
         _replaced(document, found.state, mapping),
-        [*_cures(found, wanted, dropped), *own],
-        _changed([found.renaming]),
+        [*_cures(found, wanted), *own],
+        {old: new for old, new in renamed.items() if new in wanted.specs},
         dropped,
+        of_another_dtype=[row.key for row in found.report.dtype_difference],
     )
-    return made if keep else _alone(made, document, found.state, mapping)
 
 
-def _cures(found: Match, wanted: Target, dropped: list[str]) -> Iterable[Cure]:
-    path = found.state.path
+def _cures(found: Match, wanted: Target) -> Iterable[Cure]:
+    path, dropped = found.state.path, found.unused
     if found.renaming.changed:
         yield _renaming_cure(found.state, found.renaming)
-    if found.averages:
-        what = f"averages that fit as well: {', '.join(found.averages)}"
-        yield Cure("averaged-copy", path, what, "not taken; --select takes them")
+    if found.report.passed_over:
+        what = f"averages that fit as well: {', '.join(found.report.passed_over)}"
+        yield Cure("averaged-copy", path, what, "not taken")
     for key, other in found.tied.items():
         yield Cure("tied-tensors", path, f"{key} is missing", f"tied to {other}")
     if dropped:
-        shown = ", ".join(dropped[:_SHOWN]) + (", …" if len(dropped) > _SHOWN else "")
-        what = f"{len(dropped)} keys that {wanted.name} does not have: {shown}"
+        what = f"{len(dropped)} keys that {wanted.name} does not have"
         yield Cure("unexpected-keys", path, what, "dropped")
 
 
-def _untie(mapping: OrderedMap, wanted: Target) -> list[str]:
-    """Give a storage of its own to each tied key that the target does not tie; returns the keys."""
+def _untie(document: Document, mapping: OrderedMap, wanted: Target) -> list[str]:
+    """Give a storage of its own to each tied key that the target does not tie; returns the keys.
+
+    Raises `UnsupportedError` for a value that is no tensor.
+    """
     group = {key: keys for keys in wanted.ties for key in keys}
     first: dict[Hashable, str] = {}
     untied = []
     for key, node in mapping.items():
         tensor = as_tensor(node)
+        if tensor is None and not is_special_tensor(node):
+            raise edits.cannot_hold(document, key, edits.kind(node))
         if tensor is None or not tensor.numel:
             continue
         other = first.setdefault(tensor.view, key)
@@ -172,8 +191,9 @@ def _alone(made: Plan, document: Document, state: StateDict, mapping: OrderedMap
     """The plan reduced to the state dict, with what lies beside it named."""
     left_out = edits.only(document, state).left_out
     cures = list(made.cures)
-    if left_out:
-        found = f"the state dict lies in a checkpoint, beside {len(left_out)} other things"
+    if state.mapping is not document.root:
+        beside = f", beside {len(left_out)} other things" if left_out else ""
+        found = f"the state dict lies in a checkpoint{beside}"
         cures.append(Cure("nested", state.path, found, "taken out"))
     alone = replace(document, root=mapping, extras={})
     return replace(made, document=alone, cures=cures, left_out=left_out)

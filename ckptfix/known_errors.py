@@ -1,6 +1,6 @@
 """The table of error texts that people meet when a checkpoint does not load.
 
-They are those of torch (1.0 to 2.13), safetensors, transformers, Lightning and DeepSpeed. Texts
+They are those of torch (0.3 to 2.13), safetensors, transformers, Lightning and DeepSpeed. Texts
 change between versions, so each is known by the part that stays. `docs/errors.md` is this table.
 """
 
@@ -31,7 +31,8 @@ KNOWN = (
     ),
     Known(
         "device-index",
-        r"Attempting to deserialize object on [A-Z]\w* device \d+ but torch\.\w+\.device_count\(\)",
+        r"Attempting to deserialize object on [A-Z]\w* device \d+ but torch\.\w+\.device_count\(\)|"
+        r"invalid device ordinal",
         "The checkpoint was saved from a GPU whose number this machine does not have.",
         "ckptfix to-cpu FILE OUT",
         "RuntimeError: Attempting to deserialize object on CUDA device 3 but "
@@ -57,7 +58,8 @@ KNOWN = (
     ),
     Known(
         "prefix-module",
-        r"Unexpected key\(s\) in state_dict: (?s:.*?)\"module\.",
+        r"Unexpected key\(s\) in state_dict: (?s:.*?)\"module\.|"
+        r"unexpected key \"module\.",
         "The checkpoint was saved from a model wrapped in DataParallel or DDP, which puts "
         "`module.` before every key.",
         "ckptfix strip-prefix FILE OUT",
@@ -83,7 +85,8 @@ KNOWN = (
     ),
     Known(
         "shape-mismatch",
-        r"size mismatch for [\w.]+: copying a param with shape",
+        r"size mismatch for [^\s:]+: copying a param|While copying the parameter named|"
+        r"ignore_mismatched_sizes",
         "A tensor has another shape than the model's: another number of classes, another size of "
         "vocabulary, or another configuration of the model.",
         "ckptfix check FILE --model M",
@@ -93,7 +96,9 @@ KNOWN = (
     ),
     Known(
         "keys-differ",
-        r"(?:Missing|Unexpected) key\(s\) in state_dict",
+        r"(?:Missing|Unexpected) key\(s\) in state_dict|unexpected key \"|"
+        r"missing keys? in state_dict|"
+        r"were not (?:used when initializing|initialized from the model checkpoint)",
         "The names in the checkpoint are not those of the model.",
         "ckptfix fix FILE OUT --model M",
         "RuntimeError: Error(s) in loading state_dict for Net: Missing key(s) in state_dict: "
@@ -117,8 +122,8 @@ KNOWN = (
     ),
     Known(
         "blocked-globals",
-        r"Weights only load failed|Unsupported (?:global|class|operand) \w|WeightsUnpickler error|"
-        r"was not an allowed global",
+        r"Weights only load failed(?!(?s:.*)Unsupported operand)|Unsupported (?:global|class) \w|"
+        r"WeightsUnpickler error:(?!\s*Unsupported operand)|was not an allowed global",
         "The file holds objects of classes that weights_only=True refuses, beside the weights.",
         "ckptfix convert FILE OUT --weights-only",
         "_pickle.UnpicklingError: Weights only load failed. WeightsUnpickler error: Unsupported "
@@ -133,14 +138,14 @@ KNOWN = (
     ),
     Known(
         "missing-class",
-        r"Can't get attribute '[\w.]+' on <module",
+        r"Can't get attribute '[\w.]+' on <module|'module' object has no attribute '\w+'",
         "The file holds a whole pickled model, or an object, whose class is not defined here.",
         "ckptfix convert FILE OUT --weights-only",
         "AttributeError: Can't get attribute 'Net' on <module '__main__' (built-in)>",
     ),
     Known(
         "missing-module",
-        r"ModuleNotFoundError: No module named",
+        r"(?:ModuleNotFound|Import)Error: No module named",
         "The file holds objects of a package that is not installed here.",
         "ckptfix convert FILE OUT --weights-only",
         "ModuleNotFoundError: No module named 'their_project'",
@@ -162,7 +167,7 @@ KNOWN = (
     ),
     Known(
         "write-failed",
-        r"unexpected pos \d+ vs \d+",
+        r"unexpected pos \d+ vs \d+|PytorchStreamWriter failed writing|No space left on device",
         "torch.save could not write everything, mostly because the disk was full; what it left is "
         "no checkpoint.",
         "ckptfix check FILE",
@@ -170,21 +175,21 @@ KNOWN = (
     ),
     Known(
         "lfs-pointer",
-        r"invalid load key, 'v'",
+        r"invalid load key, 'v'|Unsupported operand 118\b",
         "The file is a git-lfs pointer, a few lines of text that stand for the real file.",
         "git lfs pull --include FILE",
         "_pickle.UnpicklingError: invalid load key, 'v'.",
     ),
     Known(
         "html",
-        r"invalid load key, '<'",
+        r"invalid load key, '<'|Unsupported operand 60\b",
         "The file is a web page, as a download link gives where it wants a login.",
         "ckptfix inspect FILE",
         "_pickle.UnpicklingError: invalid load key, '<'.",
     ),
     Known(
         "not-a-pickle",
-        r"invalid load key, '",
+        r"invalid load key, '|Unsupported operand \d+",
         "The file is no checkpoint of torch's, or is in another container: a safetensors file, an "
         "archive, a text.",
         "ckptfix inspect FILE",
@@ -192,7 +197,7 @@ KNOWN = (
     ),
     Known(
         "truncated",
-        r"unexpected EOF, expected \d+ more bytes|pickle data was truncated|"
+        r"unexpected EOF[.,]|pickle data was truncated|"
         r"storage has wrong (?:byte )?size",
         "The file is cut short.",
         "ckptfix check FILE",
@@ -208,7 +213,7 @@ KNOWN = (
     Known(
         "pickle-damaged",
         r"unpickling stack underflow|could not find MARK|unsupported pickle protocol|"
-        r"A load persistent id instruction was encountered",
+        r"A load persistent id instruction was encountered|Invalid magic number; corrupt file",
         "The pickle in the file is damaged, or is no pickle that this Python reads by itself.",
         "ckptfix inspect FILE",
         "_pickle.UnpicklingError: unpickling stack underflow",
@@ -231,7 +236,8 @@ KNOWN = (
     ),
     Known(
         "shared-memory",
-        r"Some tensors share memory, this will lead to duplicate memory on disk",
+        r"Some tensors share memory, this will lead to duplicate memory on disk|"
+        r"The weights trying to be saved contained shared tensors",
         "The model has tied tensors, which safetensors' save_file does not write.",
         "ckptfix convert FILE OUT.safetensors",
         "RuntimeError: Some tensors share memory, this will lead to duplicate memory on disk and "
@@ -252,6 +258,14 @@ KNOWN = (
         "ckptfix convert FILE OUT.safetensors",
         "OSError: The safetensors archive passed at model.safetensors does not contain the valid "
         "metadata. Make sure you save your model with the `save_pretrained` method.",
+    ),
+    Known(
+        "torch-too-old",
+        r"is a zip archive \(did you mean to use torch\.jit\.load\(\)\?\)|"
+        r"Attempted to read a PyTorch file with version \d+, but the maximum supported version",
+        "The file was saved by a newer torch than the one that reads it; both read safetensors.",
+        "ckptfix convert FILE OUT.safetensors",
+        "RuntimeError: model.pt is a zip archive (did you mean to use torch.jit.load()?)",
     ),
     Known(
         "mmap-legacy",

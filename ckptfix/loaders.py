@@ -5,12 +5,13 @@ Nothing here prints, and nothing from the file is run.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from ckptfix import formats, materialize, mismatches, target, wrappers
 from ckptfix.errors import UnsupportedError
-from ckptfix.matching import Match, match
+from ckptfix.matching import match
 from ckptfix.state_dicts import choose, is_special_tensor
 from ckptfix.tensors import as_tensor
 
@@ -22,10 +23,9 @@ if TYPE_CHECKING:
 
     from ckptfix.compare import Report
     from ckptfix.document import Document, Node
-    from ckptfix.errors import KeyMismatchError
+    from ckptfix.matching import Match
     from ckptfix.materialize import MapLocation
     from ckptfix.renaming import Renaming
-    from ckptfix.target import Target
 
 
 def load(path: str | os.PathLike[str], *, map_location: MapLocation = "cpu") -> Any:
@@ -58,16 +58,17 @@ def load_state_dict(
 ) -> OrderedDict[str, Tensor]:
     """The state dict in a checkpoint, keyed as `model` expects it.
 
-    The state dict that fits is found, prefixes are stripped or added as the model wants them, the
-    part of a larger model that is meant is taken out, and a tie that was not saved is made. Without
-    a model the keys stay as they are saved. `_metadata` comes along.
+    The state dict that fits is found, prefixes are stripped, added or exchanged as the model wants
+    them, the part of a larger model that is meant is taken out, and a tie that was not saved is
+    made: as `ckptfix fix` does it. What the model does not have is left out, and a `UserWarning`
+    names it. Without a model the keys stay as they are saved. `_metadata` comes along.
 
     Args:
         path: a file in any container that ckptfix reads.
         model: what the keys have to fit; it is not changed.
         select: the path of the state dict inside the checkpoint, where it holds several.
-        strict: whether every key and shape has to match; otherwise the nearest names are taken.
-            What lies beside the part of a larger model that is meant has to match nothing.
+        strict: whether every key and shape of the model has to be there; otherwise the nearest
+            names are taken.
         map_location: as in `load`.
 
     Raises:
@@ -80,8 +81,10 @@ def load_state_dict(
     document = formats.read(path)
     if model is None:
         return _loaded(document, choose(document, select).mapping, map_location)
-    found = _meant(document, target.of_module(model), select, strict)
-    return _loaded(document, found.mapping(unexpected=not strict), map_location)
+    found = match(document, target.of_module(model), select, partly=not strict)
+    if found.unused:
+        warnings.warn(_left_out(document, model, found), stacklevel=2)
+    return _loaded(document, found.mapping(), map_location)
 
 
 def load_into(
@@ -97,11 +100,13 @@ def load_into(
         model: the module to load into; unchanged where this raises.
         path: a file in any container that ckptfix reads.
         select: the path of the state dict inside the checkpoint, where it holds several.
-        strict: whether every key has to match. Shapes have to match where keys do, as in torch.
+        strict: whether every key of the model has to be there. Shapes have to match where keys do,
+            as in torch.
 
     Returns:
-        How the keys compared: with `strict=False`, `missing` are those that kept their values.
-        `unexpected` are those that were not used.
+        How the keys compared. `unexpected` are those that the model does not have and that were
+        left out, as `ckptfix fix` leaves them out; `passed_over` tells of averages that fit as
+        well. With `strict=False`, `missing` are those that kept their values.
 
     Raises:
         KeyMismatchError: the keys or shapes do not fit; carries the `Report`, and prints as a list.
@@ -109,24 +114,16 @@ def load_into(
     """
     document = formats.read(path)
     wanted = target.of_module(model)
-    found = _meant(document, wanted, select, strict)
+    found = match(document, wanted, select, partly=not strict)
     if found.report.shape_mismatch:
-        raise _mismatch(document, found, wanted)
-    loaded = _loaded(document, found.mapping(unexpected=not strict), "cpu")
-    model.load_state_dict(loaded, strict=strict)
+        raise mismatches.error(document, found.state.path, found.report, wanted.name)
+    model.load_state_dict(_loaded(document, found.mapping(), "cpu"), strict=strict)
     return found.report
 
 
-def _meant(document: Document, wanted: Target, select: str | None, strict: bool) -> Match:
-    """The state dict that is meant for a model; with `strict` it has nothing else, as in torch."""
-    found = match(document, wanted, select, partly=not strict)
-    if strict and found.unexpected:
-        raise _mismatch(document, found, wanted)
-    return found
-
-
-def _mismatch(document: Document, found: Match, wanted: Target) -> KeyMismatchError:
-    return mismatches.error(document.name, found.state.path, found.report, wanted.name)
+def _left_out(document: Document, model: nn.Module, found: Match) -> str:
+    kind = type(model).__name__
+    return f"{document.name}: left out what {kind} does not have: {mismatches.listed(found.unused)}"
 
 
 def _materializer(document: Document, map_location: MapLocation) -> materialize.Materializer:

@@ -6,16 +6,21 @@ only one that gives the target all it wants is taken. Nothing is guessed: two th
 
 from __future__ import annotations
 
+import re
 import shlex
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix import fitting, mismatches
 from ckptfix import target as targets
 from ckptfix.diagnose import command
 from ckptfix.document import Document, OrderedMap
-from ckptfix.errors import KeyCollisionError, RenameError, SelectionError
+from ckptfix.errors import KeyCollisionError, KeyMismatchError, RenameError, SelectionError
 from ckptfix.renaming import components_of, joined, prefix_of, renamed_by, shared_start
-from ckptfix.state_dicts import StateDict, choose, find, of_models
+from ckptfix.state_dicts import StateDict, choose, find, is_average, of_models
+from ckptfix.tensors import as_tensor, without_disguise
+from ckptfix.values import Side, same_values
 from ckptfix.wrappers import bare_prefix
 
 if TYPE_CHECKING:
@@ -37,8 +42,6 @@ class Match(NamedTuple):
     """Keys that the file lacks, and keys of the target that name the same tensor and are there."""
     part: str
     """What the old keys of the part that is meant begin with; empty where all of it is meant."""
-    averages: tuple[str, ...] = ()
-    """Paths of averaged copies that fit as well, and that were not taken."""
 
     @property
     def fits(self) -> bool:
@@ -46,26 +49,28 @@ class Match(NamedTuple):
         return not self.report.missing and not self.report.shape_mismatch
 
     @property
+    def is_average(self) -> bool:
+        """Whether it takes averages of weights, which stand in a state dict or a part of one."""
+        return self.state.is_average or any(map(is_average, components_of(self.part)))
+
+    @property
+    def place(self) -> str:
+        """Where its tensors stand, for people: `state_dict_ema`, `module.encoder_k.*`."""
+        return self.state.path if self.state.is_average or not self.part else f"{self.part}*"
+
+    @property
     def unused(self) -> list[str]:
         """Keys that the target does not have, by their old names."""
         unexpected = set(self.report.unexpected)
         return [old for old, new in self.renaming.keys.items() if new in unexpected]
 
-    @property
-    def unexpected(self) -> list[str]:
-        """Those of the part that is meant; what lies beside it was never meant for the target.
-
-        Nor was the counter that `AveragedModel` keeps beside the model that it averages.
-        """
-        own = {"n_averaged"} if self.state.role == "swa" else set()
-        return [old for old in self.unused if old.startswith(self.part) and old not in own]
-
-    def mapping(self, *, unexpected: bool = False) -> OrderedMap:
-        """The state dict as the target has it, with its ties; with what is `unexpected`, or not."""
-        left = set(self.unused) - set(self.unexpected if unexpected else ())
-        new = self.renaming.keys
+    def mapping(self) -> OrderedMap:
+        """The state dict as the target has it, with its ties and nothing that it does not have."""
+        left, new = set(self.unused), self.renaming.keys
         items = OrderedMap(
-            (new[key], node) for key, node in self.state.mapping.items() if key not in left
+            (new[key], without_disguise(node))
+            for key, node in self.state.mapping.items()
+            if key not in left
         )
         items.update({key: items[other] for key, other in self.tied.items()})
         versions = self.state.metadata
@@ -79,55 +84,91 @@ def match(
 ) -> Match:
     """The only state dict, and the only renaming of it, that gives the target all it wants.
 
-    Averaged copies stand back where another state dict fits. With `partly`, where none does, the
-    one that comes nearest.
+    Keys as they are come before all other ways; averages stand back where something else fits,
+    and are listed in the report; one prefix is put in the place of another only where nothing else
+    fits. With `partly`, where nothing fits, the one that comes nearest.
 
     Raises:
         SelectionError: there is no state dict, or several fit.
         RenameError: the keys fit in two ways, or a key is there twice.
-        KeyMismatchError: a key is missing or a shape differs, and not `partly`; has the report.
+        KeyMismatchError: a key is missing or a shape differs, and not `partly`; or two tensors
+            differ that are one in the target. Has the report.
     """
     states = [choose(document, select)] if select is not None else of_models(find(document.root))
     states = states or [choose(document)]  # which says that there is none
-    found = [one for state in states for one in _matches(state, wanted)]
-    whole_and_averaged = [one for one in found if one.fits]
-    whole = _plain(whole_and_averaged)
-    if not whole:
-        whole = _nearest(_plain(found))
-        if not partly:
-            raise mismatches.error(document.name, whole[0].state.path, whole[0].report, wanted.name)
-    if len(whole) > 1:
-        raise _several(document, whole, wanted)
-    if not partly:
-        _check_twice(document.name, whole[0], wanted)
-    averages = dict.fromkeys(one.state.path for one in whole_and_averaged if one not in whole)
-    return whole[0]._replace(averages=tuple(averages))
+    whole = _whole(states, wanted)
+    found = _plain(whole) or _nearest(states, wanted)
+    if len(found) > 1 and (whole or partly):
+        raise _several(document, found, wanted)
+    _check_twice(document, found[0], wanted)
+    if not whole and not partly:
+        raise mismatches.error(document, found[0].state.path, found[0].report, wanted.name)
+    _check_ties(document, found[0], wanted)
+    passed_over = [one.place for one in whole if one is not found[0]]
+    return found[0]._replace(report=replace(found[0].report, passed_over=passed_over))
 
 
-def _check_twice(name: str, found: Match, wanted: Target) -> None:
+def _check_twice(document: Document, found: Match, wanted: Target) -> None:
     """Refuse keys that are there with a wrapper's prefix and without: one of them is the older."""
     old_of = {new: old for old, new in found.renaming.keys.items()}
     for old, bare in renamed_by(found.unused, bare_prefix).items():
         if bare in wanted.specs and bare in old_of:
             error = KeyCollisionError(old, old_of[bare], bare)
-            error.message = f"{name}: {error.message}"
+            error.message = f"{document.name}: {error.message}"
+            error.hint = f"to take {old_of[bare]!r}: {_putting_aside(document, found, old)}"
             raise error
 
 
+def _check_ties(document: Document, meant: Match, wanted: Target) -> None:
+    """Refuse different tensors for one tensor of the target: the one loaded last would stay."""
+    mapping = meant.mapping() if wanted.ties else {}
+    tensors = {key: as_tensor(node) for key, node in mapping.items()}
+    for keys in wanted.ties:
+        sides = {
+            key: Side(found, document.byteorder) for key in keys if (found := tensors.get(key))
+        }
+        for first, second in pairwise(sides):
+            if not same_values(sides[first], sides[second]):
+                raise KeyMismatchError(
+                    meant.report,
+                    f"{document.name}: {first!r} and {second!r} are one tensor of {wanted.name}, "
+                    "and two different ones in the file",
+                    hint="build the model as it was trained, without that tie (--init)",
+                )
+
+
 def _plain(found: list[Match]) -> list[Match]:
-    """Without averaged copies, unless there is nothing else."""
-    return [one for one in found if one.state.role != "ema"] or found
+    """Without averages, unless there is nothing else."""
+    return [one for one in found if not one.is_average] or found
 
 
-def _nearest(found: list[Match]) -> list[Match]:
+def _whole(states: list[StateDict], wanted: Target) -> list[Match]:
+    """All that give the target all it wants, without exchanging prefixes if that can be."""
+    for exchange in (False, True):
+        found = [one for state in states for one in _fitting(state, wanted, exchange)]
+        if found:
+            return found
+    return []
+
+
+def _fitting(state: StateDict, wanted: Target, exchange: bool) -> list[Match]:
+    """All ways in which one state dict fits; where its keys do as they are, only that."""
+    ways = fitting.ways(state.mapping, wanted.specs_for(state), exchange=exchange)
+    found = [one for way in ways if (one := _held_against(state, wanted, way)).fits]
+    return found[:1] if found and found[0].renaming is ways[0] else found
+
+
+def _nearest(states: list[StateDict], wanted: Target) -> list[Match]:
+    """The ways that give the target most of what it wants."""
+    found = _plain(
+        [
+            _held_against(state, wanted, way)
+            for state in states
+            for way in fitting.nearest(state.mapping, wanted.specs_for(state))
+        ]
+    )
     best = max(one.report.share for one in found)
     return [one for one in found if one.report.share == best]
-
-
-def _matches(state: StateDict, wanted: Target) -> list[Match]:
-    specs = wanted.specs_for(state)
-    renamings = fitting.fits(state.mapping, specs) or fitting.nearest(state.mapping, specs)
-    return [_held_against(state, wanted, renaming) for renaming in renamings]
 
 
 def _held_against(state: StateDict, wanted: Target, renaming: Renaming) -> Match:
@@ -175,6 +216,16 @@ def _several(
         f"{document.name}: the keys {verb} {wanted.name} in {len(found)} ways: {labels}",
         hint=f"choose one: {_stripping(document, found)}",
         code="ambiguous-prefix",
+    )
+
+
+def _putting_aside(document: Document, found: Match, key: str) -> str:
+    """The command that gives keys which begin as one does another name, which nobody wants."""
+    path = found.state.path
+    select = () if path == "/" else ("--select", path)
+    start = prefix_of(key).removesuffix(bare_prefix(prefix_of(key))) or prefix_of(key)
+    return command(
+        "rename", document, "renamed", "--sub", f"^{re.escape(start)}", "unused.", *select
     )
 
 

@@ -12,13 +12,15 @@ import shlex
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.compare import describe, shape
+from ckptfix.diagnose import command
 from ckptfix.errors import KeyMismatchError
-from ckptfix.renaming import prefix_of
+from ckptfix.renaming import components_of, joined, prefix_of, unlike
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ckptfix.compare import Difference, Report
+    from ckptfix.document import Document
 
 _SHOWN = 5
 
@@ -30,38 +32,42 @@ class Cause(NamedTuple):
     hint: str
 
 
-def error(name: str, path: str, report: Report, wanted: str) -> KeyMismatchError:
-    """The refusal of a state dict (at `path` in the checkpoint `name`) that does not fit."""
-    where = name if path == "/" else f"{name} ({path})"
-    found = cause(report, name, wanted)
-    message = f"{where} does not match {wanted}: {found.what}\n{describe(report)}"
-    return KeyMismatchError(report, message, hint=found.hint)
+def error(document: Document, path: str, report: Report, wanted: str) -> KeyMismatchError:
+    """The refusal of a state dict (at `path` in the checkpoint) that does not fit."""
+    where = document.name if path == "/" else f"{document.name} ({path})"
+    found = cause(document, path, report)
+    message = f"{where} does not match {wanted}: {found.what}"
+    return KeyMismatchError(report, message, hint=found.hint, details=describe(report))
 
 
-def cause(report: Report, name: str, wanted: str) -> Cause:
-    """The sentence that says it best. The report is one that does not load."""
+def cause(document: Document, path: str, report: Report) -> Cause:
+    """The sentence that says it best, of a report with missing keys or other shapes."""
+    name = document.name
     if report.missing:
-        return _missing(report, name)
-    if report.shape_mismatch:
-        return _shapes(report.shape_mismatch, name)
-    keys = _listed(report.unexpected)
-    return Cause(
-        f"it has everything that {wanted} wants, and more: {keys}",
-        f"leave that out: ckptfix fix {shlex.quote(name)} OUT --model FILE.py:NAME; "
-        "or load it with strict=False",
-    )
+        return _missing(document, path, report)
+    return _shapes(report.shape_mismatch, name)
 
 
-def _missing(report: Report, name: str) -> Cause:
-    what = f"the file lacks {_listed(report.missing)}"
+def _missing(document: Document, path: str, report: Report) -> Cause:
+    what = f"the file lacks {listed(report.missing)}"
     if not report.matched and not report.shape_mismatch:
         what = "nothing matches: is this the right model?"
     for key in report.missing[:_SHOWN]:
         near = difflib.get_close_matches(key, report.unexpected[:2000], 1, cutoff=0.75)
         if near:
-            rename = f"ckptfix rename {shlex.quote(name)} OUT --sub PATTERN REPLACEMENT"
+            select = () if path == "/" else ("--select", path)
+            sub = ("--sub", *_substitution(near[0], key))
+            rename = command("rename", document, "renamed", *select, *sub)
             return Cause(what, f"if {near[0]!r} is meant for {key!r}: {rename}")
-    return Cause(what, f"see what it holds: ckptfix inspect --all {shlex.quote(name)}")
+    return Cause(what, f"see what it holds: ckptfix inspect --all {shlex.quote(document.name)}")
+
+
+def _substitution(old: str, new: str) -> tuple[str, str]:
+    """What makes one key of another, and where modules differ does so wherever they stand."""
+    found, wanted = unlike(components_of(f"{old}."), components_of(f"{new}."))
+    if not found or not wanted or old.endswith(f".{found[-1]}") or old == ".".join(found):
+        return f"^{re.escape(old)}$", new
+    return rf"(^|\.){re.escape(joined(found))}", rf"\1{joined(wanted)}"
 
 
 def _shapes(rows: Sequence[Difference], name: str) -> Cause:
@@ -121,6 +127,7 @@ def _only_sizes(rows: Sequence[Difference]) -> tuple[int, int] | None:
     return pairs.pop() if modules == layers and len(pairs) == 1 else None  # no norm is among them
 
 
-def _listed(keys: Sequence[str]) -> str:
+def listed(keys: Sequence[str]) -> str:
+    """The first few of many keys, and how many more there are."""
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     return ", ".join(keys[:_SHOWN]) + more

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 from ckptfix.document import Document, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.errors import DamagedError, ReadError, UnsupportedError
 from ckptfix.formats import (
+    is_checkpoint,
+    packed,
     plain_pickle,
     safetensors,
     sharded,
@@ -28,7 +30,7 @@ from ckptfix.formats import (
     zips,
 )
 from ckptfix.limits import DEFAULT
-from ckptfix.spans import FileSource
+from ckptfix.spans import FileSource, UnpackedSource
 from ckptfix.trees import children, rebuild, walk
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
     from ckptfix.spans import Span
 
+_Source = FileSource | UnpackedSource
 _SHARDS = (*safetensors.EXTENSIONS, *torch_zip.EXTENSIONS)
 
 
@@ -66,13 +69,35 @@ def recover(path: str | os.PathLike[str]) -> Recovered:
     else:
         document, absent = _read_file(path, lost, steps), []
     if lost:
-        steps.append(f"found {len(lost)} storages cut off, absent or with wrong checksums")
+        what = "1 storage" if len(lost) == 1 else f"{len(lost)} storages"
+        steps.append(f"found {what} cut off, absent or with a wrong checksum")
     return _without(document, lost, absent, steps)
 
 
 def _read_file(path: str | os.PathLike[str], lost: list[Storage], steps: list[str]) -> Document:
-    source = FileSource(path)
-    head = source.read(0, min(source.size, 4096))
+    return _read(_unpacked(FileSource(path), steps), lost, steps)
+
+
+def _unpacked(source: _Source, steps: list[str]) -> _Source:
+    """What a file holds: itself, or what is packed in gzip or tar as far as that is whole."""
+    head = _head(source)
+    if head.startswith(packed.GZIP):
+        found = packed.salvaged(source)
+        steps.append(f"unpacked {found.size} bytes of gzip")
+        source, head = found, _head(found)
+    if not torch_tar.matches(head):
+        return source
+    members = torch_tar.members_there(source)
+    inside = packed.first_member(members, is_checkpoint)
+    return source if torch_tar.is_checkpoint(members) or inside is None else inside
+
+
+def _head(source: _Source) -> bytes:
+    return source.read(0, min(source.size, 4096))
+
+
+def _read(source: _Source, lost: list[Storage], steps: list[str]) -> Document:
+    head = _head(source)
     if torch_legacy.matches(head):
         return torch_legacy.read(source, lost=lost)
     if safetensors.matches(head):
@@ -84,8 +109,8 @@ def _read_file(path: str | os.PathLike[str], lost: list[Storage], steps: list[st
     if plain_pickle.matches(source, head):
         return plain_pickle.read(source)
     raise UnsupportedError(
-        f"{path}: is no checkpoint, or its beginning is lost",
-        hint=f"see what it is: ckptfix inspect {path}",
+        f"{source.name}: is no checkpoint, or its beginning is lost",
+        hint=f"see what it is: ckptfix inspect {source.name}",
     )
 
 
@@ -134,7 +159,7 @@ def _weight_map(folder: Path, steps: list[str]) -> Mapping[str, str]:
 # --- zips
 
 
-def _read_zip(source: FileSource, lost: list[Storage], steps: list[str]) -> Document:
+def _read_zip(source: _Source, lost: list[Storage], steps: list[str]) -> Document:
     records = _records(source, steps)
     if not any(name.rpartition("/")[2] == "data.pkl" for name in records):
         raise DamagedError(
@@ -144,7 +169,7 @@ def _read_zip(source: FileSource, lost: list[Storage], steps: list[str]) -> Docu
     return torch_zip.from_records(records, source.name, source.size, lost=lost)
 
 
-def _records(source: FileSource, steps: list[str]) -> dict[str, Span]:
+def _records(source: _Source, steps: list[str]) -> dict[str, Span]:
     """The whole records of an archive, by name."""
     try:
         archive = zips.read(source)

@@ -81,7 +81,7 @@ class Renaming:
         changed = ((old, new) for old, new in self.keys.items() if old != new)
         removed: dict[str, None] = {}
         added: dict[str, None] = {}
-        for old, new in dict.fromkeys(_unlike(_split(*pair)) for pair in _trimmed(changed)):
+        for old, new in dict.fromkeys(unlike(*_split(*pair)) for pair in _trimmed(changed)):
             for _, i, i_end, j, j_end in _edits(old, new):
                 removed[joined(old[i:i_end])] = None
                 added[joined(new[j:j_end])] = None
@@ -126,13 +126,15 @@ def without_collisions(renamed: dict[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """A rule for the start of a prefix, or of a key: one prefix off where it is, another on."""
+    """A rule for the start of a prefix, or of a key: one prefix off, another on in its place."""
 
     strip: str = ""
     add: str = ""
 
     def __call__(self, text: str) -> str:
-        """The text with the one prefix off, where it has it, and the other on."""
+        """The text with the one prefix off and the other on, where it has the one."""
+        if not text.startswith(self.strip):
+            return text
         return self.add + text.removeprefix(self.strip)
 
 
@@ -185,9 +187,8 @@ def _split(old: str, new: str) -> _Pair:
     return components_of(old), components_of(new)
 
 
-def _unlike(pair: _Pair) -> _Pair:
+def unlike(old: tuple[str, ...], new: tuple[str, ...]) -> _Pair:
     """Two lists of components without what both end with, then without what both begin with."""
-    old, new = pair
     tail = len(shared_start(old[::-1], new[::-1]))
     old, new = old[: len(old) - tail], new[: len(new) - tail]
     head = len(shared_start(old, new))

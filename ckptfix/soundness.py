@@ -50,7 +50,7 @@ class Reading:
 def read_data(document: Document) -> Reading:
     """Check every checksum, on as many threads as there are cores, and count NaN and infinities."""
     held = list(storages(document.root))
-    damaged = _wrong(held)
+    damaged = _wrong(document, held)
     verified = sum(all(span.crc is not None for span in storage.spans) for storage in held)
     nan, inf = ({}, {}) if damaged else _not_numbers(document)
     return Reading(verified - len(damaged), len(held) - verified, damaged, nan, inf)
@@ -60,16 +60,24 @@ def check_sums(document: Document) -> None:
     """Raise `DamagedError` where the bytes that a document is made of have a wrong checksum."""
     for label, span in document.extras.items():
         check_crc(span, repr(label))
-    wrong = _wrong(list(storages(document.root)))
+    wrong = _wrong(document, list(storages(document.root)))
     if wrong:
         hint = f"save what is whole: ckptfix recover {shlex.quote(document.name)} OUT"
         raise DamagedError(wrong[0], hint=hint, code="crc-mismatch")
 
 
-def _wrong(held: list[Storage]) -> list[str]:
+def _wrong(document: Document, held: list[Storage]) -> list[str]:
     """Messages for the storages with a wrong checksum; on as many threads as there are cores."""
+    names: dict[int, str] = {}
+    for state in find(document.root):
+        names.update((id(tensor.storage), key) for key, tensor in state.tensors.items())
+
+    def damage(storage: Storage) -> str | None:
+        name = names.get(id(storage))
+        return _damage(storage, f"storage {storage.key!r}" + (f" ({name})" if name else ""))
+
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return [message for message in pool.map(_damage, held) if message is not None]
+        return [message for message in pool.map(damage, held) if message is not None]
 
 
 def findings(reading: Reading) -> list[Finding]:
@@ -83,10 +91,10 @@ def findings(reading: Reading) -> list[Finding]:
     return rows
 
 
-def _damage(storage: Storage) -> str | None:
+def _damage(storage: Storage, label: str) -> str | None:
     try:
         for span in storage.spans:
-            check_crc(span, f"storage {storage.key!r}")
+            check_crc(span, label)
     except DamagedError as error:
         return error.message
     return None

@@ -8,6 +8,7 @@ is found, but it is no state dict of a model.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -19,17 +20,16 @@ from ckptfix.tensors import as_tensor
 from ckptfix.trees import PATH_DEPTH, Path, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Mapping, Sequence
 
     from ckptfix.document import Document
 
 Role = Literal["model", "ema", "swa", "optimizer", "loose"]
 """`loose`: tensors that stand in no state dict, by their paths, where there is no state dict."""
 
-_EMA_NAMES = frozenset(
-    {"ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "ema_params", "shadow",
-     "shadow_params", "params_ema"}
-)  # fmt: skip
+_AVERAGES = re.compile(
+    r"(?:^|_)(?:ema|swa|shadow)(?:_|$)|^encoder_k$|^momentum_encoder|_momentum$", re.IGNORECASE
+)
 _SPECIAL_TENSORS = frozenset(
     Global("torch._utils", f"_rebuild_{kind}")
     for kind in (
@@ -56,6 +56,11 @@ class StateDict:
         """What stands in the tree: the mapping itself, or what it was made of."""
         return self.mapping if self.origin is None else self.origin
 
+    @property
+    def is_average(self) -> bool:
+        """Whether these are averages of the weights, not the weights."""
+        return self.role in ("ema", "swa")
+
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
         """The dense tensors by key, in order."""
@@ -67,10 +72,28 @@ class StateDict:
         """What is no dense tensor: integers, extra state, sparse and quantized tensors."""
         return {key: value for key, value in self.mapping.items() if key not in self.tensors}
 
+    @cached_property
+    def ties(self) -> list[list[str]]:
+        """Keys that name one tensor, for each tensor that has several."""
+        groups: dict[Hashable, list[str]] = {}
+        for key, tensor in self.tensors.items():
+            if tensor.numel:
+                groups.setdefault(tensor.view, []).append(key)
+        return [keys for keys in groups.values() if len(keys) > 1]
+
     @property
     def metadata(self) -> Mapping[str, Node] | None:
         """Its `_metadata`: versions by module path."""
         return self.mapping.metadata if isinstance(self.mapping, OrderedMap) else None
+
+
+def is_average(name: str) -> bool:
+    """Whether a key or a module is called as averages of the weights are.
+
+    Such are `state_dict_ema`, `params_ema`, `swa_model`, `shadow`; and the momentum encoders of
+    contrastive learning: MoCo's `encoder_k`, `momentum_encoder` in its third version.
+    """
+    return _AVERAGES.search(name) is not None
 
 
 def is_special_tensor(node: Node) -> bool:
@@ -156,13 +179,11 @@ def _within(path: Path, whole: set[Path]) -> bool:
 
 
 def _role(path: Path, mapping: dict[str, Node]) -> Role:
-    if path and path[-1].lower() in _EMA_NAMES:
-        return "ema"
     if "n_averaged" in mapping and all(
         key == "n_averaged" or key.startswith("module.") for key in mapping
     ):
         return "swa"
-    return "model"
+    return "ema" if any(map(is_average, path)) else "model"
 
 
 def _join(path: Path) -> str:
@@ -180,7 +201,7 @@ def of_models(states: Iterable[StateDict]) -> list[StateDict]:
 def choose(document: Document, path: str | None = None) -> StateDict:
     """The state dict at `path`, or without one the only one that can be meant.
 
-    Averaged copies (`ema`), and mappings of nothing but single numbers (the scores that Lightning
+    Averages (`ema`, `swa`), and mappings of nothing but single numbers (the scores that Lightning
     keeps, a normalizer's mean), stand back where exactly one other state dict is there. Raises
     `SelectionError`, which lists what there is.
     """
@@ -188,7 +209,7 @@ def choose(document: Document, path: str | None = None) -> StateDict:
     if path is not None:
         return choose_all(document, [path])[0]
     weights = [state for state in states if not _only_numbers(state)] or states
-    candidates = [state for state in weights if state.role != "ema"] or weights
+    candidates = [state for state in weights if not state.is_average] or weights
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:

@@ -85,7 +85,8 @@ def _ties(module: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 def of_document(document: Document, select: str | None = None) -> Target:
     """The target that another checkpoint is."""
-    return Target(document.name, specs(choose(document, select).mapping))
+    state = choose(document, select)
+    return Target(document.name, specs(state.mapping), tuple(map(tuple, state.ties)))
 
 
 def of_file(path: str | os.PathLike[str]) -> Target:

@@ -29,6 +29,13 @@ def as_tensor(node: Node) -> Tensor | None:
     return node if isinstance(node, Tensor) else None
 
 
+def without_disguise(node: Node) -> Node:
+    """The tensor that `load_state_dict` takes, of a numpy array or a tensor saved as one."""
+    if isinstance(node, Inert) and type(node.function) is Global and node.function in _DISGUISES:
+        return as_tensor(node) or node
+    return node
+
+
 DEVICE_TENSORS = frozenset(
     Global("torch._utils", f"_rebuild_device_tensor_from_{kind}")
     for kind in ("numpy", "cpu_tensor")
@@ -151,3 +158,6 @@ _NUMPY = {
 for _core in ("core", "_core"):  # since numpy 2
     _WRAPPERS[Global(f"numpy.{_core}.multiarray", "_reconstruct")] = _array
     _WRAPPERS[Global(f"numpy.{_core}.numeric", "_frombuffer")] = _frombuffer
+_DISGUISES = DEVICE_TENSORS | {
+    function for function, unwrap in _WRAPPERS.items() if unwrap in (_array, _frombuffer)
+}

@@ -432,7 +432,9 @@ def test_check_as_json_has_the_whole_report(here: Path) -> None:
     wider = ["--model", "foonet.py:FooNet", "--init", '{"neural_num": 5, "layers": 2}']
     ran = run(here, "check", "cpu.pt", *wider, "--json")
     told = json.loads(ran.stdout)
-    assert (ran.returncode, told["loads"], told["share"], told["remedy"]) == (1, False, 0.0, None)
+    assert (ran.returncode, told["loads"], told["share"]) == (1, False, 0.0)
+    assert told["remedy"]["command"] is None
+    assert "shapes differ" in told["remedy"]["message"]
     assert told["unexpected"] == ["linears.2.weight"]
     assert told["shape_mismatch"][0] == {
         "key": "linears.0.weight",
@@ -512,7 +514,7 @@ def test_bad_input_is_named_in_json_too(tmp_path: Path, what: str) -> None:
     ran = run(tmp_path, "convert", "in.pt", "out.pt", "--json")
     told = json.loads(ran.stdout)
     assert (ran.returncode, told["schema"]) == (2, 1)
-    assert set(told["error"]) == {"code", "message", "hint"}
+    assert set(told["error"]) == {"code", "message", "hint", "details"}
     assert f"error: {told['error']['message']}\n" in ran.stderr
 
 

@@ -80,7 +80,7 @@ def test_specs_of_a_state_dict_tell_tensors_from_other_values():
 
 def test_a_report_as_text_names_every_kind_and_shortens_long_lists():
     made = report({"x": (1,), "b": (2,)}, {"b": (3,), **{f"m{i}": (1,) for i in range(12)}})
-    lines = describe(made, limit=10).splitlines()
+    lines = describe(made, limit=10)
     assert lines[0] == "0 of 13 keys match, 0.0% of the elements"
     assert lines[1] == "12 missing, 1 unexpected, 1 of another shape"
     assert lines[2:4] == ["missing: wanted, and not in the file", "  - m0"]

@@ -294,3 +294,21 @@ def test_ties_are_undone_where_the_model_has_none(tmp_path: Path, model: str, ti
     assert len(found) == 2 - ties
     assert all(torch.equal(value, shared) for value in found.values())
     assert ("untied" in done.stdout) == (not ties)
+
+
+def test_what_the_model_wants_and_the_container_cannot_hold_is_refused(tmp_path: Path) -> None:
+    class Counted(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"seen": 3}
+
+    path = saved(tmp_path / "in.pt", nn.DataParallel(Counted(2, 2)).state_dict())
+    with pytest.raises(UnsupportedError, match=r"'_extra_state' is a dict of 1") as caught:
+        planned(path, Counted(2, 2), tensors_only=True)
+    assert ".pt" in (caught.value.hint or "")
+
+
+def test_a_tie_is_made_where_the_other_checkpoint_has_one(tmp_path: Path) -> None:
+    saved(tmp_path / "like.pt", Tied().state_dict())
+    path = saved(tmp_path / "in.pt", {"module.embed.weight": torch.rand(5, 2)})
+    assert run(path, tmp_path / "out.pt", "--like", tmp_path / "like.pt").returncode == 0
+    Tied().load_state_dict(torch.load(tmp_path / "out.pt"), strict=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ckptfix import formats, html_report
+from ckptfix.differences import compare
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 BROWSER = next(
@@ -87,6 +88,22 @@ def test_a_page_is_not_replaced_unless_asked(tmp_path: Path) -> None:
         for more in ([], [], ["--force"])
     ]
     assert codes == [0, 2, 0]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_shows_what_changed_first_and_through_the_modules_around_it(
+    tmp_path: Path,
+) -> None:
+    before = {"a.big": torch.ones(900), "a.small": torch.ones(100), "b.same": torch.ones(900)}
+    for name, weights in (("a.pt", before), ("b.pt", {**before, "a.small": torch.zeros(100)})):
+        torch.save(weights, tmp_path / name)
+    documents = [formats.read(tmp_path / name) for name in ("a.pt", "b.pt")]
+    drawn = opened(html_report.of_diff(compare(*documents), *documents), tmp_path)
+    assert re.findall(r'<td class="key">([^<]*)', drawn) == ["a.small", "a.big", "b.same"]
+    cells = re.findall(r'title="(\w+): [^"]*" style="[^"]*(rgb\([^)]*\))', drawn)
+    colours = dict(cells)
+    assert colours["a"] == colours["small"] != colours["b"] == colours["same"] == colours["big"]
+    assert '<h2 id="found" hidden="">' in drawn
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")

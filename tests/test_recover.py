@@ -1,8 +1,10 @@
 """Damage of every kind: what is whole is saved, what is lost is named, nothing is passed over."""
 
+import gzip
 import random
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,34 @@ def test_a_folder_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
     with pytest.raises(CkptfixError, match="is a folder") as caught:
         recover(tmp_path)
     assert caught.value.hint == f"recover its files one by one; see what is there: ls {tmp_path}"
+
+
+@pytest.mark.parametrize("packing", ["gzip", "tar"])
+@pytest.mark.parametrize("cut", [0.4, 0.6, 0.9, 1.0])
+def test_what_is_whole_in_a_packed_file_that_is_cut_is_saved(
+    tmp_path: Path, packing: str, cut: float
+) -> None:
+    inner = write(tmp_path / "in.pt", "zip").read_bytes()
+    with tarfile.open(tmp_path / "packed", "w") as archive:
+        archive.add(tmp_path / "in.pt", "in.pt")
+    if packing == "gzip":
+        (tmp_path / "packed").write_bytes(gzip.compress(inner, 0))  # stored: lies there as it is
+    data = (tmp_path / "packed").read_bytes()
+    end = data.rfind(b"PK\5\6")
+    data = data[: int(end * cut)] if cut < 1 else data
+    (tmp_path / "packed").write_bytes(data)
+    whole = {name for name in NAMES if weights()[name].numpy().tobytes() + _AFTER in _spaced(data)}
+    found = recover(tmp_path / "packed")
+    saved = tensors(found, tmp_path)
+    assert saved.keys() | short(found.lost) == set(NAMES)
+    assert saved.keys() >= whole
+    assert all(torch.equal(saved[name], weights()[name]) for name in saved)
+    assert (cut == 1.0) == (not found.lost)
+
+
+_AFTER = b"PK\7\x08"
+
+
+def _spaced(data: bytes) -> bytes:
+    """A cut descriptor tells nothing: the last sixteen bytes do not count."""
+    return data[:-16]

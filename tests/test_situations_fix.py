@@ -10,6 +10,7 @@ import gzip
 import random
 import re
 import shlex
+import warnings
 from argparse import Namespace
 from collections import OrderedDict, defaultdict
 from datetime import datetime
@@ -88,15 +89,24 @@ def mends_file(
     path: Path | str, model: nn.Module, wanted: State, *, dropped: list[str] | None = None
 ) -> Plan:
     made = planned(model, path)
-    formats.write(made.document, "out.pt")
+    formats.write(made.document, "out.pt", force=True)
     found = torch.load("out.pt", weights_only=True)
     model.load_state_dict(found, strict=True)
     assert unlike(dict(found), {key: wanted[key] for key in found}) is None
     assert found.keys() == wanted.keys()
     assert made.dropped == (dropped or [])
-    loaded = ckptfix.load_state_dict(path, model=model)
-    assert unlike(loaded, found) is None
+    assert unlike(told(path, model, made.dropped), found) is None
     return made
+
+
+def told(path: Path | str, model: nn.Module, dropped: list[str]) -> State:
+    """What the loader gives; a warning has to name what it drops, if it does."""
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        loaded = ckptfix.load_state_dict(path, model=model)
+    assert [key for key in dropped[:5] if key not in str([row.message for row in caught])] == []
+    assert len(caught) == bool(dropped)
+    assert not caught or caught[0].filename == __file__
+    return loaded
 
 
 def refuses(kind: type[CkptfixError], said: str, model: nn.Module, **options: Any) -> CkptfixError:
@@ -167,14 +177,12 @@ def test_7_keys_that_would_become_one_are_refused() -> None:
     torch.save({"module.a.weight": torch.ones(2), "a.weight": torch.zeros(2)}, "in.pt")
     said = "'module.a.weight' and 'a.weight' would both become 'a.weight'"
     refuses(KeyCollisionError, said, like("a.weight"))
-    untouched = plan(formats.read("in.pt"))
-    assert not untouched.cures
-    assert untouched.kept == [
-        "'module.a.weight' and 'a.weight' would become one without their wrapper; both stay"
-    ]
     ran = ckptfix_command("fix", "in.pt", "out.pt")
-    assert (ran.returncode, Path("out.pt").exists()) == (1, False)
-    assert "both stay" in ran.stderr
+    assert (ran.returncode, Path("out.pt").exists()) == (2, False)
+    assert ran.stderr.splitlines() == [
+        f"error: in.pt: {said}",
+        "hint: say which model it is for: ckptfix fix in.pt in.fixed.pt --model FILE.py:NAME",
+    ]
     both = like("module.a.weight", "a.weight")
     mends_file("in.pt", both, torch.load("in.pt"))
 
@@ -393,6 +401,18 @@ def test_16_a_tie_that_was_not_saved_is_made(saved: str) -> None:
     assert ckptfix.load_into(Tied(), "in.pt").identical
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_16_tensors_that_are_one_in_the_model_have_to_be_equal_in_the_file(turned: bool) -> None:
+    weight = torch.rand(5, 2)
+    copy = weight.t().contiguous().t() if turned else weight.clone()
+    both = {"embed.weight": weight, "lm_head.weight": copy}
+    mends(prefixed("module.", both), Tied(), both)
+    copy[0, 0] += 1
+    torch.save(prefixed("module.", both), "in.pt")
+    said = "'embed.weight' and 'lm_head.weight' are one tensor of Tied, and two different ones"
+    refuses(KeyMismatchError, said, Tied())
+
+
 def test_16_views_and_turned_tensors_keep_their_values() -> None:
     base = torch.arange(8.0)
     state = {"a": base[:2], "b": base[1:3], "c": torch.rand(2, 2).t()[0]}
@@ -456,17 +476,12 @@ def test_17_what_differs_is_told_apart(
     assert hint in (error.hint or "")
 
 
-def test_17_a_buffer_too_many_is_dropped_by_name_and_a_strict_loader_says_so() -> None:
-    net = Net()
-    torch.save({**net.state_dict(), "embeddings.position_ids": torch.arange(4)}, "in.pt")
-    made = planned(Net())
-    assert made.dropped == ["embeddings.position_ids"]
-    said = "it has everything that Net wants, and more: embeddings.position_ids"
-    with pytest.raises(KeyMismatchError, match=said) as raised:
-        ckptfix.load_into(Net(), "in.pt")
-    assert "ckptfix fix in.pt" in (raised.value.hint or "")
-    report = ckptfix.load_into(Net(), "in.pt", strict=False)
-    assert (report.missing, report.unexpected) == ([], ["embeddings.position_ids"])
+def test_17_a_buffer_too_many_is_dropped_by_name_by_both() -> None:
+    net, surplus = Net(), {"embeddings.position_ids": torch.arange(4)}
+    mends({**net.state_dict(), **surplus}, Net(), net.state_dict(), dropped=list(surplus))
+    for strict in (True, False):
+        report = ckptfix.load_into(Net(), "in.pt", strict=strict)
+        assert (report.missing, report.unexpected) == ([], list(surplus))
 
 
 def test_17_the_refusal_is_the_table_that_check_prints() -> None:
@@ -512,11 +527,17 @@ def test_20_deepspeed_keeps_its_weights_under_module() -> None:
 # --- parts of larger models, and twins
 
 
+def contrastive(query: nn.Module, key: nn.Module) -> tuple[State, list[str]]:
+    """A checkpoint as MoCo saves it, and what of it is not the query encoder."""
+    rest = prefixed("module.encoder_k.", key.state_dict()) | {"module.queue": torch.ones(8)}
+    value = prefixed("module.encoder_q.", query.state_dict()) | rest
+    return {"state_dict": value, "epoch": 3}, list(rest)
+
+
 def test_a_part_of_a_larger_model_is_taken_out_and_the_rest_is_not_unexpected() -> None:
     query, key = Net(), Net(5)
-    rest = prefixed("module.encoder_k.", key.state_dict()) | {"module.queue": torch.ones(8)}
-    value = {"state_dict": prefixed("module.encoder_q.", query.state_dict()) | rest}
-    mends(value, Net(), query.state_dict(), dropped=list(rest))
+    value, rest = contrastive(query, key)
+    mends(value, Net(), query.state_dict(), dropped=rest)
     model = Net()
     report = ckptfix.load_into(model, "in.pt")
     assert unlike(model.state_dict(), query.state_dict()) is None
@@ -525,18 +546,92 @@ def test_a_part_of_a_larger_model_is_taken_out_and_the_rest_is_not_unexpected() 
     ]
 
 
-def test_a_surplus_inside_the_part_is_unexpected_as_in_torch() -> None:
-    value = prefixed("encoder_q.", {**Net().state_dict(), "fc.weight": torch.ones(2)})
-    torch.save(value | {"queue": torch.ones(8)}, "in.pt")
-    assert planned(Net()).dropped == ["encoder_q.fc.weight", "queue"]
-    with pytest.raises(KeyMismatchError, match=r"and more: fc\.weight"):
-        ckptfix.load_state_dict("in.pt", model=Net())
+def test_a_surplus_inside_the_part_is_dropped_too() -> None:
+    net, rest = Net(), {"encoder_q.fc.weight": torch.ones(2), "queue": torch.ones(8)}
+    value = prefixed("encoder_q.", net.state_dict()) | rest
+    mends(value, Net(), net.state_dict(), dropped=list(rest))
 
 
 def test_a_prefix_that_the_model_has_is_added() -> None:
     net = Net()
     model = nn.ModuleDict({"backbone": net})
     mends(net.state_dict(), model, model.state_dict())
+
+
+def test_a_prefix_is_exchanged_for_the_one_that_the_model_has_where_nothing_else_fits() -> None:
+    net = Net()
+    model = nn.ModuleDict({"backbone": net})
+    mends(nn.ModuleDict({"encoder": net}).state_dict(), model, model.state_dict())
+    assert torch.load("out.pt")._metadata["backbone.norm"] == {"version": 2}
+    value, rest = contrastive(net, Net())
+    made = mends(value, model, model.state_dict(), dropped=rest)
+    assert made.cures[0].cure == "removed module.encoder_q., added backbone."
+    nearer = prefixed("module.backbone.", net.state_dict()) | prefixed(
+        "module.aux.", Net().state_dict()
+    )
+    mends(nearer, model, model.state_dict(), dropped=list(nearer)[len(nearer) // 2 :])
+    torch.save(nn.ModuleDict({"fc": nn.Linear(2, 2)}).state_dict(), "in.pt")
+    refuses(KeyMismatchError, "nothing matches", nn.ModuleDict({"linear": nn.Linear(2, 2)}))
+    torch.save(prefixed("a.", net.state_dict()) | prefixed("b.", Net().state_dict()), "in.pt")
+    refuses(RenameError, r"2 ways: removed a\., added backbone\.; removed b\.", model)
+
+
+AVERAGES = {
+    "MoCo": lambda net, copy: contrastive(net, copy)[0],
+    "MoCo 3": lambda net, copy: (
+        prefixed("base_encoder.", net.state_dict())
+        | prefixed("momentum_encoder.", copy.state_dict())
+    ),
+    "part": lambda net, copy: (
+        prefixed("model.", net.state_dict()) | prefixed("ema_model.", copy.state_dict())
+    ),
+    "in front": lambda net, copy: {"ema": copy.state_dict(), "model": net.state_dict()},
+    "below": lambda net, copy: {
+        "model": net.state_dict(),
+        "ema": {"module": copy.state_dict(), "decay": 0.9},
+    },
+    "named": lambda net, copy: {"net": net.state_dict(), "ema_net": copy.state_dict()},
+    "SWA": lambda net, copy: {
+        "model": net.state_dict(),
+        "swa_model": AveragedModel(copy).state_dict(),
+    },
+}
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_averages_stand_back_wherever_they_are_and_are_said_to(name: str) -> None:
+    net, copy = Net(), Net()
+    value = AVERAGES[name](net, copy)
+    torch.save(value, "in.pt")
+    made = planned(Net())
+    formats.write(made.document, "out.pt")
+    assert unlike(dict(torch.load("out.pt")), dict(net.state_dict())) is None
+    model = Net()
+    report = ckptfix.load_into(model, "in.pt")
+    assert unlike(model.state_dict(), net.state_dict()) is None
+    (place,) = report.passed_over
+    (told,) = (row.found for row in made.cures if row.code == "averaged-copy")
+    assert told == f"averages that fit as well: {place}"
+
+
+@pytest.mark.parametrize("key", ["ema", "state_dict"])
+def test_a_state_dict_with_nothing_beside_it_is_taken_out(key: str) -> None:
+    net = Net()
+    made = mends({key: net.state_dict()}, Net(), net.state_dict())
+    assert [(row.code, row.where, row.cure) for row in made.cures] == [("nested", key, "taken out")]
+
+
+def test_numpy_arrays_become_the_tensors_that_load_state_dict_takes() -> None:
+    net = Net()
+    mends({"model": {k: v.numpy() for k, v in net.state_dict().items()}}, Net(), net.state_dict())
+
+
+def test_one_key_that_is_there_twice_is_the_cause_that_is_named() -> None:
+    net = Net()
+    value = prefixed("module.", net.state_dict()) | {"conv.bias": torch.zeros(2)}
+    torch.save(value, "in.pt")
+    said = "'module.conv.bias' and 'conv.bias' would both become 'conv.bias'"
+    refuses(KeyCollisionError, said, Net())
 
 
 def test_twins_are_refused_and_the_hint_decides_for_one() -> None:
@@ -561,3 +656,103 @@ def test_twins_that_come_equally_near_are_refused_without_strict_too() -> None:
         ckptfix.load_into(Net(), "in.pt", strict=False)
     report = ckptfix.load_into(Net(), "in.pt", select="b", strict=False)
     assert report.missing == ["norm.bias"]
+
+
+# --- what is said, and the commands that are named
+
+
+def saved_model(source: str) -> None:
+    Path("net.py").write_text(f"from torch import nn\ndef net():\n    return {source}\n")
+
+
+def test_a_refusal_is_a_list_with_a_line_for_each_key() -> None:
+    torch.save(classifier(1000).state_dict(), "in.pt")
+    torch.save(classifier(10).state_dict(), "like.pt")
+    ran = ckptfix_command("fix", "in.pt", "out.pt", "--like", "like.pt")
+    lines = ran.stderr.splitlines()
+    assert [line.partition(":")[0] for line in (lines[0], lines[-1])] == ["error", "hint"]
+    assert "    ! fc.weight: [1000, 4], wanted [10, 4]" in lines
+    assert "\\n" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("fc.wieght", "fc.weight"), ("layers.0.attn.q", "layers.0.attention.q"), ("a.b.c", "a.bb.c")],
+)
+def test_the_nearest_name_comes_with_a_command_that_renames(old: str, new: str) -> None:
+    torch.save({"model": {old: torch.ones(2), "last": torch.ones(2)}, "epoch": 3}, "in.pt")
+    error = refuses(KeyMismatchError, f"lacks {re.escape(new)}", like(new, "last"))
+    said, _, command = (error.hint or "").partition(": ckptfix ")
+    assert said == f"if {old!r} is meant for {new!r}"
+    assert ckptfix_command(*shlex.split(command)).returncode == 0
+    assert ckptfix.load_into(like(new, "last"), "in.renamed.pt").loads
+
+
+def test_of_keys_that_are_there_twice_a_command_takes_one() -> None:
+    net = Net()
+    torch.save({"net": prefixed("module.", Net().state_dict()) | net.state_dict()}, "in.pt")
+    error = refuses(KeyCollisionError, "would both become", Net())
+    said, _, command = (error.hint or "").partition(": ckptfix ")
+    assert said == "to take 'conv.weight'"
+    assert ckptfix_command(*shlex.split(command)).returncode == 0
+    model = Net()
+    assert len(ckptfix.load_into(model, "in.renamed.pt").unexpected) == len(net.state_dict())
+    assert unlike(model.state_dict(), net.state_dict()) is None
+
+
+def test_check_names_the_fix_that_makes_it_load() -> None:
+    saved_model("nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3))")
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3))
+    part = prefixed("encoder.", net.state_dict())
+    torch.save({"G": part | {"head": torch.ones(2)}, "D": {"w": torch.ones(2)}}, "in.pt")
+    ran = ckptfix_command("check", "in.pt", "--model", "net.py:net")
+    assert ran.returncode == 1
+    assert ran.stdout.startswith("in.pt (G) does not match")
+    assert ckptfix_command(*shlex.split(ran.stdout.splitlines()[-1])[1:]).returncode == 0
+    net.load_state_dict(torch.load("in.fixed.pt"), strict=True)
+
+
+def test_check_says_why_nothing_mends_it() -> None:
+    torch.save(classifier(1000).state_dict(), "in.pt")
+    torch.save(classifier(10).state_dict(), "like.pt")
+    ran = ckptfix_command("check", "in.pt", "--like", "like.pt")
+    assert ran.returncode == 1
+    assert ran.stdout.splitlines()[-2:] == [
+        "only the classifier head differs: fc.weight [1000, 4] vs [10, 4]",
+        "build the model with 1000 classes (--init), load it, then replace 'fc'",
+    ]
+
+
+def test_what_was_done_is_counted_and_what_was_dropped_is_named() -> None:
+    net = Net()
+    value = {"net": prefixed("module.", net.state_dict()) | {"module.queue": torch.ones(2)}}
+    torch.save(value | {"epoch": 3}, "in.pt")
+    torch.save({k: v.half() for k, v in net.state_dict().items()}, "like.pt")
+    ran = ckptfix_command("fix", "in.pt", "out.pt", "--like", "like.pt")
+    assert ran.stdout.splitlines()[-1] == (
+        "wrote out.pt: 7 tensors copied, 7 renamed, none cast, 1 dropped, 1 thing left behind"
+    )
+    assert "note: 1 key dropped: module.queue\n" in ran.stderr
+    assert "of another dtype; torch casts them as it loads: conv.weight, " in ran.stderr
+
+
+def test_a_file_that_is_cut_short_is_refused_with_the_command_that_saves_what_is_whole() -> None:
+    torch.save({"a": torch.ones(500), "b": torch.ones(500)}, "in.pt")
+    Path("in.pt").write_bytes(Path("in.pt").read_bytes()[:4000])
+    ran = ckptfix_command("fix", "in.pt", "out.pt")
+    command = ran.stderr.rpartition("save what is whole: ckptfix ")[2]
+    assert ckptfix_command(*shlex.split(command)).returncode == 1
+    assert unlike(torch.load("in.recovered.pt"), {"a": torch.ones(500)}) is None
+
+
+def test_check_names_every_tensor_that_is_damaged() -> None:
+    state = {"a": torch.arange(9.0), "b": torch.arange(9.0, 20.0), "c": torch.ones(3)}
+    torch.save(state, "in.pt")
+    data = Path("in.pt").read_bytes()
+    for key in ("a", "b"):
+        found = state[key].numpy().tobytes()
+        data = data.replace(found, found[:-1] + b"x")
+    Path("in.pt").write_bytes(data)
+    ran = ckptfix_command("check", "--read-data", "in.pt")
+    assert ran.returncode == 1
+    assert [line.split("(")[1][0] for line in ran.stdout.splitlines()] == ["a", "b"]

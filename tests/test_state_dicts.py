@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from ckptfix import formats
 from ckptfix.describe import describe
 from ckptfix.document import Document
 from ckptfix.errors import SelectionError
 from ckptfix.state_dicts import choose, choose_all, find, is_optimizer
+from tests.conftest import FIXTURES
 
 T = torch.ones(2)
 NET = {"fc.weight": T, "fc.bias": T}
@@ -157,3 +159,9 @@ def test_what_lies_absurdly_deep_is_no_state_dict():
     for _ in range(50_000):
         root = [root]
     assert [state.role for state in find(root)] == ["loose"]
+
+
+def test_ties_are_keys_that_name_one_tensor():
+    state = choose(formats.read(FIXTURES / "tied.pt"))
+    assert state.ties == [["embed.weight", "lm_head.weight"]]
+    assert choose(formats.read(FIXTURES / "views.pt")).ties == []

@@ -110,7 +110,8 @@ def main() -> NoReturn:
     try:
         code = group.main(prog_name="ckptfix", standalone_mode=False) or 0
     except CkptfixError as error:
-        code = output.error(error.message, error.hint or _usage(), error.slug)
+        hint = error.hint or _usage()
+        code = output.error(error.message, hint, error.slug, details=error.details)
     except click.exceptions.NoArgsIsHelpError as error:
         code = output.usage(error.format_message())
     except click.UsageError as error:

@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import formats, soundness
+from ckptfix import formats, mismatches, soundness
 from ckptfix import target as targets
 from ckptfix.cli import findings, options, output
 from ckptfix.compare import Difference, Report, counts, sections
 from ckptfix.diagnose import Remedy, diagnose, remedy
 from ckptfix.diagnose import command as fixing_command
-from ckptfix.errors import DamagedError
+from ckptfix.errors import CkptfixError, DamagedError, KeyMismatchError
+from ckptfix.matching import Match, match
 from ckptfix.state_dicts import StateDict, choose
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from ckptfix.document import Document
@@ -71,18 +74,19 @@ def command(
         answer["data"] = reading.as_dict()
         found += soundness.findings(reading)
         if not reading.is_sound:
-            return _say_damaged(
-                answer, file, DamagedError(reading.damaged[0], hint=_recover(document))
-            )
+            first = DamagedError(reading.damaged[0], hint=_recover(document))
+            return _say_damaged(answer, file, first, reading.damaged[1:])
     answer |= {"sound": True, "container": document.container, "findings": findings.rows(found)}
     if wanted is None:
         if select is not None:
             choose(document, select)
         output.answer(answer, lambda console: _draw_sound(console, document, found))
         return 0
-    state = choose(document, select)
+    meant = _match(document, wanted, select)
+    state = meant.state if isinstance(meant, Match) else choose(document, select)
     report = targets.report(state, wanted)
-    cure = None if report.loads else remedy(document, state, wanted)
+    given = {"--select": select, "--model": model, "--init": init, "--like": like}
+    cure = None if report.loads else _cure(document, state, wanted, meant, given)
     beside = [finding for finding in found if finding.code not in _ABOUT_NAMES]
 
     def draw(console: Console) -> None:
@@ -92,6 +96,32 @@ def command(
 
     output.answer({**answer, **_data(state, wanted, report, cure)}, draw)
     return 0 if report.loads else 1
+
+
+def _match(document: Document, wanted: Target, select: str | None) -> Match | CkptfixError:
+    """The state dict that fits once it is mended, or why none does."""
+    try:
+        return match(document, wanted, select)
+    except CkptfixError as error:
+        return error
+
+
+def _cure(
+    document: Document,
+    state: StateDict,
+    wanted: Target,
+    meant: Match | CkptfixError,
+    given: dict[str, str | None],
+) -> Remedy:
+    """What makes it load, or the sentence that says why nothing does."""
+    if isinstance(meant, CkptfixError):
+        what, hint = meant.message.removeprefix(f"{document.name}: "), meant.hint
+        if isinstance(meant, KeyMismatchError):
+            what, hint = mismatches.cause(document, state.path, meant.report)
+        return Remedy("\n".join(filter(None, (what, hint))), None)
+    named = [word for pair in given.items() if pair[1] is not None for word in pair if word]
+    fix = Remedy("This makes a file that loads:", fixing_command("fix", document, "fixed", *named))
+    return remedy(document, state, wanted) or fix
 
 
 _ABOUT_NAMES = frozenset(
@@ -104,10 +134,19 @@ def _recover(document: Document) -> str:
     return f"save what is whole: {fixing_command('recover', document, 'recovered')}"
 
 
-def _say_damaged(answer: dict[str, Any], file: str, error: DamagedError) -> int:
-    what = error.message.removeprefix(f"{file}: ")
+def _say_damaged(
+    answer: dict[str, Any], file: str, error: DamagedError, more: Sequence[str] = ()
+) -> int:
     problem = {"code": error.slug, "message": error.message, "hint": error.hint}
-    output.answer({**answer, "sound": False, "problem": problem}, f"{file}: damaged: {what}")
+
+    def draw(console: Console) -> None:
+        for message in (error.message, *more[: _SHOWN - 1]):
+            line = f"{file}: damaged: {message.removeprefix(f'{file}: ')}"
+            console.print(output.text(line), soft_wrap=True)
+        if len(more) >= _SHOWN:
+            console.print(f"{file}: and {len(more) - _SHOWN + 1:,} more (--json has all)")
+
+    output.answer({**answer, "sound": False, "problem": problem}, draw)
     if error.hint:
         output.hint(error.hint)
     return 1
@@ -169,6 +208,7 @@ def _draw_cure(console: Console, cure: Remedy | None) -> None:
     if cure is None:
         return
     console.print()
-    console.print(output.text(cure.message))
+    for line in cure.message.splitlines():
+        console.print(output.text(line), soft_wrap=True)
     if cure.command is not None:
         console.print(output.text("  ", (cure.command, "cyan")), soft_wrap=True)

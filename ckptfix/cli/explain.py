@@ -8,6 +8,7 @@ import click
 
 from ckptfix.cli import options, output
 from ckptfix.explain import Explanation, explain
+from ckptfix.findings import CODES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,10 +36,13 @@ def command(file: TextIO) -> int:
       1  no known error is in the text
       2  the text cannot be read
     """
+    if file.isatty():
+        output.note("paste the error, then press Ctrl-D")
     found = explain(file.read())
     rows = [
         {
             "code": row.known.code,
+            "severity": CODES[row.known.code].severity,
             "excerpt": row.excerpt,
             "cause": row.known.cause,
             "command": row.command,

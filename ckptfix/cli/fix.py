@@ -9,12 +9,17 @@ import click
 from ckptfix import formats, soundness
 from ckptfix.cli import options, output
 from ckptfix.cli.writing import Job
+from ckptfix.document import Tensor
 from ckptfix.fix import Plan, plan
+from ckptfix.trees import walk
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ckptfix.document import Document
+
+
+_SHOWN = 10
 
 
 @click.command("fix")
@@ -37,8 +42,9 @@ def command(
 
     Without a model, only what is certain is mended: wrappers that every key carries, device tags,
     the container; everything else is carried along. With a model, or a checkpoint that loads, OUT
-    is a state dict that load_state_dict takes strictly: names are stripped or added, the part of a
-    larger model that is meant is taken out, and what the model does not want is dropped, by name.
+    is a state dict that load_state_dict takes strictly: prefixes are stripped, added or exchanged,
+    the part of a larger model that is meant is taken out, and what the model does not want is
+    dropped, by name. Averages (EMA, SWA) are taken only where nothing else fits, or by --select.
 
     \b
     Examples:
@@ -50,7 +56,8 @@ def command(
       0  OUT was written
       1  there is nothing to mend; nothing was written
       2  IN cannot be read, or cannot be made to fit (a key is missing, a shape
-         differs, or two ways fit), or OUT cannot be written; nothing was written
+         differs, two ways fit, or two keys would become one), or OUT cannot be
+         written; nothing was written
     """
     job = Job("fix", source, target, force, dry_run)
     wanted = options.wanted(model, init, like)
@@ -60,18 +67,35 @@ def command(
         wanted,
         select=select,
         keep_training_state=keep_training_state,
-        untie=formats.writable(target).tensors_only,
+        tensors_only=formats.writable(target).tensors_only,
     )
     if not dry_run:
         soundness.check_sums(made.document)  # nothing that is damaged is called mended
-    for line in made.kept:
-        output.note(line)
     if not made.cures and not _is_other_container(document, job):
         return job.nothing("nothing to mend")
     if made.cures:
         output.aside(lambda console: _draw(console, made))
-    done = "; ".join(f"{row.code} {row.cure}" for row in made.cures) or "the container"
-    return job.write(made.document, done, _data(made), left_out=made.left_out)
+    _say_keys("dropped", made.dropped)
+    _say_keys("of another dtype; torch casts them as it loads", made.of_another_dtype)
+    tensors = sum(isinstance(node, Tensor) for _, node in walk(made.document.root))
+    data = {**_data(made), "copied": tensors}
+    return job.write(made.document, _summary(made, tensors), data, left_out=made.left_out)
+
+
+def _summary(made: Plan, tensors: int) -> str:
+    """What was done, in one line. Nothing is ever cast, which is told with the rest."""
+    left = output.plural(len(made.left_out), "thing") if made.left_out else "nothing"
+    return (
+        f"{output.plural(tensors, 'tensor')} copied, {len(made.renamed) or 'none'} renamed, "
+        f"none cast, {len(made.dropped) or 'none'} dropped, {left} left behind"
+    )
+
+
+def _say_keys(what: str, keys: list[str]) -> None:
+    if keys:
+        shown = ", ".join(keys[:_SHOWN])
+        more = f", and {len(keys) - _SHOWN:,} more (--json has all)" if len(keys) > _SHOWN else ""
+        output.note(f"{output.plural(len(keys), 'key')} {what}: {shown}{more}")
 
 
 def _is_other_container(document: Document, job: Job) -> bool:
@@ -83,6 +107,7 @@ def _data(made: Plan) -> dict[str, Any]:
         "plan": [row._asdict() for row in made.cures],
         "renamed": dict(made.renamed),
         "dropped": made.dropped,
+        "of_another_dtype": made.of_another_dtype,
     }
 
 

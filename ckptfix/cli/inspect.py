@@ -9,7 +9,7 @@ import click
 
 from ckptfix import formats
 from ckptfix.cli import findings, options, output, tree
-from ckptfix.diagnose import diagnose, globals_of, ties, wasted
+from ckptfix.diagnose import diagnose, globals_of, wasted
 from ckptfix.edits import kind
 from ckptfix.errors import CkptfixError
 from ckptfix.state_dicts import StateDict, find
@@ -126,7 +126,7 @@ def _state_data(state: StateDict) -> dict[str, Any]:
         "path": state.path,
         "role": state.role,
         "prefix": tree.prefix_of(state),
-        "ties": ties(state),
+        "ties": state.ties,
         "tensors": [
             {
                 "key": key,

@@ -133,13 +133,20 @@ def note(text: str) -> None:
     _say(f"note: {printable(text)}")
 
 
-def error(message: str, hint: str | None, code: str, *, exit_code: int = 2) -> int:
+def error(
+    message: str,
+    hint: str | None,
+    code: str,
+    *,
+    details: Sequence[str] = (),
+    exit_code: int = 2,
+) -> int:
     """Say what went wrong and what to do about it; returns the exit code."""
     if _wants_json:
-        described = {"code": code, "message": message, "hint": hint}
+        described = {"code": code, "message": message, "hint": hint, "details": list(details)}
         with suppress(WriteError, click.exceptions.Exit):
             _write(json.dumps({"schema": SCHEMA, "error": described}, indent=2) + "\n")
-    complain(message, hint)
+    complain(message, hint, details)
     return exit_code
 
 
@@ -149,9 +156,11 @@ def usage(text: str) -> int:
     return 2
 
 
-def complain(message: str, told: str | None = None) -> None:
-    """An error and its hint, for people."""
+def complain(message: str, told: str | None = None, details: Sequence[str] = ()) -> None:
+    """An error, its details and its hint, for people."""
     _say(f"{click.style('error:', fg='red', bold=True)} {printable(message)}")
+    for line in details:
+        _say(f"  {printable(line)}")
     if told is not None:
         hint(told)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,14 @@ def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
     if os.path.isdir(path):
         return _read_folder(Path(path), limits)
     undone = journal.recover(path)
-    document = _read_file(FileSource(path), limits)
+    try:
+        document = _read_file(FileSource(path), limits)
+    except DamagedError as error:
+        if error.slug == DamagedError.code:
+            saved = Path(path).with_name(f"{Path(path).stem}.recovered.pt")
+            save = shlex.join(["ckptfix", "recover", str(path), str(saved)])
+            error.hint = f"{error.hint}; or save what is whole: {save}"
+        raise
     if undone is None:
         return document
     return replace(document, notes=(Finding("rolled-back", undone), *document.notes))
@@ -120,14 +128,15 @@ _READERS = (
 )
 
 
-def _is_checkpoint(head: bytes) -> bool:
+def is_checkpoint(head: bytes) -> bool:
+    """Whether a file begins as one of torch's containers or safetensors does."""
     return torch_tar.matches(head) or any(matches(head) for matches, _ in _READERS)
 
 
 def _read_tar(source: Source, limits: Limits) -> Document:
     if torch_tar.is_checkpoint(torch_tar.members(source)):
         return torch_tar.read(source, limits)
-    member = packed.only_member(source, _is_checkpoint)
+    member = packed.only_member(source, is_checkpoint)
     if torch_tar.matches(member.read(0, min(member.size, _HEAD))):
         return torch_tar.read(member, limits)  # and no other: archives could nest without end
     return read_source(member, limits)

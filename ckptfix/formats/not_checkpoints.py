@@ -62,7 +62,10 @@ def explain(source: Source, head: bytes) -> ReadError:
             )
     for magic, kind in _OTHERS.items():
         if head.startswith(magic):
-            return NotACheckpointError(f"{name}: {kind}, not a checkpoint of PyTorch")
+            return NotACheckpointError(
+                f"{name}: {kind}, not a checkpoint of PyTorch",
+                hint=f"see what it is: file {quoted}",
+            )
     return _plain(source, head, quoted)
 
 
@@ -84,6 +87,7 @@ def _plain(source: Source, head: bytes, quoted: str) -> ReadError:
         return DamagedError(
             f"{name}: only {source.size} bytes, too few for a checkpoint",
             hint="copy or download it again",
+            code="too-short",
         )
     return NotACheckpointError(
         f"{name}: not a checkpoint that ckptfix knows (begins with {head[:8].hex(' ')})",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ from ckptfix.formats import torch_tar
 from ckptfix.spans import CHUNK, Source, Span, UnpackedSource, inflate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from ckptfix.limits import Limits
 
@@ -32,6 +34,30 @@ def unzipped(source: Source) -> Source:
     return found
 
 
+def salvaged(source: Source) -> UnpackedSource:
+    """What a gzip file that is cut short or damaged holds up to there."""
+    packed, cap = Span(source, 0, source.size), max(_FREE, _RATIO * source.size)
+
+    def chunks() -> Iterator[bytes]:
+        engine, made = zlib.decompressobj(31), 0
+        pieces = (
+            part[i : i + _PIECE] for part in packed.chunks() for i in range(0, len(part), _PIECE)
+        )
+        with suppress(zlib.error):
+            for piece in pieces:
+                chunk = engine.decompress(piece)
+                made += len(chunk)
+                if made > cap:
+                    return
+                yield chunk
+
+    return UnpackedSource(chunks, sum(map(len, chunks())), source.name)
+
+
+_PIECE = 256
+"""Packed bytes that are looked at together: what comes before damage among them is lost with it."""
+
+
 def capped(limits: Limits, source: Source) -> Limits:
     """Limits for what lies in a gzip file: a pickle in it may be packed twice over."""
     return replace(limits, pickle_bytes=min(limits.pickle_bytes, _RATIO * source.size))
@@ -49,13 +75,17 @@ def _capped(packed: Span, cap: int) -> Iterator[bytes]:
         yield chunk
 
 
+def first_member(
+    members: Mapping[str, Span], is_checkpoint: Callable[[bytes], bool]
+) -> UnpackedSource | None:
+    """The first checkpoint among the files of a tar archive, in an unnamed file."""
+    found = _checkpoints(members, is_checkpoint)
+    return next((_member(name, span) for name, span in found.items()), None)
+
+
 def only_member(source: Source, is_checkpoint: Callable[[bytes], bool]) -> Source:
     """The one checkpoint in a tar archive, in an unnamed file. Raises `NotACheckpointError`."""
-    found = {
-        name: span
-        for name, span in torch_tar.members(source).items()
-        if is_checkpoint(span.slice(0, min(span.length, 4096)).read())
-    }
+    found = _checkpoints(torch_tar.members(source), is_checkpoint)
     if len(found) != 1:
         listed = ", ".join(found) or "none of them a checkpoint"
         raise NotACheckpointError(
@@ -63,4 +93,15 @@ def only_member(source: Source, is_checkpoint: Callable[[bytes], bool]) -> Sourc
             hint=f"unpack it, and give one of them: tar xf {source.name}",
         )
     ((name, span),) = found.items()
-    return UnpackedSource(lambda: span.chunks(CHUNK), span.length, f"{source.name}:{name}")
+    return _member(name, span)
+
+
+def _checkpoints(
+    members: Mapping[str, Span], is_checkpoint: Callable[[bytes], bool]
+) -> dict[str, Span]:
+    heads = {name: span.slice(0, min(span.length, 4096)) for name, span in members.items()}
+    return {name: members[name] for name, head in heads.items() if is_checkpoint(head.read())}
+
+
+def _member(name: str, span: Span) -> UnpackedSource:
+    return UnpackedSource(lambda: span.chunks(CHUNK), span.length, f"{span.source.name}:{name}")

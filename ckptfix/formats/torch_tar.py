@@ -62,7 +62,7 @@ def members(source: Source) -> Mapping[str, Span]:
         raise DamagedError(f"{source.name}: damaged tar archive ({error})", hint=_RETRY) from None
 
 
-def _members_there(source: Source) -> Mapping[str, Span]:
+def members_there(source: Source) -> Mapping[str, Span]:
     """As `members`, as far as the file goes: the last one may be cut off."""
     import tarfile
 
@@ -85,7 +85,7 @@ def read(source: Source, limits: Limits = DEFAULT, lost: list[Storage] | None = 
 
     A file that is cut short is refused, unless there is a list that takes the storages it lost.
     """
-    found = members(source) if lost is None else _members_there(source)
+    found = members(source) if lost is None else members_there(source)
     if not is_checkpoint(found):
         raise NotACheckpointError(f"{source.name}: a tar archive that is no checkpoint")
     objects = _Objects(found, limits, lost)

@@ -19,7 +19,7 @@ from ckptfix.errors import ReadError
 from ckptfix.files import check_crc
 from ckptfix.formats import zips
 from ckptfix.formats.zips import LOCAL
-from ckptfix.spans import FileSource, Span
+from ckptfix.spans import FileSource, Span, UnpackedSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +29,7 @@ _DESCRIPTOR_SIZES = (16, 24)
 _DESCRIBED, _MAX32 = 0x0008, 0xFFFFFFFF
 
 
-def scan(source: FileSource) -> dict[str, Span]:
+def scan(source: FileSource | UnpackedSource) -> dict[str, Span]:
     """Every stored record that is all there, by name, with the CRC that is recorded for it."""
     if not source.size:
         return {}
@@ -37,7 +37,7 @@ def scan(source: FileSource) -> dict[str, Span]:
         return dict(_records(data, source))
 
 
-def _records(data: mmap.mmap, source: FileSource) -> Iterator[tuple[str, Span]]:
+def _records(data: mmap.mmap, source: FileSource | UnpackedSource) -> Iterator[tuple[str, Span]]:
     place = data.find(_HEADER)
     while 0 <= place <= len(data) - LOCAL.size:
         _, _, flags, method, _, _, crc, packed, _, named, extra = LOCAL.unpack_from(data, place)
@@ -71,7 +71,7 @@ def _wide_size(extra: bytes) -> int:
     return struct.unpack_from("<Q", extra, 4)[0] if kind == 1 and length >= 8 <= len(extra) else -1
 
 
-def listed(source: FileSource) -> dict[str, Span]:
+def listed(source: FileSource | UnpackedSource) -> dict[str, Span]:
     """Every stored record that the directory names, where its bytes are found; none without one."""
     try:
         directory, size, count, _ = zips._find_directory(source)
@@ -90,7 +90,7 @@ def listed(source: FileSource) -> dict[str, Span]:
     return found
 
 
-def _begins(source: FileSource, entry: zips.Record, end: int) -> Iterator[int]:
+def _begins(source: FileSource | UnpackedSource, entry: zips.Record, end: int) -> Iterator[int]:
     """Where the data of a record may begin: by what follows it, and by its own header."""
     yield from (end - descriptor - entry.packed for descriptor in _DESCRIPTOR_SIZES)
     if entry.header + LOCAL.size <= source.size:
