@@ -9,7 +9,7 @@ import warnings
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from ckptfix import formats, materialize, mismatches, target, wrappers
+from ckptfix import formats, materialize, mismatches, soundness, target, wrappers
 from ckptfix.errors import UnsupportedError
 from ckptfix.matching import match
 from ckptfix.state_dicts import choose, is_special_tensor
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from ckptfix.renaming import Renaming
 
 
-def load(path: str | os.PathLike[str], *, map_location: MapLocation = "cpu") -> Any:
+def load(
+    path: str | os.PathLike[str], *, map_location: MapLocation = "cpu", verify: bool = False
+) -> Any:
     """Everything in a checkpoint, as `torch.load` gives it, without running anything from the file.
 
     Tensors have the shapes, strides, dtypes and sharing that were saved; they lie over a private
@@ -40,11 +42,16 @@ def load(path: str | os.PathLike[str], *, map_location: MapLocation = "cpu") -> 
         map_location: where tensors go: a device, a mapping of saved tags to devices, or a
             callable, as in `torch.load`; `"auto"` is the visible GPU with the most free memory,
             the CPU if there is none.
+        verify: whether to read every byte first and hold it against the checksums on record, which
+            takes as long as reading the file; `torch.load` never does. Names, shapes and the bounds
+            of each tensor are always checked.
 
     Raises:
         ReadError: the file is no checkpoint, is damaged, unsafe or unsupported.
     """
     document = formats.read(path)
+    if verify:
+        soundness.check_tensors(document, document.root)
     return materialize.tree(document.root, _materializer(document, map_location))
 
 
@@ -55,6 +62,7 @@ def load_state_dict(
     select: str | None = None,
     strict: bool = True,
     map_location: MapLocation = "cpu",
+    verify: bool = False,
 ) -> OrderedDict[str, Tensor]:
     """The state dict in a checkpoint, keyed as `model` expects it.
 
@@ -70,9 +78,10 @@ def load_state_dict(
         strict: whether every key and shape of the model has to be there; otherwise the nearest
             names are taken.
         map_location: as in `load`.
+        verify: as in `load`, for the bytes of this state dict.
 
     Raises:
-        ReadError: the file cannot be read.
+        ReadError: the file cannot be read, or with `verify`, a byte of it has changed.
         SelectionError: there is no state dict, or more than one could be meant.
         RenameError: the keys fit, or come nearest, in two ways.
         UnsupportedError: it holds a sparse, quantized or other special tensor.
@@ -80,11 +89,11 @@ def load_state_dict(
     """
     document = formats.read(path)
     if model is None:
-        return _loaded(document, choose(document, select).mapping, map_location)
+        return _loaded(document, choose(document, select).mapping, map_location, verify)
     found = match(document, target.of_module(model), select, partly=not strict)
     if found.unused:
         warnings.warn(_left_out(document, model, found), stacklevel=2)
-    return _loaded(document, found.mapping(), map_location)
+    return _loaded(document, found.mapping(), map_location, verify)
 
 
 def load_into(
@@ -93,6 +102,7 @@ def load_into(
     *,
     select: str | None = None,
     strict: bool = True,
+    verify: bool = False,
 ) -> Report:
     """Load a checkpoint into a model, wherever the model's parameters live.
 
@@ -102,6 +112,7 @@ def load_into(
         select: the path of the state dict inside the checkpoint, where it holds several.
         strict: whether every key of the model has to be there. Shapes have to match where keys do,
             as in torch.
+        verify: as in `load`, for the bytes that are loaded, before the model is touched.
 
     Returns:
         How the keys compared. `unexpected` are those that the model does not have and that were
@@ -117,7 +128,7 @@ def load_into(
     found = match(document, wanted, select, partly=not strict)
     if found.report.shape_mismatch:
         raise mismatches.error(document, found.state.path, found.report, wanted.name)
-    model.load_state_dict(_loaded(document, found.mapping(), "cpu"), strict=strict)
+    model.load_state_dict(_loaded(document, found.mapping(), "cpu", verify), strict=strict)
     return found.report
 
 
@@ -132,7 +143,7 @@ def _materializer(document: Document, map_location: MapLocation) -> materialize.
 
 
 def _loaded(
-    document: Document, mapping: dict[str, Node], map_location: MapLocation
+    document: Document, mapping: dict[str, Node], map_location: MapLocation, verify: bool
 ) -> OrderedDict[str, Any]:
     for key, node in mapping.items():
         if as_tensor(node) is None and is_special_tensor(node):
@@ -140,6 +151,8 @@ def _loaded(
                 f"{document.name}: {key!r} is a sparse, quantized or other special tensor",
                 hint="load it with torch.load, and give that to ckptfix.strip_prefix",
             )
+    if verify:
+        soundness.check_tensors(document, mapping)
     made = materialize.tree(mapping, _materializer(document, map_location))
     return made if isinstance(made, OrderedDict) else OrderedDict(made)
 

@@ -15,7 +15,7 @@ from ckptfix.state_dicts import find
 from ckptfix.trees import storages
 
 if TYPE_CHECKING:
-    from ckptfix.document import Document, Storage, Tensor
+    from ckptfix.document import Document, Node, Storage, Tensor
     from ckptfix.materialize import Materializer
 
 _CHUNK = 1 << 22
@@ -60,7 +60,12 @@ def check_sums(document: Document) -> None:
     """Raise `DamagedError` where the bytes that a document is made of have a wrong checksum."""
     for label, span in document.extras.items():
         check_crc(span, repr(label))
-    wrong = _wrong(document, list(storages(document.root)))
+    check_tensors(document, document.root)
+
+
+def check_tensors(document: Document, node: Node) -> None:
+    """Raise `DamagedError` where the bytes of a tensor below a node have a wrong checksum."""
+    wrong = _wrong(document, list(storages(node)))
     if wrong:
         hint = f"save what is whole: ckptfix recover {shlex.quote(document.name)} OUT"
         raise DamagedError(wrong[0], hint=hint, code="crc-mismatch")

@@ -29,6 +29,7 @@ from ckptfix import formats, soundness, target
 from ckptfix.cli import group
 from ckptfix.errors import (
     CkptfixError,
+    DamagedError,
     KeyCollisionError,
     KeyMismatchError,
     RenameError,
@@ -372,6 +373,28 @@ def test_15_a_flipped_byte_of_a_tensor_is_named_even_where_there_is_nothing_to_m
     assert "hint: save what is whole: ckptfix recover in.pt OUT" in ran.stderr
     with pytest.raises(CkptfixError, match="checksum"):
         soundness.check_sums(formats.read("in.pt"))
+
+
+def test_15_a_loader_that_verifies_refuses_a_flipped_byte_and_leaves_the_model_alone() -> None:
+    net = FooNet(4, 3)
+    trained = prefixed("module.", FooNet(4, 3).state_dict())
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    data = bytearray(written("zip", {"model": trained, "other": {"w": torch.arange(100.0)}}))
+    data[data.find(torch.arange(100.0).numpy().tobytes()) + 7] ^= 1
+    Path("in.pt").write_bytes(data)
+    loaded = ckptfix.load_state_dict("in.pt", model=net, select="model", verify=True)
+    expected = {key.removeprefix("module."): value for key, value in trained.items()}
+    assert unlike(dict(loaded), expected) is None
+    weight = next(value for value in trained.values() if value.numel() > 8)
+    data[data.find(weight.numpy().tobytes()) + 7] ^= 1
+    Path("in.pt").write_bytes(data)
+    with pytest.raises(DamagedError, match="checksum"):
+        ckptfix.load_state_dict("in.pt", model=net, select="model", verify=True)
+    with pytest.raises(DamagedError, match="checksum"):
+        ckptfix.load_into(net, "in.pt", select="model", verify=True)
+    with pytest.raises(DamagedError, match="checksum"):
+        ckptfix.load("in.pt", verify=True)
+    assert unlike(dict(net.state_dict()), before) is None
 
 
 def test_15_a_file_without_checksums_is_mended() -> None:
