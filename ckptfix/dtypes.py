@@ -7,11 +7,10 @@ and the `Dtype` enum of safetensors 0.8.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class DType:
+class DType(NamedTuple):
     """A dtype as torch and safetensors know it."""
 
     name: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -138,8 +137,7 @@ def as_markdown() -> str:
     return "\n".join(rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """One thing that was noticed: what, where in the checkpoint, and the command that mends it."""
 
     code: str

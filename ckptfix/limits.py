@@ -6,11 +6,10 @@ checkpoint seen in practice; whoever needs more passes another `Limits` to `ckpt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """Caps on what one file may ask for."""
 
     pickle_bytes: int = 4 << 30

@@ -82,8 +82,12 @@ def _unpacked(source: _Source, steps: list[str]) -> _Source:
     """What a file holds: itself, or what is packed in gzip or tar as far as that is whole."""
     head = _head(source)
     if head.startswith(packed.GZIP):
-        found = packed.salvaged(source)
-        steps.append(f"unpacked {found.size} bytes of gzip")
+        try:
+            found = packed.unzipped(source)
+            steps.append(f"unpacked {found.size} bytes of gzip")
+        except DamagedError as error:
+            found = packed.salvaged(source)
+            steps.append(f"unpacked {found.size} bytes of gzip, and {error.message}")
         source, head = found, _head(found)
     if not torch_tar.matches(head):
         return source

@@ -8,9 +8,8 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial as bind
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ckptfix.errors import PartialPrefixError, RenameError
 from ckptfix.renaming import (
@@ -49,8 +48,7 @@ Layout = Literal["swa", "ema"]
 """A state dict with a shape of its own: weights averaged by SWA, or EMA weights beside others."""
 
 
-@dataclass(frozen=True, slots=True)
-class Detection:
+class Detection(NamedTuple):
     """The wrappers that a list of keys tells of."""
 
     leading: tuple[str, ...]

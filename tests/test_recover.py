@@ -141,7 +141,7 @@ def test_what_is_whole_in_a_packed_file_that_is_cut_is_saved(
     end = data.rfind(b"PK\5\6")
     data = data[: int(end * cut)] if cut < 1 else data
     (tmp_path / "packed").write_bytes(data)
-    whole = {name for name in NAMES if weights()[name].numpy().tobytes() + _AFTER in _spaced(data)}
+    whole = {name for name in NAMES if weights()[name].numpy().tobytes() in data}
     found = recover(tmp_path / "packed")
     saved = tensors(found, tmp_path)
     assert saved.keys() | short(found.lost) == set(NAMES)
@@ -150,9 +150,25 @@ def test_what_is_whole_in_a_packed_file_that_is_cut_is_saved(
     assert (cut == 1.0) == (not found.lost)
 
 
-_AFTER = b"PK\7\x08"
+def test_a_tensor_is_whole_wherever_a_cut_falls_in_what_follows_it(tmp_path: Path) -> None:
+    data = write(tmp_path / "in.pt", "zip").read_bytes()
+    raw = weights()[NAMES[1]].numpy().tobytes()
+    end = data.find(raw) + len(raw)
+    for cut in range(end - 2, end + 30):
+        (tmp_path / "in.pt").write_bytes(data[:cut])
+        found = recover(tmp_path / "in.pt")
+        saved = tensors(found, tmp_path)
+        assert (NAMES[1] in saved) == (cut >= end)
+        assert all(torch.equal(saved[name], weights()[name]) for name in saved)
+        assert found.unchecked == (end <= cut < end + 16)
 
 
-def _spaced(data: bytes) -> bytes:
-    """A cut descriptor tells nothing: the last sixteen bytes do not count."""
-    return data[:-16]
+def test_gzip_whose_checksum_is_wrong_is_said_to_be_damaged(tmp_path: Path) -> None:
+    data = bytearray(gzip.compress(write(tmp_path / "in.pt", "legacy").read_bytes(), 0))
+    (tmp_path / "in.pt").write_bytes(data)
+    assert not any("damaged" in step for step in recover(tmp_path / "in.pt").steps)
+    data[data.find(weights()[NAMES[2]].numpy().tobytes()) + 7] ^= 1
+    (tmp_path / "in.pt").write_bytes(data)
+    found = recover(tmp_path / "in.pt")
+    assert any("damaged" in step for step in found.steps)
+    assert found.unchecked == found.saved

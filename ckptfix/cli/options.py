@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from ckptfix import formats
-from ckptfix import target as targets
 from ckptfix.formats.sharding import is_folder
 
 if TYPE_CHECKING:
@@ -71,6 +70,11 @@ def wanted(model: str | None, init: str | None, like: str | None) -> Target | No
         raise click.UsageError("--model and --like: give one of them")
     if init is not None and model is None:
         raise click.UsageError("--init: is for --model, which is not given")
+    if model is None and like is None:
+        return None
+
+    from ckptfix import target as targets
+
     if model is not None:
         return targets.of_reference(model, init)
     return targets.of_file(like) if like is not None else None

@@ -6,9 +6,8 @@ import os
 import shlex
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptfix import edits, formats
 from ckptfix.cli import output
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
 _SHOWN = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One file to be made of another."""
 
     command: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptfix.errors import NotACheckpointError, UnsafeError
@@ -21,7 +20,7 @@ _FREE, _RATIO = 16 << 20, 200
 """What may be unpacked without question, and how many times its size a file may unpack to then."""
 
 
-def unzipped(source: Source) -> Source:
+def unzipped(source: Source) -> UnpackedSource:
     """What a gzip file holds, in an unnamed file. Raises `UnsafeError` for a bomb, or for gzip."""
     cap = max(_FREE, _RATIO * source.size)
     packed = Span(source, 0, source.size)
@@ -60,7 +59,7 @@ _PIECE = 256
 
 def capped(limits: Limits, source: Source) -> Limits:
     """Limits for what lies in a gzip file: a pickle in it may be packed twice over."""
-    return replace(limits, pickle_bytes=min(limits.pickle_bytes, _RATIO * source.size))
+    return limits._replace(pickle_bytes=min(limits.pickle_bytes, _RATIO * source.size))
 
 
 def _capped(packed: Span, cap: int) -> Iterator[bytes]:

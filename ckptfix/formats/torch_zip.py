@@ -187,8 +187,12 @@ class _Storages:
             return known
         self._known[key] = storage
         name = f"data/{key}"
-        span = self._records.get(name)
-        if span is not None and span.length == storage.numel * storage.dtype.itemsize:
+        span, nbytes = self._records.get(name), storage.numel * storage.dtype.itemsize
+        if span is not None and self._lost is not None:
+            from ckptfix.formats import zip_recovery
+
+            span = zip_recovery.without_descriptor(span, nbytes)
+        if span is not None and span.length == nbytes:
             storage.spans = (span,)
             self.names.add(name)
         elif self._lost is not None:

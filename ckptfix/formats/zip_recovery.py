@@ -2,8 +2,9 @@
 
 A record begins with a local header. Where that has no sizes (flag bit 3, as torch writes), the
 record ends at the data descriptor that states its length: 4 bytes signature, 4 bytes CRC-32, then
-the packed and the unpacked size in 4 or 8 bytes each. A record without an end is cut off, and left
-out. `scan` finds records so, without the directory.
+the packed and the unpacked size in 4 or 8 bytes each. A record without one is cut off, perhaps in
+its descriptor; a storage so cut goes to the end of the file, and the pickle says whether that is
+all of it (`without_descriptor`). `scan` finds records so, without the directory.
 
 `listed` goes by the directory, and finds records whose header is damaged: their data end where the
 next record begins, less the descriptor.
@@ -30,7 +31,10 @@ _DESCRIBED, _MAX32 = 0x0008, 0xFFFFFFFF
 
 
 def scan(source: FileSource | UnpackedSource) -> dict[str, Span]:
-    """Every stored record that is all there, by name, with the CRC that is recorded for it."""
+    """Every stored record that is all there, by name, with the CRC that is recorded for it.
+
+    And without one, the storage that ends where the file does.
+    """
     if not source.size:
         return {}
     with mmap.mmap(source.fileno(), source.size, access=mmap.ACCESS_READ) as data:
@@ -46,6 +50,8 @@ def _records(data: mmap.mmap, source: FileSource | UnpackedSource) -> Iterator[t
         end = begin + packed
         if flags & _DESCRIBED and not packed:
             crc, end = _described(data, begin)
+            if end < 0 and method == 0 and "data/" in name:
+                yield name, Span(source, begin, len(data) - begin)
         elif packed == _MAX32:
             end = begin + _wide_size(data[begin - extra : begin])
         if method == 0 and begin <= end <= len(data):
@@ -63,6 +69,15 @@ def _described(data: mmap.mmap, begin: int) -> tuple[int, int]:
             return crc, place
         place = data.find(_DESCRIPTOR, place + 1)
     return 0, -1
+
+
+def without_descriptor(span: Span, length: int) -> Span:
+    """A span as `scan` gives it, less what is there of the descriptor after so many bytes."""
+    surplus = span.length - length
+    if span.crc is not None or not 0 < surplus < max(_DESCRIPTOR_SIZES):
+        return span
+    rest = span.slice(length, surplus).read()
+    return span.slice(0, length) if rest[:4] == _DESCRIPTOR[:surplus] else span
 
 
 def _wide_size(extra: bytes) -> int:

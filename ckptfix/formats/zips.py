@@ -17,7 +17,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
 from ckptfix.files import crc32_of
@@ -75,8 +75,7 @@ class Record:
     """Whether its header leaves CRC and sizes to a data descriptor."""
 
 
-@dataclass(frozen=True, slots=True)
-class Archive:
+class Archive(NamedTuple):
     """The records of an archive in the order in which they lie, and where its parts end."""
 
     source: Source
