@@ -151,16 +151,23 @@ class ReadAhead:
         self.source = source
         self._size = size
         self._start = 0
-        self._piece = b""
+        self.piece = b""
+        """The bytes read last."""
+
+    def seek(self, offset: int, length: int) -> int:
+        """Where in `piece` the bytes from `offset` begin, once `length` of them are there."""
+        begin = offset - self._start
+        if begin >= 0 and begin + length <= len(self.piece):
+            return begin
+        rest = self.source.size - offset
+        self.piece = self.source.read(offset, max(min(self._size, rest), length))
+        self._start = offset
+        return 0
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`; `DamagedError` where the source is shorter."""
-        begin = offset - self._start
-        if begin < 0 or begin + length > len(self._piece):
-            rest = self.source.size - offset
-            self._piece = self.source.read(offset, max(min(self._size, rest), length))
-            self._start, begin = offset, 0
-        return self._piece[begin : begin + length]
+        begin = self.seek(offset, length)
+        return self.piece[begin : begin + length]
 
 
 class UnpackedSource(Source):

@@ -180,24 +180,20 @@ def without_names(prefix: str, names: Set[str] = ANYWHERE) -> str:
     return joined(part for part in components[:-1] if part not in names)
 
 
-def _leading_modules(prefix: str) -> int:
+def _leading_modules(bare: str) -> int:
     """How many `module`s a prefix begins with, once what may go anywhere has gone."""
-    return _count_modules(without_names(prefix))
+    return (len(bare) - len(_LEADING.sub("", bare))) // len("module.")
 
 
-def _count_modules(bare: str) -> int:
-    count = 0
-    while bare.startswith("module.", count * len("module.")):
-        count += 1
-    return count
+_LEADING = re.compile(r"\A(?:module\.)+")
 
 
 def bare_prefix(prefix: str, modules: int | None = None) -> str:
     """A prefix without `ANYWHERE` components and at most so many leading `module`s, or any."""
     bare = without_names(prefix)
-    leading = _count_modules(bare)
-    drop = leading if modules is None else min(modules, leading)
-    return bare[len("module.") * drop :]
+    if modules is not None and bare.startswith("module." * modules):
+        return bare[len("module.") * modules :]
+    return _LEADING.sub("", bare)
 
 
 def _wrapper_rule(keys: Iterable[str], *, partial: bool) -> Rule:
@@ -205,10 +201,11 @@ def _wrapper_rule(keys: Iterable[str], *, partial: bool) -> Rule:
 
     With `partial`, as often as every key that leads with it at all.
     """
-    counts = {_leading_modules(prefix) for prefix in set(map(prefix_of, keys))}
+    bare = set(map(without_names, set(map(prefix_of, keys))))
     if partial:
-        counts.discard(0)
-    return bind(bare_prefix, modules=min(counts, default=0))
+        bare = {prefix for prefix in bare if prefix.startswith("module.")}
+    ends = (min(bare), max(bare)) if bare else ()  # what both begin with, all between them do
+    return bind(bare_prefix, modules=min(map(_leading_modules, ends), default=0))
 
 
 def _common_wrappers(keys: Iterable[str]) -> tuple[str, ...]:
@@ -234,7 +231,9 @@ def _count_inside(keys: Iterable[str], *, skip: int, apart: Collection[str]) -> 
 
 def _divide(keys: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The keys that lead with more `module`s than all do, and the others; or none at all."""
-    counts = {prefix: _leading_modules(prefix) for prefix in set(map(prefix_of, keys))}
+    counts = {
+        prefix: _leading_modules(without_names(prefix)) for prefix in set(map(prefix_of, keys))
+    }
     shared = min(counts.values(), default=0)
     if shared == max(counts.values(), default=0):
         return (), ()

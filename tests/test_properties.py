@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, reject
 
 import ckptfix
 from ckptfix.errors import CkptfixError
@@ -36,7 +36,11 @@ def test_what_torch_saves_comes_through_to_the_bit(zipped: bool):
     def holds(tree: Any) -> None:
         with folder() as tmp:
             torch.save(tree, tmp / "in.pt", _use_new_zipfile_serialization=zipped)
-            before = loaded(tmp / "in.pt")
+            try:
+                before = loaded(tmp / "in.pt")
+            except AttributeError:  # torch cannot read uint16 from its own older container
+                assert not zipped
+                reject()
             ckptfix.open(tmp / "in.pt").save(tmp / "out.pt")
             same(loaded(tmp / "out.pt"), before)
             same(ckptfix.load(tmp / "in.pt"), before)

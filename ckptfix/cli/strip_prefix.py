@@ -68,7 +68,7 @@ def command(
         return job.nothing(what)
     code = write_renamed(job, edits.rename(document, changes), changes)
     if prefix is None and not partial:
-        _say_kept(states)
+        _say_kept(found)
     return code
 
 
@@ -83,9 +83,11 @@ def _explain(states: list[StateDict]) -> None:
             raise PartialPrefixError("module.", seen.carrying, seen.lacking)
 
 
-def _say_kept(states: list[StateDict]) -> None:
+def _say_kept(found: list[tuple[StateDict, Renaming]]) -> None:
     """Name the state dicts whose `module` stays, since only some of their keys have it."""
-    for state in states:
+    for state, renaming in found:
+        if not any(new.startswith("module.") for new in renaming.keys.values()):
+            continue
         carrying, lacking = wrappers.own_children(state.mapping)
         if carrying:
             where = "" if state.path == "/" else f" in {state.path}"

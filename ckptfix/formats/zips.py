@@ -87,13 +87,16 @@ class Archive(NamedTuple):
 
     def spans(self) -> dict[str, Span]:
         """The bytes of each record, inflated where it is deflated."""
-        return {name: self._span(record) for name, record in self.records.items()}
+        return {
+            name: Span(self.source, record.data, record.packed, record.crc)
+            if record.method == _STORED
+            else self.span(name)
+            for name, record in self.records.items()
+        }
 
     def span(self, name: str) -> Span:
         """The bytes of one record."""
-        return self._span(self.records[name])
-
-    def _span(self, record: Record) -> Span:
+        record = self.records[name]
         stored = Span(self.source, record.data, record.packed, record.crc)
         if record.method == _STORED:
             return stored
@@ -111,8 +114,7 @@ def read(source: Source, limits: Limits = DEFAULT) -> Archive:
         raise UnsafeError(f"{source.name}: the archive announces {count} records")
     records = _central_entries(source.read(directory, size), count, source.name)
     records.sort(key=attrgetter("header"))
-    _find_data(records, directory, source)
-    _check_layout(records, directory, source)
+    _check_records(records, directory, source)
     _check_names(records, source.name)
     kept = {record.name: record for record in records if not record.name.endswith("/")}
     return Archive(source, kept, directory, end)
@@ -183,45 +185,54 @@ def _end64(source: Source, place: int) -> tuple[int, tuple[int, int, int]] | Non
 
 def _central_entries(directory: bytes, count: int, name: str) -> list[Record]:
     entries, position = [], 0
+    unpack = _CENTRAL.unpack_from
     try:
         for _ in range(count):
-            entry, position = _central_entry(directory, position, name)
+            magic, flags, method, crc, packed, size, named, extra, comment, disk, offset = unpack(
+                directory, position
+            )
+            if magic != _CENTRAL_MAGIC:
+                raise DamagedError(f"{name}: the archive's directory is damaged", hint=_RETRY)
+            start = position + CENTRAL.size
+            label = directory[start : start + named]
+            decoded = label.decode("ascii") if label.isascii() else _decode(label, flags)
+            entry = Record(decoded, label, flags, method, crc, packed, size, offset, position)
             entries.append(entry)
+            position = start + named + extra + comment
+            if size == _MAX32 or packed == _MAX32 or offset == _MAX32:
+                _widen(entry, directory[start + named : start + named + extra])
+            if method or flags & _ENCRYPTED or disk or entry.packed != entry.size:
+                _check_method(entry, disk, name)
+            if named > _MAX_NAME or b"\0" in label:  # readers end a name at a zero byte, or do not
+                raise UnsafeError(f"{name}: a record's name is too long, or holds a zero byte")
     except struct.error:
         raise DamagedError(f"{name}: the archive's directory is cut short", hint=_RETRY) from None
-    if position != len(directory):
+    if position > len(directory):
+        raise DamagedError(f"{name}: the archive's directory is cut short", hint=_RETRY)
+    if position < len(directory):
         raise UnsafeError(f"{name}: the archive's directory holds more than its {count} records")
     return entries
 
 
-def _central_entry(directory: bytes, position: int, name: str) -> tuple[Record, int]:
-    magic, flags, method, crc, packed, size, named, extra, comment, disk, offset = (
-        _CENTRAL.unpack_from(directory, position)
-    )
-    if magic != _CENTRAL_MAGIC:
-        raise DamagedError(f"{name}: the archive's directory is damaged", hint=_RETRY)
-    start = position + CENTRAL.size
-    end = start + named + extra + comment
-    if end > len(directory):
-        raise struct.error
-    label = directory[start : start + named]
-    decoded = label.decode("ascii") if label.isascii() else _decode(label, flags)
-    if packed == _MAX32 or size == _MAX32 or offset == _MAX32:
-        wide = _zip64_values(directory[start + named : start + named + extra])
-        size = wide.pop(0) if size == _MAX32 and wide else size
-        packed = wide.pop(0) if packed == _MAX32 and wide else packed
-        offset = wide.pop(0) if offset == _MAX32 and wide else offset
-    if flags & _ENCRYPTED:
-        raise UnsupportedError(f"{name}: {decoded!r} is encrypted")
+def _widen(entry: Record, extra: bytes) -> None:
+    """Take what does not fit into 32 bits from the extra field."""
+    wide = _zip64_values(extra)
+    entry.size = wide.pop(0) if entry.size == _MAX32 and wide else entry.size
+    entry.packed = wide.pop(0) if entry.packed == _MAX32 and wide else entry.packed
+    entry.header = wide.pop(0) if entry.header == _MAX32 and wide else entry.header
+
+
+def _check_method(entry: Record, disk: int, name: str) -> None:
+    if entry.flags & _ENCRYPTED:
+        raise UnsupportedError(f"{name}: {entry.name!r} is encrypted")
     if disk and disk != _MAX16:
-        raise UnsupportedError(f"{name}: {decoded!r} lies in another part of a divided archive")
-    if method != _STORED and method != _DEFLATED:
-        raise UnsupportedError(f"{name}: {decoded!r} is packed with method {method}")
-    if method == _STORED and packed != size:
-        raise UnsafeError(f"{name}: {decoded!r} is stored, and has two sizes: {packed} and {size}")
-    if "\0" in decoded or len(decoded) > _MAX_NAME:  # readers end a name at a zero byte, or do not
-        raise UnsafeError(f"{name}: a record's name is too long, or holds a zero byte")
-    return Record(decoded, label, flags, method, crc, packed, size, offset, position), end
+        raise UnsupportedError(f"{name}: {entry.name!r} lies in another part of a divided archive")
+    if entry.method not in (_STORED, _DEFLATED):
+        raise UnsupportedError(f"{name}: {entry.name!r} is packed with method {entry.method}")
+    if entry.method == _STORED and entry.packed != entry.size:
+        raise UnsafeError(
+            f"{name}: {entry.name!r} is stored, and has two sizes: {entry.packed} and {entry.size}"
+        )
 
 
 def _decode(label: bytes, flags: int) -> str:
@@ -240,35 +251,47 @@ def _zip64_values(extra: bytes) -> list[int]:
     return []
 
 
-def _find_data(records: Sequence[Record], directory: int, source: Source) -> None:
-    """Find where the data of each record begins, once its local header agrees with its entry.
+def _check_records(records: Sequence[Record], directory: int, source: Source) -> None:
+    """Find where the data of each record begins, once all that is around it agrees with its entry.
 
-    Headers that lie close together are read together; the data of large records is not read.
+    Records lie one after another from byte 0, with room for nothing but data descriptors. What lies
+    close together is read together; the data of large records is not read.
     """
     ahead = ReadAhead(source, _HEADERS)
-    following = [*(record.header for record in records[1:]), directory]  # one more, for no records
-    for record, next_header in zip(records, following, strict=False):
+    following = [*(record.header for record in records), directory]
+    _check_gap(following[0], "the beginning", source)
+    for record, next_header in zip(records, following[1:], strict=True):
         start, room = record.header, directory - record.header
         if room < LOCAL.size:
-            message = f"{source.name}: {record.name!r} lies outside the archive"
-            raise DamagedError(message, hint=_RETRY)
+            raise _outside(record, source)
         length = LOCAL.size + 256 if room >= LOCAL.size + 256 else room
-        dense = next_header - start < _HEADERS // 4
-        header = ahead.read(start, length) if dense else source.read(start, length)
-        _read_header(record, header, source)
+        if next_header - start < _HEADERS // 4:
+            at = ahead.seek(start, length)
+            _read_header(record, ahead.piece, at, source)
+        else:
+            _read_header(record, source.read(start, length), 0, source)
+        end = record.data + record.packed
+        if end > directory:
+            raise _outside(record, source)
+        if end != next_header or record.owed:
+            _check_descriptor(record, end, next_header - end, ahead)
 
 
-def _read_header(record: Record, header: bytes, source: Source) -> None:
-    """Complete one record, `header` being the first bytes from where its local header lies."""
-    magic, flags, method, crc, packed, size, named, extra = _LOCAL.unpack_from(header)
+def _outside(record: Record, source: Source) -> DamagedError:
+    return DamagedError(f"{source.name}: {record.name!r} lies outside the archive", hint=_RETRY)
+
+
+def _read_header(record: Record, piece: bytes, at: int, source: Source) -> None:
+    """Complete one record, whose local header lies in a piece of the file."""
+    magic, flags, method, crc, packed, size, named, extra = _LOCAL.unpack_from(piece, at)
     if magic != _LOCAL_MAGIC:
         raise DamagedError(f"{source.name}: {record.name!r} has no header", hint=_RETRY)
     length = LOCAL.size + named + extra
-    if len(header) < length:
-        header = source.read(record.header, length)
-    label = header[LOCAL.size : LOCAL.size + named]
+    if at + length > len(piece):
+        piece, at = source.read(record.header, length), 0
+    label = piece[at + LOCAL.size : at + LOCAL.size + named]
     if packed == _MAX32 or size == _MAX32:
-        wide = _zip64_values(header[LOCAL.size + named : length])
+        wide = _zip64_values(piece[at + LOCAL.size + named : at + length])
         size = wide.pop(0) if size == _MAX32 and wide else size
         packed = wide.pop(0) if packed == _MAX32 and wide else packed
     described = flags & _DESCRIBED and crc == packed == size == 0
@@ -283,32 +306,16 @@ def _read_header(record: Record, header: bytes, source: Source) -> None:
     record.owed = bool(described and record.packed)
 
 
-def _check_layout(records: Sequence[Record], directory: int, source: Source) -> None:
-    """Records lie one after another from byte 0, with room for nothing but data descriptors."""
-    position, ahead = 0, ReadAhead(source, _HEADERS)
-    following = [*(record.header for record in records), directory]
-    _check_gap(following[0], "the beginning", source)
-    for record, next_header in zip(records, following[1:], strict=True):
-        position = record.data + record.packed
-        if position > directory:
-            raise DamagedError(
-                f"{source.name}: {record.name!r} lies outside the archive", hint=_RETRY
-            )
-        gap = next_header - position
-        if gap in _DESCRIPTORS and record.flags & _DESCRIBED:
-            _check_descriptor(ahead.read(position, gap), record, source)
-        elif gap:
-            _check_gap(gap, repr(record.name), source)
-        elif record.owed:
-            raise UnsafeError(f"{source.name}: {record.name!r} lacks the descriptor it announces")
-
-
-def _check_descriptor(found: bytes, record: Record, source: Source) -> None:
+def _check_descriptor(record: Record, end: int, gap: int, ahead: ReadAhead) -> None:
     """What follows the data repeats the CRC and both sizes; or a header led to the wrong place."""
-    magic, layout = _DESCRIPTORS[len(found)]
-    if found != magic + layout.pack(record.crc, record.packed, record.size):
+    name = ahead.source.name
+    if gap not in _DESCRIPTORS or not record.flags & _DESCRIBED:
+        _check_gap(gap, repr(record.name), ahead.source)
+        raise UnsafeError(f"{name}: {record.name!r} lacks the descriptor it announces")
+    magic, layout = _DESCRIPTORS[gap]
+    if ahead.read(end, gap) != magic + layout.pack(record.crc, record.packed, record.size):
         raise UnsafeError(
-            f"{source.name}: descriptor and directory of the archive disagree about {record.name!r}"
+            f"{name}: descriptor and directory of the archive disagree about {record.name!r}"
         )
 
 
