@@ -115,16 +115,20 @@ def from_records(
     if pickle.length > _RATIO * size:  # each byte of it may cost hundreds
         raise UnsafeError(f"{name}: {size} bytes unpack to a pickle of {pickle.length}")
     check_crc(pickle, f"{folder}data.pkl")
-    inside = {record.removeprefix(folder): span for record, span in records.items()}
-    if len(inside) < len(records):
+    outside = [record for record in records if not record.startswith(folder)]
+    if any(f"{folder}{record}" in records for record in outside):
         raise UnsafeError(f"{name}: holds a record of one name inside {folder!r} and outside")
-    storages = _Storages(inside, folder, lost)
+    storages = _Storages(records, folder, lost)
     label = f"{name}: {folder}data.pkl"
     root, _ = pickles.read(pickle.read(), storages.load, name=label, limits=limits)
-    others = {name: span for name, span in inside.items() if name not in storages.names}
+    others = {
+        record.removeprefix(folder): span
+        for record, span in records.items()
+        if record not in storages.names
+    }
     extras = {record: span for record, span in others.items() if not record.startswith("data/")}
-    unused = sum(span.length for record, span in others.items() if record not in extras)
     if len(others) > len(extras):
+        unused = sum(span.length for record, span in others.items() if record not in extras)
         message = f"{len(others) - len(extras)} records of {unused} bytes belong to no tensor"
         notes = (*notes, Finding("unused-records", message))
     return Document(
@@ -171,9 +175,9 @@ class _Storages:
     ) -> None:
         self._lost = lost
         self._records = records
-        self._folder = folder
+        self._data = f"{folder}data/"
         self._known: dict[str, Storage] = {}
-        self.names = set(OWN)
+        self.names = {*OWN, *(f"{folder}{name}" for name in OWN)}
         """Records that were asked for, and those that every archive has."""
 
     def load(self, pid: Node) -> Storage:
@@ -186,7 +190,7 @@ class _Storages:
                 raise UnsafeError(f"storage {key!r} is described in two ways")
             return known
         self._known[key] = storage
-        name = f"data/{key}"
+        name = self._data + key
         span, nbytes = self._records.get(name), storage.numel * storage.dtype.itemsize
         if span is not None and self._lost is not None:
             from ckptfix.formats import zip_recovery
@@ -203,8 +207,7 @@ class _Storages:
 
     def _error(self, storage: Storage, name: str, span: Span | None) -> ReadError:
         if span is None:
-            whole = f"{self._folder}{name}"
-            return DamagedError(f"the archive lacks {whole!r}", hint="copy or download it again")
+            return DamagedError(f"the archive lacks {name!r}", hint="copy or download it again")
         return UnsafeError(
             f"storage {storage.key!r} has {span.length} bytes where {storage.numel} elements "
             f"of {storage.dtype} take {storage.nbytes}"
