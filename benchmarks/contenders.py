@@ -61,6 +61,8 @@ class Contender:
     name: str
     command: tuple[str, ...]
     peer: str = ""
+    holds: bool = False
+    """Whether it holds the whole checkpoint in memory, and runs only where there is enough."""
 
     def words(self, source: Path, target: Path) -> list[str]:
         """The command for these two files."""
@@ -90,16 +92,18 @@ def ckptfix(name: str, *words: str) -> Contender:
     return Contender(f"ckptfix {name}", (*CKPTFIX, *words))
 
 
-def script(name: str, code: str, python: str = sys.executable, peer: str = "") -> Contender:
+def script(
+    name: str, code: str, python: str = sys.executable, peer: str = "", *, holds: bool = False
+) -> Contender:
     """A few lines of Python that read IN and write OUT, as a process of its own."""
-    return Contender(name, (python, "-c", code, "IN", "OUT"), peer)
+    return Contender(name, (python, "-c", code, "IN", "OUT"), peer, holds)
 
 
 CP = Contender("cp", ("cp", "IN", "OUT"))
 # ckptfix syncs what it writes; cp alone does not.
 CP_SYNC = Contender("cp + fsync", ("sh", "-c", 'cp "$0" "$1" && sync "$1"', "IN", "OUT"))
 RECIPES = (
-    script("pasted recipe", RECIPE),
+    script("pasted recipe", RECIPE, holds=True),
     script("torch.load(mmap) + torch.save", MMAP_SAVE),
 )
 NO_MODULE = ("--sub", r"^module\.", "")
@@ -133,7 +137,12 @@ def works(peers: str) -> tuple[Work, ...]:
             ".safetensors to .pt",
             "safetensors",
             ".pt",
-            (convert, CP, CP_SYNC, script("load_file + torch.save", SAFETENSORS_SAVE)),
+            (
+                convert,
+                CP,
+                CP_SYNC,
+                script("load_file + torch.save", SAFETENSORS_SAVE, holds=True),
+            ),
         ),
         Work("in-place", "edits in place, .pt", "pt", "", _in_place(), in_place=True),
         Work("many", "strip-prefix of many small tensors", "many", ".pt", (strip, *RECIPES)),
@@ -163,8 +172,8 @@ def _peers(python: str) -> tuple[Contender, ...]:
         script(
             "torch.load(mmap) + save_torch_state_dict", MMAP_HUB, python, peer="huggingface_hub"
         ),
-        script("mergekit's lazy loader + save_file", MERGEKIT, python, peer="mergekit"),
-        Contender("sft-cli convert", (sft, "convert", "IN", "-o", "OUT"), peer="sft"),
+        script("mergekit's lazy loader + save_file", MERGEKIT, python, "mergekit", holds=True),
+        Contender("sft-cli convert", (sft, "convert", "IN", "-o", "OUT"), "sft", holds=True),
     )
 
 

@@ -55,6 +55,12 @@ def _first(path: str, name: str) -> str | None:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)
 
 
+def available_memory() -> int:
+    """Bytes that a process could take now; all there are where the system does not say."""
+    said = _first("/proc/meminfo", "MemAvailable")
+    return int(said.removesuffix(" kB")) << 10 if said else _memory()
+
+
 def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -8,6 +8,7 @@ and bytes written; elsewhere those columns stay empty.
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import re
 import shlex
@@ -24,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:  # as a script, only its own folder is importable
     sys.path.insert(0, str(HERE.parent))
 
+import ckptfix  # noqa: E402
 from benchmarks import machine, measure, report  # noqa: E402
 from benchmarks.contenders import Contender, Work, missing, works  # noqa: E402
 
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 SIZES = "64M,512M,2G"
 LARGE = ",8G"
-ROOM = 3.1
-"""Times the size of a checkpoint that has to be free: two inputs and an output."""
+ROOM = 1.05
+"""Times the size of a checkpoint that has to be free for each file still to be made."""
+HELD = 1.2
+"""Times the size of a checkpoint that a program takes which holds it in memory."""
 LOADS = 4
 """Loads in a process for each run of the others; they take milliseconds."""
 LOAD_WORK = "load"
@@ -58,11 +62,12 @@ class Bench:
                 continue
             contenders = [one for one in work.contenders if self._takes_part(one)]
             for amount in [self.options.tensors] if work.reads == "many" else self.options.sizes:
-                if work.reads == "many" or self._has_room(amount):
+                if work.reads == "many" or self._has_room(work.reads, amount):
                     self._work(work, contenders, amount)
         if not chosen or LOAD_WORK in chosen:
-            for amount in filter(self._has_room, self.options.sizes):
-                self._loads(amount)
+            for amount in self.options.sizes:
+                if self._has_room("pt", amount):
+                    self._loads(amount)
 
     def _work(self, work: Work, contenders: list[Contender], amount: int) -> None:
         label = label_of(work.reads, amount)
@@ -70,7 +75,7 @@ class Bench:
         source = self._input(work.reads, amount)
         for number in range(self.options.runs):
             for contender in contenders if number % 2 == 0 else contenders[::-1]:
-                if contender.name not in self.skipped:
+                if contender.name not in self.skipped and self._fits(contender, work, amount):
                     self._once(work, contender, source, amount, number)
         for line in report.medians(self.measured, work.name, label):
             print(f"  {line}", flush=True)
@@ -131,8 +136,7 @@ class Bench:
 
     def _input(self, kind: str, amount: int) -> Path:
         """The input of one kind and size, made the first time it is asked for."""
-        suffix = ".safetensors" if kind == "safetensors" else ".pt"
-        path = self.folder / f"{kind}-{amount}{suffix}"
+        path = self._place(kind, amount)
         if not path.exists():
             words = [sys.executable, str(HERE / "inputs.py"), kind, str(amount), str(path)]
             subprocess.run(words, check=True)
@@ -141,12 +145,26 @@ class Bench:
             } | structure(path)
         return path
 
-    def _has_room(self, amount: int) -> bool:
-        """Whether inputs and outputs of a size fit; what lies there already counts as used."""
-        made = sum(path.stat().st_size for path in self.folder.glob(f"*-{amount}.*"))
-        if shutil.disk_usage(self.folder).free + made >= ROOM * amount:
+    def _place(self, kind: str, amount: int) -> Path:
+        suffix = ".safetensors" if kind == "safetensors" else ".pt"
+        return self.folder / f"{kind}-{amount}{suffix}"
+
+    def _has_room(self, kind: str, amount: int) -> bool:
+        """Whether an output fits, and the input where it is not there yet."""
+        files = 1 if self._place(kind, amount).exists() else 2
+        if shutil.disk_usage(self.folder).free >= ROOM * amount * files:
             return True
-        self._skip(label_of("pt", amount), f"needs {ROOM} times as much free space")
+        self._skip(f"{kind}, {label_of(kind, amount)}", "there is not enough free space")
+        return False
+
+    def _fits(self, contender: Contender, work: Work, amount: int) -> bool:
+        """Whether there is memory for a program, beside its output if that lies in memory."""
+        if not contender.holds or work.reads == "many":
+            return True
+        beside = amount if machine.describe(self.folder)["file_system"] == "tmpfs" else 0
+        if machine.available_memory() >= HELD * amount + beside:
+            return True
+        self._skip(f"{contender.name}, {label_of(work.reads, amount)}", "holds all of it in memory")
         return False
 
     def _takes_part(self, contender: Contender) -> bool:
@@ -245,6 +263,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
+    compileall.compile_dir(Path(ckptfix.__file__).parent, quiet=1)  # as an installer does it
     with tempfile.TemporaryDirectory(prefix="ckptfix-bench-", dir=options.dir) as folder:
         bench = Bench(options, Path(folder))
         try:
