@@ -141,7 +141,7 @@ def works(peers: str) -> tuple[Work, ...]:
                 convert,
                 CP,
                 CP_SYNC,
-                script("load_file + torch.save", SAFETENSORS_SAVE, holds=True),
+                script("load_file + torch.save", SAFETENSORS_SAVE),
             ),
         ),
         Work("in-place", "edits in place, .pt", "pt", "", _in_place(), in_place=True),

@@ -42,7 +42,7 @@ def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) 
         if state.origin is not None:
             raise _has_no_keys(document, state)
         renamed[id(state.mapping)] = _renamed_mapping(state.mapping, renaming)
-        names.update((old, new) for old, new in renaming.keys.items() if old != new)
+        names.update(renaming.changes)
     for state in find(document.root):
         if state.role == "optimizer" and _is_keyed_by_name(state.mapping, names):
             renamed[id(state.mapping)] = _renamed_optimizer(state.mapping, names)

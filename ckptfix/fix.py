@@ -115,7 +115,7 @@ def _renaming_cure(state: StateDict, renaming: Renaming) -> Cure:
 
 
 def _changed(renamings: Iterable[Renaming]) -> dict[str, str]:
-    return {old: new for way in renamings for old, new in way.keys.items() if old != new}
+    return {old: new for way in renamings for old, new in way.changes.items()}
 
 
 def _on_cpu(made: Plan) -> Plan:

@@ -31,9 +31,14 @@ class Renaming:
     """What becomes of a module's prefix."""
 
     @cached_property
+    def changes(self) -> Mapping[str, str]:
+        """The keys that get another name, and that name."""
+        return {old: new for old, new in self.keys.items() if old != new}
+
+    @property
     def changed(self) -> int:
         """How many keys get another name."""
-        return sum(old != new for old, new in self.keys.items())
+        return len(self.changes)
 
     @property
     def removed(self) -> str:
@@ -78,10 +83,11 @@ class Renaming:
     @cached_property
     def _stretches(self) -> tuple[str, str]:
         """What was removed and what was added, each distinct stretch once."""
-        changed = ((old, new) for old, new in self.keys.items() if old != new)
         removed: dict[str, None] = {}
         added: dict[str, None] = {}
-        for old, new in dict.fromkeys(unlike(*_split(*pair)) for pair in _trimmed(changed)):
+        for old, new in dict.fromkeys(
+            unlike(*_split(*pair)) for pair in _trimmed(self.changes.items())
+        ):
             for _, i, i_end, j, j_end in _edits(old, new):
                 removed[joined(old[i:i_end])] = None
                 added[joined(new[j:j_end])] = None

@@ -154,14 +154,14 @@ def _may_hold_some(node: Node) -> bool:
 
 
 def _looks_like_one(node: Node) -> bool:
-    if not isinstance(node, dict) or not node or not all(type(key) is str for key in node):
+    if not isinstance(node, dict) or set(map(type, node)) != {str}:
         return False
-    tensors = sum(map(_is_tensor, node.values()))
+    tensors = sum(type(value) is Tensor or _is_tensor(value) for value in node.values())
     return tensors > 0 and 2 * tensors >= len(node) - _extra_states(node)
 
 
 def _is_tensor(node: Node) -> bool:
-    return type(node) is Tensor or as_tensor(node) is not None or is_special_tensor(node)
+    return as_tensor(node) is not None or is_special_tensor(node)
 
 
 def _extra_states(mapping: dict[Node, Node]) -> int:
@@ -169,7 +169,11 @@ def _extra_states(mapping: dict[Node, Node]) -> int:
 
 
 def _mostly_tensors(mapping: dict[str, Node]) -> bool:
-    tensors = sum(_is_tensor(value) for key, value in mapping.items() if "rng" not in key.lower())
+    tensors = sum(
+        type(value) is Tensor or _is_tensor(value)
+        for key, value in mapping.items()
+        if "rng" not in key.lower()
+    )
     return 2 * tensors > len(mapping) - _extra_states(mapping)
 
 

@@ -114,7 +114,7 @@ def write_renamed(
             "path": state.path,
             "removed": renaming.removed,
             "added": renaming.added,
-            "keys": {old: new for old, new in renaming.keys.items() if old != new},
+            "keys": renaming.changes,
         }
         for state, renaming in changes
     ]
