@@ -233,10 +233,11 @@ def markdown(results: Record) -> str:
     """The whole report."""
     rows, machine = results["measurements"], results["machine"]
     judged = verdicts(results)
+    count = "1 run" if results["runs"] == 1 else f"{results['runs']} runs"
     text = [
         "# Results",
         "",
-        f"`{results['command']}`; {results['runs']} runs of each program, medians; every input in",
+        f"`{results['command']}`; {count} of each program, medians; every input in",
         "the page cache. What is measured, and how: [README](../README.md).",
         "",
         f"Machine: {machine['cpu']}, {machine['cores']} cores, "

@@ -373,3 +373,14 @@ def test_an_unknown_text_is_said_with_exit_code_1() -> None:
 def test_bytes_that_are_no_text_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(np.random.default_rng(0).bytes(4096))
     assert run(str(tmp_path / "log")).returncode == 1
+
+
+def test_the_text_may_be_given_as_it_is(tmp_path: Path):
+    text = 'RuntimeError: Missing key(s) in state_dict: "w".\n\tUnexpected key(s): "module.w".'
+    piped, given = run("--json", text=text), run("--json", text)
+    assert (given.returncode, given.stdout) == (0, piped.stdout)
+    (tmp_path / "a log.txt").write_text(text)
+    assert run("--json", str(tmp_path / "a log.txt")).stdout == piped.stdout
+    gone = run(str(tmp_path / "gone.log"))
+    assert gone.returncode == 2
+    assert "No such file" in gone.stderr

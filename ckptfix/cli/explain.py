@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TextIO
+import io
+import os
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -16,19 +18,30 @@ if TYPE_CHECKING:
 _EXCERPT = 200
 
 
+class _FileOrText(click.File):
+    """A file; or an error text as it is, which is words with spaces that name no file."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and " " in value and not os.path.exists(value):
+            return io.StringIO(value)
+        return super().convert(value, param, ctx)
+
+
 @click.command("explain")
-@click.argument("file", metavar="[FILE|-]", default="-", type=click.File(errors="replace"))
+@click.argument("file", metavar="[FILE|-|TEXT]", default="-", type=_FileOrText(errors="replace"))
 @options.as_json
 def command(file: TextIO) -> int:
     r"""Say what an error means, and which command mends it.
 
-    FILE holds a traceback or a log; without one, or with -, the text is read from standard input:
-    paste it, and end with Ctrl-D. The file that the text names is filled into the command.
+    FILE holds a traceback or a log; or give the text itself, in quotes. Without one, or with -, it
+    is read from standard input: paste it, and end with Ctrl-D. The file that the text names is
+    filled into the command.
 
     \b
     Examples:
       python train.py 2>&1 | ckptfix explain
       ckptfix explain train.log
+      ckptfix explain 'Missing key(s) in state_dict: "conv.weight"'
 
     \b
     Exit codes:
