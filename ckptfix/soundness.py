@@ -73,16 +73,13 @@ def check_tensors(document: Document, node: Node) -> None:
 
 def _wrong(document: Document, held: list[Storage]) -> list[str]:
     """Messages for the storages with a wrong checksum; on as many threads as there are cores."""
-    names: dict[int, str] = {}
-    for state in find(document.root):
-        names.update((id(tensor.storage), key) for key, tensor in state.tensors.items())
-
-    def damage(storage: Storage) -> str | None:
-        name = names.get(id(storage))
-        return _damage(storage, f"storage {storage.key!r}" + (f" ({name})" if name else ""))
-
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return [message for message in pool.map(damage, held) if message is not None]
+        wrong = [one for one, message in zip(held, pool.map(_damage, held), strict=True) if message]
+    names: dict[int, str] = {}
+    for state in find(document.root) if wrong else ():
+        names.update((id(tensor.storage), key) for key, tensor in state.tensors.items())
+    messages = (_damage(storage, names.get(id(storage))) for storage in wrong)
+    return [message for message in messages if message is not None]
 
 
 def findings(reading: Reading) -> list[Finding]:
@@ -96,7 +93,9 @@ def findings(reading: Reading) -> list[Finding]:
     return rows
 
 
-def _damage(storage: Storage, label: str) -> str | None:
+def _damage(storage: Storage, name: str | None = None) -> str | None:
+    """What is wrong with the bytes of a storage, with its tensor's name if that is known."""
+    label = f"storage {storage.key!r}" + (f" ({name})" if name else "")
     try:
         for span in storage.spans:
             check_crc(span, label)
