@@ -176,12 +176,11 @@ def _read_zip(source: _Source, lost: list[Storage], steps: list[str]) -> Documen
 def _records(source: _Source, steps: list[str]) -> dict[str, Span]:
     """The whole records of an archive, by name."""
     try:
-        archive = zips.read(source)
+        ours = zips.read(source).spans
     except ReadError as error:
         steps.append(f"the archive cannot be read as it is ({error.message})")
         ours = {}
     else:
-        ours = {name: archive.span(name) for name in archive.records}
         if _has_sums(ours) and all(map(zip_recovery.is_right, ours.values())):
             return ours
     known = [zip_recovery.listed(source), zip_recovery.scan(source), ours]

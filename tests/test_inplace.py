@@ -38,8 +38,8 @@ from ckptfix.errors import (
     VerifyError,
     WriteError,
 )
-from ckptfix.formats import patches, zips
-from ckptfix.spans import FileSource
+from ckptfix.formats import patches, zip_layout, zips
+from ckptfix.spans import FileSource, Span
 from ckptfix.state_dicts import choose_all
 from tests.conftest import CHECKPOINTS, FIXTURES, LEGACY, SAFETENSORS
 from tests.oracles import ckptfix_command, done, unlike
@@ -142,16 +142,16 @@ def test_real_checkpoints_too(how: str, tmp_path: Path) -> None:
 
 def test_only_the_pickle_and_its_checksums_change(ddp: Path) -> None:
     before = ddp.read_bytes()
-    record = pickle_of(ddp)
+    span = pickle_of(ddp)
     ckptfix.open(ddp).strip_prefix().save_in_place()
     after = ddp.read_bytes()
     changed = [
         place for place, (old, new) in enumerate(zip(before, after, strict=True)) if old != new
     ]
-    rest = [place for place in changed if not record.data <= place < record.data + record.size]
+    rest = [place for place in changed if not span.offset <= place < span.offset + span.length]
     assert 4 <= len(rest) <= 8
     assert (
-        zlib.crc32(after[record.data : record.data + record.size])
+        zlib.crc32(after[span.offset : span.offset + span.length])
         == struct.unpack_from("<I", after, rest[0])[0]
     )
 
@@ -217,7 +217,7 @@ def pack(path: Path, records: dict[str, bytes], descriptor: int = 0, crcs: bool 
         label, crc, size = name.encode(), zlib.crc32(content) if crcs else 0, len(content)
         known = (0, 0, 0) if descriptor else (crc, size, size)
         directory += (
-            zips.CENTRAL.pack(
+            zip_layout.CENTRAL.pack(
                 b"PK\1\2",
                 20,
                 20,
@@ -238,19 +238,21 @@ def pack(path: Path, records: dict[str, bytes], descriptor: int = 0, crcs: bool 
             )
             + label
         )
-        data += zips.LOCAL.pack(b"PK\3\4", 20, flags, 0, 0, 33, *known, len(label), 0)
+        data += zip_layout.LOCAL.pack(b"PK\3\4", 20, flags, 0, 0, 33, *known, len(label), 0)
         data += label + content
         if descriptor:
             signature = b"PK\7\x08" if descriptor in (16, 24) else b""
             sizes = struct.pack("<2I" if descriptor < 20 else "<2Q", size, size)
             data += signature + struct.pack("<I", crc) + sizes
-    end = zips.END.pack(b"PK\5\6", 0, 0, len(records), len(records), len(directory), len(data), 0)
+    end = zip_layout.END.pack(
+        b"PK\5\6", 0, 0, len(records), len(records), len(directory), len(data), 0
+    )
     path.write_bytes(data + directory + end)
 
 
-def pickle_of(path: Path) -> zips.Record:
-    records = zips.read(FileSource(path)).records
-    return next(record for name, record in records.items() if name.endswith("/data.pkl"))
+def pickle_of(path: Path) -> Span:
+    spans = zips.read(FileSource(path)).spans
+    return next(span for name, span in spans.items() if name.endswith("/data.pkl"))
 
 
 def records_of(path: Path) -> dict[str, bytes]:
@@ -273,15 +275,15 @@ def test_the_checksum_is_mended_wherever_it_stands(descriptor: int, first: str, 
 def test_an_archive_without_checksums_stays_one(ddp: Path) -> None:
     pack(ddp, records_of(ddp), crcs=False)
     ckptfix.open(ddp).strip_prefix().save_in_place()
-    assert not any(record.crc for record in zips.read(FileSource(ddp)).records.values())
+    assert not any(entry.crc for entry in zips.read(FileSource(ddp)).entries)
     assert [note.code for note in ckptfix.open(ddp).document.notes] == ["no-checksums"]
     assert next(iter(loaded(ddp)[0])).startswith("linears.")
 
 
 def test_a_descriptor_that_contradicts_the_directory_is_refused(ddp: Path) -> None:
     pack(ddp, records_of(ddp), descriptor=16)
-    record, data = pickle_of(ddp), bytearray(ddp.read_bytes())
-    place = record.data + record.size + 4
+    span, data = pickle_of(ddp), bytearray(ddp.read_bytes())
+    place = span.offset + span.length + 4
     data[place : place + 4] = b"????"
     ddp.write_bytes(data)
     with pytest.raises(UnsafeError, match="descriptor and directory"):
@@ -314,7 +316,7 @@ def test_containers_that_are_no_plain_torch_zip_or_safetensors_are_refused(ddp: 
 def test_compressed_records_are_refused(ddp: Path) -> None:
     records = records_of(ddp)
     for names, why in (
-        ({pickle_of(ddp).name}, "its pickle is compressed"),
+        ({name for name in records if name.endswith("/data.pkl")}, "its pickle is compressed"),
         (set(records), "its tensors are compressed"),
     ):
         with zipfile.ZipFile(ddp, "w") as archive:
@@ -470,7 +472,7 @@ def test_few_bytes_are_written(torch_zip_file: Path, tmp_path: Path, monkeypatch
     checkpoint = ckptfix.open(file).to_cpu()
     written = counted(monkeypatch, "write")
     checkpoint.save_in_place()
-    assert 0 < sum(written) <= 4 * (pickle_of(file).size + archive.end - archive.directory)
+    assert 0 < sum(written) <= 4 * (pickle_of(file).length + archive.end - archive.directory)
 
 
 def test_the_weights_of_a_large_file_are_neither_read_nor_written(
@@ -705,7 +707,7 @@ def test_a_pickle_that_cannot_be_padded_is_refused(
     path = tmp_path / "in.pt"
     torch.save({"w": torch.ones(2)}, path)
     document = ckptfix.open(path).document
-    size = zips.read(FileSource(path)).records["in/data.pkl"].size
+    size = zips.read(FileSource(path)).spans["in/data.pkl"].length
     monkeypatch.setattr(pickles, "write", lambda root, own_keys: (b"N" * (size - 4) + b"0N.", []))
     with pytest.raises(InPlaceError, match="cannot be padded to its old length"):
         inplace.prepare(document)

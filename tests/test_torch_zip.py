@@ -29,7 +29,7 @@ from ckptfix.formats import torch_zip, zips
 from ckptfix.limits import Limits
 from ckptfix.spans import BytesSource, FileSource, Span
 from tests.oracles import unlike
-from tests.test_zips import HoleSink
+from tests.test_zip_writer import HoleSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,7 +101,7 @@ def test_zip_tools_find_nothing_wrong_with_what_is_written(
 
 def test_every_record_is_aligned_to_64_bytes(torch_zip_file: Path, tmp_path: Path) -> None:
     archive = zips.read(FileSource(rewritten(torch_zip_file, tmp_path / "out.pt")))
-    assert {record.data % 64 for record in archive.records.values()} == {0}
+    assert {span.offset % 64 for span in archive.spans.values()} == {0}
 
 
 def test_equal_documents_give_equal_bytes(torch_zip_file: Path, tmp_path: Path) -> None:
@@ -365,8 +365,8 @@ def test_one_damaged_byte_never_changes_the_tree(tmp_path: Path) -> None:
     data = saved(tmp_path / "x.pt").read_bytes()
     before = formats.read_source(BytesSource(data, "x.pt"))
     archive = zips.read(BytesSource(data))
-    weights = [record for name, record in archive.records.items() if "/data/" in name]
-    inside = {at for record in weights for at in range(record.data, record.data + record.size)}
+    weights = [span for name, span in archive.spans.items() if "/data/" in name]
+    inside = {at for span in weights for at in range(span.offset, span.offset + span.length)}
     chance, refused = random.Random(2), 0
     for place in sorted(set(range(len(data))) - inside):
         try:

@@ -19,17 +19,18 @@ from typing import TYPE_CHECKING, Any
 from ckptfix import pickles
 from ckptfix.errors import InPlaceError
 from ckptfix.formats import safetensors, torch_zip, zips
+from ckptfix.formats.zip_layout import CRC_IN_CENTRAL, CRC_IN_LOCAL, STORED
 from ckptfix.journal import Patch
+from ckptfix.spans import FileSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from ckptfix.document import Document, Storage, Tensor
-    from ckptfix.formats.zips import Archive, Record
-    from ckptfix.spans import Source
+    from ckptfix.formats.zips import Archive, Entry
+    from ckptfix.spans import Source, Span
 
 _CRC = struct.Struct("<I")
-_CRC_IN_LOCAL, _CRC_IN_CENTRAL = 14, 16
 
 
 def make(document: Document, source: Source, storages: Iterable[Storage]) -> list[Patch]:
@@ -61,19 +62,21 @@ def _check_room(document: Document, what: str, length: int, room: int) -> None:
 def _torch_zip(document: Document, source: Source, storages: Iterable[Storage]) -> list[Patch]:
     archive = zips.read(source)
     folder = f"{document.archive}/" if document.archive else ""
-    record = archive.records[f"{folder}data.pkl"]
-    if record.method:
+    name = f"{folder}data.pkl"
+    entry = next(entry for entry in archive.entries if entry.name == name)
+    if entry.method != STORED:
         raise InPlaceError(document.name, "its pickle is compressed")
     _check_records(document, archive, folder, storages)
     pickle, _ = pickles.write(document.root, own_keys=True)
-    _check_room(document, "pickle", len(pickle), record.size)
-    new, old = padded(pickle, record.size), source.read(record.data, record.size)
+    span = archive.spans[name]
+    _check_room(document, "pickle", len(pickle), span.length)
+    new, old = padded(pickle, span.length), span.read()
     if len(new) != len(old):
         raise InPlaceError(document.name, "its pickle cannot be padded to its old length")
-    patches = [Patch(record.data, old, new)]
-    if any(record.crc for record in archive.records.values()):  # or it was saved without checksums
+    patches = [Patch(span.offset, old, new)]
+    if any(entry.crc for entry in archive.entries):  # or it was saved without checksums
         crc = _CRC.pack(zlib.crc32(new))
-        patches += [Patch(place, _CRC.pack(record.crc), crc) for place in _places(archive, record)]
+        patches += [Patch(at, _CRC.pack(entry.crc), crc) for at in _places(archive, entry, span)]
     return patches
 
 
@@ -81,9 +84,9 @@ def _check_records(
     document: Document, archive: Archive, folder: str, storages: Iterable[Storage]
 ) -> None:
     """Every storage is a record of this very archive, and every record is what it was."""
-    unclaimed = {name.removeprefix(folder) for name in archive.records} - torch_zip.OWN
+    unclaimed = {name.removeprefix(folder) for name in archive.spans} - torch_zip.OWN
     for storage in storages:
-        record = archive.records.get(f"{folder}data/{storage.key}")
+        record = archive.spans.get(f"{folder}data/{storage.key}")
         if record is None or not _is_record(storage, record):
             raise InPlaceError(document.name, "its tensors are not those of the file")
         unclaimed.discard(f"data/{storage.key}")
@@ -93,27 +96,23 @@ def _check_records(
         raise InPlaceError(document.name, "what was left out would stay in the file")
 
 
-def _is_record(storage: Storage, record: Record) -> bool:
+def _is_record(storage: Storage, record: Span) -> bool:
     places = [(span.offset, span.length) for span in storage.spans]
-    return places == [(record.data, record.size)] and not record.method
+    return places == [(record.offset, record.length)] and isinstance(record.source, FileSource)
 
 
-def _places(archive: Archive, record: Record) -> list[int]:
+def _places(archive: Archive, entry: Entry, span: Span) -> list[int]:
     """Where the CRC-32 of a record stands: in the directory, in its header or its descriptor."""
-    places = [archive.directory + record.entry + _CRC_IN_CENTRAL]
-    end = record.data + record.packed
-    later = [other.header for other in archive.records.values() if other.header >= end]
+    places = [archive.directory + entry.place + CRC_IN_CENTRAL]
+    end = span.offset + span.length
+    later = [other.header for other in archive.entries if other.header >= end]
     gap = min([archive.directory, *later]) - end
     if gap:  # a descriptor, with or without a signature of 4 bytes
         places.append(end + (4 if gap in (16, 24) else 0))
-    if _crc_at(archive, record.header + _CRC_IN_LOCAL) or not gap:
-        places.append(record.header + _CRC_IN_LOCAL)
+    in_header = entry.header + CRC_IN_LOCAL
+    if any(span.source.read(in_header, _CRC.size)) or not gap:
+        places.append(in_header)
     return places
-
-
-def _crc_at(archive: Archive, place: int) -> int:
-    crc: int = _CRC.unpack(archive.source.read(place, _CRC.size))[0]
-    return crc
 
 
 def padded(pickle: bytes, length: int) -> bytes:

@@ -34,7 +34,7 @@ from ckptfix.errors import (
 )
 from ckptfix.files import check_crc
 from ckptfix.findings import Finding
-from ckptfix.formats import script_json, zips
+from ckptfix.formats import script_json, zip_writer, zips
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.spans import FileSource, Span
 
@@ -67,9 +67,9 @@ def matches(head: bytes) -> bool:
 def read(source: Source, limits: Limits = DEFAULT) -> Document:
     """The document in a torch zip; reads the directory, the headers and the pickle."""
     archive = zips.read(source, limits)
-    records = archive.spans()
+    records = archive.spans
     notes = []
-    if not any(record.crc for record in archive.records.values() if record.size):
+    if not any(span.crc for span in records.values() if span.length):
         notes.append(Finding("no-checksums", "the archive was saved without checksums"))
         records = {name: span.unchecked() for name, span in records.items()}
     if source.size > archive.end:
@@ -238,7 +238,7 @@ def write(document: Document, sink: Sink) -> None:
     """Write a document as a torch zip. Equal documents give equal bytes."""
     pickle, storages = pickles.write(document.root)
     folder = document.archive or "archive"
-    writer = zips.Writer(sink)
+    writer = zip_writer.Writer(sink)
     writer.add(f"{folder}/data.pkl", [pickle])
     writer.add(f"{folder}/.format_version", [b"1"])
     writer.add(f"{folder}/.storage_alignment", [b"64"])

@@ -19,15 +19,13 @@ from typing import TYPE_CHECKING
 from ckptfix.errors import ReadError
 from ckptfix.files import check_crc
 from ckptfix.formats import zips
-from ckptfix.formats.zips import LOCAL
+from ckptfix.formats.zip_layout import DESCRIBED, DESCRIPTOR_MAGIC, LOCAL, LOCAL_MAGIC, MAX32
 from ckptfix.spans import FileSource, Span, UnpackedSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_HEADER, _DESCRIPTOR = b"PK\x03\x04", b"PK\x07\x08"
 _DESCRIPTOR_SIZES = (16, 24)
-_DESCRIBED, _MAX32 = 0x0008, 0xFFFFFFFF
 
 
 def scan(source: FileSource | UnpackedSource) -> dict[str, Span]:
@@ -42,32 +40,32 @@ def scan(source: FileSource | UnpackedSource) -> dict[str, Span]:
 
 
 def _records(data: mmap.mmap, source: FileSource | UnpackedSource) -> Iterator[tuple[str, Span]]:
-    place = data.find(_HEADER)
+    place = data.find(LOCAL_MAGIC)
     while 0 <= place <= len(data) - LOCAL.size:
         _, _, flags, method, _, _, crc, packed, _, named, extra = LOCAL.unpack_from(data, place)
         begin = place + LOCAL.size + named + extra
         name = data[place + LOCAL.size : place + LOCAL.size + named].decode("utf-8", "replace")
         end = begin + packed
-        if flags & _DESCRIBED and not packed:
+        if flags & DESCRIBED and not packed:
             crc, end = _described(data, begin)
             if end < 0 and method == 0 and "data/" in name:
                 yield name, Span(source, begin, len(data) - begin)
-        elif packed == _MAX32:
+        elif packed == MAX32:
             end = begin + _wide_size(data[begin - extra : begin])
         if method == 0 and begin <= end <= len(data):
             yield name, Span(source, begin, end - begin, crc)
-        place = data.find(_HEADER, max(end, place + 1))
+        place = data.find(LOCAL_MAGIC, max(end, place + 1))
 
 
 def _described(data: mmap.mmap, begin: int) -> tuple[int, int]:
     """CRC and end of a record, by the first descriptor that states the length it follows."""
-    place = data.find(_DESCRIPTOR, begin)
+    place = data.find(DESCRIPTOR_MAGIC, begin)
     while 0 <= place <= len(data) - 16:
         crc, narrow = struct.unpack_from("<2I", data, place + 4)
         wide = struct.unpack_from("<Q", data, place + 8)[0] if place <= len(data) - 24 else -1
         if place - begin in (narrow, wide):
             return crc, place
-        place = data.find(_DESCRIPTOR, place + 1)
+        place = data.find(DESCRIPTOR_MAGIC, place + 1)
     return 0, -1
 
 
@@ -77,7 +75,7 @@ def without_descriptor(span: Span, length: int) -> Span:
     if span.crc is not None or not 0 < surplus < max(_DESCRIPTOR_SIZES):
         return span
     rest = span.slice(length, surplus).read()
-    return span.slice(0, length) if rest[:4] == _DESCRIPTOR[:surplus] else span
+    return span.slice(0, length) if rest[:4] == DESCRIPTOR_MAGIC[:surplus] else span
 
 
 def _wide_size(extra: bytes) -> int:
@@ -89,11 +87,11 @@ def _wide_size(extra: bytes) -> int:
 def listed(source: FileSource | UnpackedSource) -> dict[str, Span]:
     """Every stored record that the directory names, where its bytes are found; none without one."""
     try:
-        directory, size, count, _ = zips._find_directory(source)
-        entries = zips._central_entries(source.read(directory, size), count, source.name)
+        directory, size, count, _ = zips.find_directory(source)
+        entries = zips.read_directory(source.read(directory, size), count, source.name)
     except ReadError:
         return {}
-    entries.sort(key=lambda entry: entry.header)
+    entries.sort()
     ends = [entry.header for entry in entries[1:]] + [directory]
     found = {}
     for entry, end in zip(entries, ends, strict=True):
@@ -105,7 +103,7 @@ def listed(source: FileSource | UnpackedSource) -> dict[str, Span]:
     return found
 
 
-def _begins(source: FileSource | UnpackedSource, entry: zips.Record, end: int) -> Iterator[int]:
+def _begins(source: FileSource | UnpackedSource, entry: zips.Entry, end: int) -> Iterator[int]:
     """Where the data of a record may begin: by what follows it, and by its own header."""
     yield from (end - descriptor - entry.packed for descriptor in _DESCRIPTOR_SIZES)
     if entry.header + LOCAL.size <= source.size:
@@ -118,7 +116,7 @@ def _fitting(spans: list[Span], end: int) -> Iterator[Span]:
     size = spans[0].source.size
     inside = [s for s in spans if s.offset >= 0 and s.offset + s.length <= min(end, size - 4)]
     for span in inside:
-        if span.source.read(span.offset + span.length, 4) == _DESCRIPTOR:
+        if span.source.read(span.offset + span.length, 4) == DESCRIPTOR_MAGIC:
             yield span
     for span in reversed(inside):  # its own header counts for more
         if end - span.offset - span.length in (0, *_DESCRIPTOR_SIZES):

@@ -66,8 +66,8 @@ def _zip(method: int, **records: bytes) -> bytes:
 def without_crcs(data: bytes) -> bytes:
     """The archive as a writer that computes no checksums leaves it: any change passes the CRC."""
     archive, changed = zips.read(BytesSource(data)), bytearray(data)
-    for record in archive.records.values():
-        for place in (record.header + 14, archive.directory + record.entry + 16):
+    for entry in archive.entries:
+        for place in (entry.header + 14, archive.directory + entry.place + 16):
             changed[place : place + 4] = bytes(4)
     return bytes(changed)
 

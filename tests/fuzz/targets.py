@@ -126,9 +126,9 @@ def rewrite_pickle(data: bytes) -> None:
 def read_zip(data: bytes) -> None:
     """What is accepted, Python's `zipfile` reads too, and finds the same in it."""
     archive = zips.read(BytesSource(data))
-    spans = {name: archive.span(name) for name in archive.records}
+    spans = archive.spans
     whole = data[: archive.end]
-    if not any(record.crc for record in archive.records.values() if record.size):
+    if not any(span.crc for span in spans.values() if span.length):
         return  # zipfile takes a CRC of zero for a wrong one
     for name, span in spans.items():
         check_crc(span, name)
