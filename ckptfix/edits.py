@@ -19,7 +19,7 @@ from ckptfix.document import (
 from ckptfix.errors import UnsupportedError
 from ckptfix.files import check_crc
 from ckptfix.spans import ComputedSource, Span
-from ckptfix.state_dicts import StateDict, choose, find, is_special_tensor
+from ckptfix.state_dicts import StateDict, choose, is_special_tensor, optimizers
 from ckptfix.tensors import DEVICE_TENSORS, as_tensor
 from ckptfix.trees import children, rebuild, walk
 
@@ -43,9 +43,9 @@ def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) 
             raise _has_no_keys(document, state)
         renamed[id(state.mapping)] = _renamed_mapping(state.mapping, renaming)
         names.update(renaming.changes)
-    for state in find(document.root):
-        if state.role == "optimizer" and _is_keyed_by_name(state.mapping, names):
-            renamed[id(state.mapping)] = _renamed_optimizer(state.mapping, names)
+    for optimizer in optimizers(document.root):
+        if _is_keyed_by_name(optimizer, names):
+            renamed[id(optimizer)] = _renamed_optimizer(optimizer, names)
     root = rebuild(document.root, lambda node: renamed.get(id(node), node), tensors=False)
     return replace(document, root=root)
 

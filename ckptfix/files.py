@@ -87,21 +87,19 @@ class Sink:
         if isinstance(part, bytes):
             self.write(part)
             return
-        if part.length <= _SMALL and part.source.fileno() is not None:
-            self.write(self._small(part))
-            self._advance(part.length)
+        source, offset, length, _ = part
+        descriptor = source.fileno()
+        if length <= _SMALL and descriptor is not None:
+            if self._ahead is None or self._ahead.source is not source:
+                self._ahead = ReadAhead(source, _AHEAD)
+            self.write(self._ahead.read(offset, length))
+            self._advance(length)
             return
-        descriptor = part.source.fileno()
         done = self._copy_in_kernel(descriptor, part) if descriptor is not None else 0
         if done < part.length:
             for chunk in part.slice(done, part.length - done).chunks():
                 self.write(chunk)
                 self._advance(len(chunk))
-
-    def _small(self, span: Span) -> bytes:
-        if self._ahead is None or self._ahead.source is not span.source:
-            self._ahead = ReadAhead(span.source, _AHEAD)
-        return self._ahead.read(span.offset, span.length)
 
     def copy_summed(self, parts: Sequence[Span | bytes]) -> Sum:
         """Copy spans to the end; the CRC-32 of all their bytes is computed beside that."""

@@ -20,7 +20,7 @@ from ckptfix.tensors import as_tensor
 from ckptfix.trees import PATH_DEPTH, Path, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
     from ckptfix.document import Document
 
@@ -110,6 +110,13 @@ def is_optimizer(node: Node) -> bool:
     )
 
 
+def optimizers(root: Node) -> Iterator[dict[str, Node]]:
+    """The state dict of every optimizer in a tree, each once."""
+    for path, node in walk(root, descend=_may_hold_some, tensors=False):
+        if is_optimizer(node) and len(path) < PATH_DEPTH:
+            yield node
+
+
 def find(root: Node) -> list[StateDict]:
     """Every state dict in a tree, in order, each once."""
     found: list[tuple[Path, StateDict]] = []
@@ -123,9 +130,9 @@ def find(root: Node) -> list[StateDict]:
             mapping = state_dict(node)
             if mapping:
                 found.append((path, StateDict(_join(path), mapping, _role(path, mapping), node)))
-        elif _looks_like_one(node) and not _within(path, whole):
+        elif (kinds := _kinds(node)) is not None and not _within(path, whole):
             found.append((path, StateDict(_join(path), node, _role(path, node))))
-            if _mostly_tensors(node):
+            if _mostly_tensors(kinds, node):
                 whole.add(path)
     holders = {path[:depth] for path, _ in found for depth in range(len(path))}
     states = [
@@ -153,11 +160,14 @@ def _may_hold_some(node: Node) -> bool:
     return not is_optimizer(node) and not is_module(node)
 
 
-def _looks_like_one(node: Node) -> bool:
+def _kinds(node: Node) -> list[bool] | None:
+    """Which values of a state dict are tensors, in order; None for what does not look like one."""
     if not isinstance(node, dict) or set(map(type, node)) != {str}:
-        return False
-    tensors = sum(type(value) is Tensor or _is_tensor(value) for value in node.values())
-    return tensors > 0 and 2 * tensors >= len(node) - _extra_states(node)
+        return None
+    kinds = [type(value) is Tensor or _is_tensor(value) for value in node.values()]
+    tensors = sum(kinds)
+    few = 2 * tensors < len(node) and 2 * tensors < len(node) - _extra_states(node)
+    return None if few or not tensors else kinds
 
 
 def _is_tensor(node: Node) -> bool:
@@ -168,13 +178,13 @@ def _extra_states(mapping: dict[Node, Node]) -> int:
     return sum(1 for key in mapping if key.endswith("_extra_state"))
 
 
-def _mostly_tensors(mapping: dict[str, Node]) -> bool:
-    tensors = sum(
-        type(value) is Tensor or _is_tensor(value)
-        for key, value in mapping.items()
-        if "rng" not in key.lower()
-    )
-    return 2 * tensors > len(mapping) - _extra_states(mapping)
+def _mostly_tensors(kinds: list[bool], mapping: dict[str, Node]) -> bool:
+    """Whether most values are tensors, those of random number generators left out."""
+    tensors = sum(kinds)
+    if "rng" in "\n".join(mapping).lower():
+        pairs = zip(kinds, mapping, strict=True)
+        tensors = sum(kind for kind, key in pairs if "rng" not in key.lower())
+    return 2 * tensors > len(mapping) or 2 * tensors > len(mapping) - _extra_states(mapping)
 
 
 def _within(path: Path, whole: set[Path]) -> bool:

@@ -40,6 +40,7 @@ class Writer:
     def __init__(self, sink: Sink, alignment: int = 64) -> None:
         self._sink = sink
         self._alignment = alignment
+        self._paddings = [_PADDING.pack(b"FB", room) + b"Z" * room for room in range(alignment)]
         self._entries: dict[str, tuple[int, int, int]] = {}  # CRC, size, offset
         self._unsummed: dict[str, Sum] = {}
 
@@ -47,8 +48,15 @@ class Writer:
         """Add a record made of `parts` in order."""
         sink = self._sink
         offset = sink.position
-        size = sum([part.length if type(part) is Span else len(part) for part in parts])
-        crc = self._known_crc(parts, size)
+        if len(parts) == 1 and type(parts[0]) is Span:  # as nearly all are
+            size, crc = parts[0].length, parts[0].crc
+        else:
+            size, crc = (
+                sum(part.length if type(part) is Span else len(part) for part in parts),
+                None,
+            )
+        if crc is None:
+            crc = _cheap_crc(parts, size)
         sink.write(self._local_header(name, crc or 0, size, offset))
         if crc is None:
             self._unsummed[name] = sink.copy_summed(parts)
@@ -56,13 +64,6 @@ class Writer:
             for part in parts:
                 sink.copy(part)
         self._entries[name] = (crc or 0, size, offset)
-
-    def _known_crc(self, parts: Sequence[Span | bytes], size: int) -> int | None:
-        """The CRC of a record before it is written: on record already, or cheap to compute."""
-        if len(parts) == 1 and type(parts[0]) is Span and parts[0].crc is not None:
-            return parts[0].crc
-        computed = any(isinstance(part, Span) and part.source.fileno() is None for part in parts)
-        return None if computed or size >= CHUNK else crc32_of(parts)
 
     def crcs(self) -> list[int]:
         """The CRCs of all records so far; those that were not known are put into their headers."""
@@ -77,8 +78,7 @@ class Writer:
         label = name.encode()
         wide = struct.pack("<2H2Q", 1, 16, size, size) if size >= MAX32 else b""
         start = offset + LOCAL.size + len(label) + len(wide) + 4
-        padding = -start % self._alignment
-        extra = wide + _PADDING.pack(b"FB", padding) + b"Z" * padding
+        extra = wide + self._paddings[-start % self._alignment]
         before, narrow = (_WIDE_LOCAL, MAX32) if wide else (_NARROW_LOCAL, size)
         return before + _KNOWN.pack(crc, narrow, narrow, len(label), len(extra)) + label + extra
 
@@ -99,10 +99,17 @@ class Writer:
         self._sink.write(END.pack(END_MAGIC, 0, 0, count, count, size, start, 0))
 
 
+def _cheap_crc(parts: Sequence[Span | bytes], size: int) -> int | None:
+    """The CRC of a record before it is written, where computing it costs little."""
+    computed = any(isinstance(part, Span) and part.source.fileno() is None for part in parts)
+    return None if computed or size >= CHUNK else crc32_of(parts)
+
+
 _PADDING = struct.Struct("<2sH")
 _DOS_EPOCH = 0x21  # 1 January 1980, the earliest date a zip can hold: equal inputs give equal files
-_KNOWN = struct.Struct("<3I2H")
-"""What headers differ in: CRC, both sizes, the lengths of the name and of the extra field."""
+_KNOWN, _LISTED = struct.Struct("<3I2H"), struct.Struct("<3I2H10xI")
+"""What headers differ in: CRC, both sizes, the lengths of the name and of the extra field; in the
+directory, after zeros for no comment and no attributes, the place of the record too."""
 _NARROW_LOCAL, _WIDE_LOCAL = (
     struct.pack("<4s5H", LOCAL_MAGIC, version, UTF8, STORED, 0, _DOS_EPOCH) for version in (20, 45)
 )
@@ -115,16 +122,9 @@ _NARROW_CENTRAL, _WIDE_CENTRAL = (
 def _central_header(name: str, crc: int, size: int, offset: int) -> bytes:
     label = name.encode()
     if size < MAX32 and offset < MAX32:
-        return (
-            _NARROW_CENTRAL + _KNOWN.pack(crc, size, size, len(label), 0) + _place(offset) + label
-        )
+        return _NARROW_CENTRAL + _LISTED.pack(crc, size, size, len(label), 0, offset) + label
     values = ([size, size] if size >= MAX32 else []) + ([offset] if offset >= MAX32 else [])
     extra = struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values)
     narrow, place = min(size, MAX32), min(offset, MAX32)
-    known = _KNOWN.pack(crc, narrow, narrow, len(label), len(extra))
-    return _WIDE_CENTRAL + known + _place(place) + label + extra
-
-
-def _place(offset: int) -> bytes:
-    """What a central header holds between the lengths and the name: no comment, and the place."""
-    return bytes(10) + offset.to_bytes(4, "little")
+    known = _LISTED.pack(crc, narrow, narrow, len(label), len(extra), place)
+    return _WIDE_CENTRAL + known + label + extra
