@@ -272,6 +272,17 @@ def test_the_checksum_is_mended_wherever_it_stands(descriptor: int, first: str, 
     assert after == ddp.read_bytes()
 
 
+def test_an_entry_for_a_folder_behind_the_pickle_stays_as_it_is(ddp: Path) -> None:
+    records = records_of(ddp)
+    first = next(name for name in records if name.endswith("/data.pkl"))
+    folder = {f"{first.removesuffix('data.pkl')}data/": b""}
+    pack(ddp, {first: records.pop(first), **folder, **records})
+    ckptfix.open(ddp).strip_prefix().save_in_place()
+    after = ddp.read_bytes()
+    pack(ddp, records_of(ddp))
+    assert after == ddp.read_bytes()
+
+
 def test_an_archive_without_checksums_stays_one(ddp: Path) -> None:
     pack(ddp, records_of(ddp), crcs=False)
     ckptfix.open(ddp).strip_prefix().save_in_place()

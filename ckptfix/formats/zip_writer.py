@@ -48,13 +48,8 @@ class Writer:
         """Add a record made of `parts` in order."""
         sink = self._sink
         offset = sink.position
-        if len(parts) == 1 and type(parts[0]) is Span:  # as nearly all are
-            size, crc = parts[0].length, parts[0].crc
-        else:
-            size, crc = (
-                sum(part.length if type(part) is Span else len(part) for part in parts),
-                None,
-            )
+        size = sum([part.length if type(part) is Span else len(part) for part in parts])
+        crc = parts[0].crc if len(parts) == 1 and type(parts[0]) is Span else None
         if crc is None:
             crc = _cheap_crc(parts, size)
         sink.write(self._local_header(name, crc or 0, size, offset))
