@@ -91,7 +91,6 @@ def listed(source: FileSource | UnpackedSource) -> dict[str, Span]:
         entries = zips.read_directory(source.read(directory, size), count, source.name)
     except ReadError:
         return {}
-    entries.sort()
     ends = [entry.header for entry in entries[1:]] + [directory]
     found = {}
     for entry, end in zip(entries, ends, strict=True):

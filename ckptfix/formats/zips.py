@@ -40,11 +40,11 @@ from ckptfix.formats.zip_layout import (
     UTF8,
 )
 from ckptfix.limits import DEFAULT, Limits
-from ckptfix.spans import InflatedSource, Source, Span
+from ckptfix.spans import InflatedSource, ReadAhead, Source, Span
 
 _CENTRAL, _LOCAL = struct.Struct("<4s4x2H4x3I4H6xI"), struct.Struct("<4s2x2H4x3I2H")
 """The same as without the underscore, but only what is looked at is unpacked."""
-_NARROW, _WIDE, _USUAL = struct.Struct("<3I"), struct.Struct("<I2Q"), struct.Struct("<4s3I")
+_NARROW, _WIDE = struct.Struct("<3I"), struct.Struct("<I2Q")
 _DESCRIPTORS = {
     12: (b"", _NARROW), 16: (DESCRIPTOR_MAGIC, _NARROW),
     20: (b"", _WIDE), 24: (DESCRIPTOR_MAGIC, _WIDE),
@@ -96,7 +96,6 @@ def read(source: Source, limits: Limits = DEFAULT) -> Archive:
     if count > limits.records or size > source.size:
         raise UnsafeError(f"{source.name}: the archive announces {count} records")
     entries = read_directory(source.read(place, size), count, source.name)
-    entries.sort()
     spans = _spans(entries, place, source)
     _check_names([entry.name for entry in entries], source.name)
     return Archive(spans, entries, place, end)
@@ -169,7 +168,7 @@ def _end64(source: Source, place: int) -> tuple[int, tuple[int, int, int]] | Non
 
 
 def read_directory(directory: bytes, count: int, name: str) -> list[Entry]:
-    """The entries of a directory, as they stand in it, none of them held against its record."""
+    """The entries of a directory, by where their records lie; those are not looked at here."""
     entries, place = [], 0
     unpack, new = _CENTRAL.unpack_from, tuple.__new__  # it is a loop of many thousands
     try:
@@ -199,6 +198,7 @@ def read_directory(directory: bytes, count: int, name: str) -> list[Entry]:
         raise DamagedError(f"{name}: the archive's directory is cut short", hint=_RETRY)
     if place < len(directory):
         raise UnsafeError(f"{name}: the archive's directory holds more than its {count} records")
+    entries.sort()
     return entries
 
 
@@ -245,15 +245,13 @@ def _spans(entries: list[Entry], directory: int, source: Source) -> dict[str, Sp
     headers = [*(entry.header for entry in entries), directory]
     _check_gap(headers[0], "the beginning", source)
     spans: dict[str, Span] = {}
-    piece, begin = b"", 0
+    ahead = ReadAhead(source, _PIECE)
     for entry, (header, following) in zip(entries, pairwise(headers), strict=True):
-        room, data = following - header, -1
-        if room < _NEAR and directory - header >= LOCAL.size:
-            if following - begin > len(piece):
-                piece, begin = source.read(header, min(_PIECE, directory - header)), header
-            data = _usual_data(entry, piece, header - begin, following - begin) + begin
-        if data < begin:
-            data = _data(entry, following, directory, source)
+        room, length = following - header, 0
+        if LOCAL.size <= room < _NEAR:
+            at = ahead.seek(header, room)
+            length = _usual_header(entry, ahead.piece, at, at + room)
+        data = header + length if length else _data(entry, following, directory, source)
         span = Span(source, data, entry.packed, entry.crc)
         if entry.method != STORED:
             span = Span(InflatedSource(span, entry.size), 0, entry.size, entry.crc)
@@ -262,34 +260,28 @@ def _spans(entries: list[Entry], directory: int, source: Source) -> dict[str, Sp
     return spans
 
 
-def _usual_data(entry: Entry, piece: bytes, at: int, end: int) -> int:
-    """Where the data begins of a record that lies in a piece of the file; -1 where it is unusual.
+def _usual_header(entry: Entry, piece: bytes, at: int, end: int) -> int:
+    """The length of the header of a record that lies in a piece of the file; 0: it is unusual.
 
     Usual are a header like its entry, and one without CRC and sizes before a short descriptor.
     """
     _, _, label, flags, method, crc, packed, size, _ = entry
-    if end - at < LOCAL.size:
-        return -1
     magic, lflags, lmethod, lcrc, lpacked, lsize, named, extra = _LOCAL.unpack_from(piece, at)
-    start = at + LOCAL.size + named
-    data: int = start + extra
-    stop = data + packed
+    length: int = LOCAL.size + named + extra
     if (
         magic != LOCAL_MAGIC
         or lflags != flags
         or lmethod != method
-        or piece[at + LOCAL.size : start] != label
+        or piece[at + LOCAL.size : at + LOCAL.size + named] != label
     ):
-        return -1
+        return 0
+    stop = at + length + packed
     if lcrc == crc and lpacked == packed and lsize == size and stop == end:
-        return data
-    if (
-        flags & DESCRIBED
-        and lcrc == lpacked == lsize == 0
-        and piece[stop:end] == _USUAL.pack(DESCRIPTOR_MAGIC, crc, packed, size)
-    ):
-        return data
-    return -1
+        return length
+    owed = flags & DESCRIBED and lcrc == lpacked == lsize == 0
+    if owed and piece[stop:end] == DESCRIPTOR_MAGIC + _NARROW.pack(crc, packed, size):
+        return length
+    return 0
 
 
 def _data(entry: Entry, following: int, directory: int, source: Source) -> int:
