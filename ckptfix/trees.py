@@ -12,14 +12,30 @@ from ckptfix.dtypes import UNTYPED
 from ckptfix.errors import UnsafeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 _LEAVES = frozenset({str, int, float, bool, type(None), bytes, bytearray})
+_TEXT = {str}
 _SIMPLE = frozenset({Tensor, Storage, Global})  # nodes that hold no containers worth a detour
 
 
-def children(node: Node) -> Iterator[tuple[str, Node]]:
+def children(node: Node) -> Iterable[tuple[str, Node]]:
     """What a node holds, each with the path component that names it. Leaves hold nothing."""
+    if isinstance(node, dict) and _has_names(node) and _attributes(node) is None:
+        return node.items()
+    return _children(node)
+
+
+def _has_names(node: dict[Node, Node]) -> bool:
+    """Whether every key is text, as nearly everywhere."""
+    return set(map(type, node)) == _TEXT
+
+
+def _attributes(node: dict[Node, Node]) -> Node:
+    return node.attributes if isinstance(node, OrderedMap) else None
+
+
+def _children(node: Node) -> Iterator[tuple[str, Node]]:
     if isinstance(node, dict):
         for key, value in node.items():
             if type(key) is str:
@@ -28,8 +44,9 @@ def children(node: Node) -> Iterator[tuple[str, Node]]:
             if type(key) not in _LEAVES:
                 yield "<key>", key
             yield str(key) if type(key) in _LEAVES else f"<{type(key).__name__}>", value
-        if isinstance(node, OrderedMap) and node.attributes is not None:
-            yield "<attributes>", node.attributes
+        attributes = _attributes(node)
+        if attributes is not None:
+            yield "<attributes>", attributes
     elif isinstance(node, (list, tuple)) and type(node) is not Global:
         for index, value in enumerate(node):
             yield str(index), value
@@ -205,10 +222,10 @@ class _Rebuilder:
 
     def _fill(self, node: Node, shell: Node, new: Node) -> None:
         if isinstance(new, dict):
-            done, get = self.done, self.get
+            done, get, stays = self.done, self.get, self.stays
             for key, value in new.items():
                 key = key if type(key) in _LEAVES else done[id(key)]
-                shell[key] = done[id(value)] if id(value) in done else get(value)
+                shell[key] = value if stays(value) else get(value)
             if isinstance(new, OrderedMap):
                 shell.attributes = self.get(new.attributes)
         elif isinstance(new, list):
@@ -257,24 +274,24 @@ class _Comparison:
 
     def nodes(self, place: Place | None, one: Node, other: Node) -> str | None:
         if type(one) is not type(other) or _shallow(one) != _shallow(other):
-            return _spelled(place)
+            return _spelled(place, "")
         if type(one) is Storage:
-            return self.storages(place, one, other)
+            return _spelled(place, self.storages(one, other))
         pair = (id(one), id(other))
         if type(one) in _LEAVES or self.partner.get(id(one)) == id(other) or pair in self.further:
             return None
         if self.partner.setdefault(id(one), id(other)) != id(other):
             self.further.add(pair)
         for (name, below), (_, beside) in zip(_parts(one), _parts(other), strict=True):
-            if _is_plain(below) and _is_plain(beside):  # no detour for what most nodes are
-                found = self.tensors(place, name, below, beside)
+            if type(below) is type(beside) is Tensor and _is_plain(below) and _is_plain(beside):
+                found = self.tensors(below, beside)  # no detour for what most nodes are
                 if found is not None:
-                    return found
+                    return _spelled((place, name), found)
             elif type(below) is not str or below != beside:
                 self.pending.append(((place, name), below, beside))
         return None
 
-    def tensors(self, place: Place | None, name: str, one: Tensor, other: Tensor) -> str | None:
+    def tensors(self, one: Tensor, other: Tensor) -> str | None:
         """Where two tensors differ that have nothing below them but their storages."""
         if (
             one.shape != other.shape
@@ -283,7 +300,7 @@ class _Comparison:
             or one.dtype is not other.dtype
             or one.requires_grad is not other.requires_grad
         ):
-            return _spelled((place, name))
+            return ""
         storage, beside = one.storage, other.storage
         alike = (
             storage.dtype is beside.dtype
@@ -291,18 +308,19 @@ class _Comparison:
             and storage.device == beside.device
         )
         if not alike and _described(storage) != _described(beside):
-            return _spelled(((place, name), "<storage>"))
-        return self.storages(((place, name), "<storage>"), storage, beside)
+            return "/<storage>"
+        found = self.storages(storage, beside)
+        return None if found is None else f"/<storage>{found}"
 
-    def storages(self, place: Place | None, one: Storage, other: Storage) -> str | None:
+    def storages(self, one: Storage, other: Storage) -> str | None:
         """The rest of what two storages of one description have to agree in."""
         known = self.partner.get(id(one))
         if known == id(other):
             return None
         if known is not None or id(other) in self.taken:
-            return f"{_spelled(place)} (a shared storage)"
+            return " (a shared storage)"
         if _crcs_differ(one, other):
-            return f"{_spelled(place)} (its bytes)"
+            return " (its bytes)"
         self.partner[id(one)] = id(other)
         self.taken.add(id(other))
         return None
@@ -312,19 +330,20 @@ Place = tuple[Any, str]
 """A path as the place above and a name, put together only where it is needed."""
 
 
-def _spelled(place: Place | None) -> str:
+def _spelled(place: Place | None, found: str | None) -> str | None:
+    """The path of a place with what was found there behind it, if something was."""
+    if found is None:
+        return None
     names: list[str] = []
     while place is not None:
         place, name = place
         names.append(name)
-    return "/" + "/".join(reversed(names))
+    return "/" + "/".join(reversed(names)) + found
 
 
-def _parts(node: Node) -> list[tuple[str, Node]]:
-    parts = list(children(node))
-    if isinstance(node, Tensor):
-        parts.append(("<storage>", node.storage))
-    return parts
+def _parts(node: Node) -> Iterable[tuple[str, Node]]:
+    parts = children(node)
+    return [*parts, ("<storage>", node.storage)] if isinstance(node, Tensor) else parts
 
 
 def _crcs_differ(one: Storage, other: Storage) -> bool:
@@ -356,11 +375,14 @@ def _shallow(node: Node) -> Node:
         kinds = (type(node.state), type(node.kwargs))
         return (node.how, node.has_state, kinds, state, len(node.items), len(node.pairs))
     if isinstance(node, dict):
-        attributes = isinstance(node, OrderedMap) and node.attributes is not None
-        keys = [
-            key if type(key) is str else (type(key), _shallow(key))
-            for key in node
-            if type(key) in _LEAVES
-        ]
-        return (keys, len(node), attributes)
+        keys = (
+            list(node)
+            if _has_names(node)
+            else [
+                key if type(key) is str else (type(key), _shallow(key))
+                for key in node
+                if type(key) in _LEAVES
+            ]
+        )
+        return (keys, len(node), _attributes(node) is not None)
     return node if type(node) is Global else len(node)

@@ -108,7 +108,7 @@ def strip(keys: Iterable[str], *, prefix: str | None = None, partial: bool = Fal
     """
     keys = list(keys)
     if prefix is None:
-        return rename(keys, _wrapper_rule(keys, partial=partial))
+        return _without_wrappers(keys, partial=partial)
     start = dotted(prefix)
     carrying = [key for key in keys if prefix_of(key).startswith(start)]
     lacking = [key for key in keys if not prefix_of(key).startswith(start)]
@@ -194,6 +194,17 @@ def bare_prefix(prefix: str, modules: int | None = None) -> str:
     if modules is not None and bare.startswith("module." * modules):
         return bare[len("module.") * modules :]
     return _LEADING.sub("", bare)
+
+
+def _without_wrappers(keys: list[str], *, partial: bool) -> Renaming:
+    """What becomes of keys without their wrappers; quickly, where only `module` leads them all."""
+    text = "\n".join(keys)
+    if partial or not keys or "._" in text or "\n_" in text or text.startswith("_"):
+        return rename(keys, _wrapper_rule(keys, partial=partial))
+    ends = (min(keys), max(keys))  # what both begin with, all between them do
+    modules = min(_leading_modules(prefix_of(key)) for key in ends)
+    start = len("module.") * modules
+    return Renaming({key: key[start:] for key in keys}, bind(bare_prefix, modules=modules))
 
 
 def _wrapper_rule(keys: Iterable[str], *, partial: bool) -> Rule:

@@ -123,8 +123,8 @@ def from_records(
     root, _ = pickles.read(pickle.read(), storages.load, name=label, limits=limits)
     others = {
         record.removeprefix(folder): span
-        for record, span in records.items()
-        if record not in storages.names
+        for record, span in storages.unclaimed.items()
+        if record.removeprefix(folder) not in OWN
     }
     extras = {record: span for record, span in others.items() if not record.startswith("data/")}
     if len(others) > len(extras):
@@ -174,31 +174,29 @@ class _Storages:
         self, records: Mapping[str, Span], folder: str, lost: list[Storage] | None
     ) -> None:
         self._lost = lost
-        self._records = records
         self._data = f"{folder}data/"
         self._known: dict[str, Storage] = {}
-        self.names = {*OWN, *(f"{folder}{name}" for name in OWN)}
-        """Records that were asked for, and those that every archive has."""
+        self.unclaimed = dict(records)
+        """Records that are no storage's, as far as was seen."""
 
     def load(self, pid: Node) -> Storage:
         """The storage that a persistent id describes."""
         storage = parse_persistent_id(pid)
         key = storage.key
-        known = self._known.get(key)
-        if known is not None:
+        known = self._known.setdefault(key, storage)
+        if known is not storage:
             if _description(known) != _description(storage):
                 raise UnsafeError(f"storage {key!r} is described in two ways")
             return known
-        self._known[key] = storage
         name = self._data + key
-        span, nbytes = self._records.get(name), storage.numel * storage.dtype.itemsize
+        span, nbytes = self.unclaimed.get(name), storage.numel * storage.dtype.itemsize
         if span is not None and self._lost is not None:
             from ckptfix.formats import zip_recovery
 
             span = zip_recovery.without_descriptor(span, nbytes)
         if span is not None and span.length == nbytes:
             storage.spans = (span,)
-            self.names.add(name)
+            del self.unclaimed[name]
         elif self._lost is not None:
             self._lost.append(storage)
         else:

@@ -46,11 +46,11 @@ class Writer:
 
     def add(self, name: str, parts: Sequence[Span | bytes]) -> None:
         """Add a record made of `parts` in order."""
-        sink = self._sink
-        offset = sink.position
-        size = sum([part.length if type(part) is Span else len(part) for part in parts])
-        crc = parts[0].crc if len(parts) == 1 and type(parts[0]) is Span else None
-        if crc is None:
+        sink, offset, first = self._sink, self._sink.position, parts[0] if len(parts) == 1 else None
+        if type(first) is Span and first.crc is not None:
+            _, _, size, crc = first
+        else:
+            size = sum(part.length if isinstance(part, Span) else len(part) for part in parts)
             crc = _cheap_crc(parts, size)
         sink.write(self._local_header(name, crc or 0, size, offset))
         if crc is None:

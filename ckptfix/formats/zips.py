@@ -15,7 +15,6 @@ end are reported and accepted. Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3
 from __future__ import annotations
 
 import struct
-from itertools import pairwise
 from typing import NamedTuple
 
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
@@ -242,21 +241,22 @@ def _spans(entries: list[Entry], directory: int, source: Source) -> dict[str, Sp
     Records lie one after another from byte 0, with room for nothing but data descriptors. What lies
     close together is read together; the data of large records is not read.
     """
-    headers = [*(entry.header for entry in entries), directory]
-    _check_gap(headers[0], "the beginning", source)
+    ends = [*(entry.header for entry in entries), directory]
+    _check_gap(ends.pop(0), "the beginning", source)
     spans: dict[str, Span] = {}
-    ahead = ReadAhead(source, _PIECE)
-    for entry, (header, following) in zip(entries, pairwise(headers), strict=True):
-        room, length = following - header, 0
+    ahead, new = ReadAhead(source, _PIECE), tuple.__new__
+    for entry, end in zip(entries, ends, strict=True):
+        header, name, _, _, method, crc, packed, size, _ = entry
+        room, length = end - header, 0
         if LOCAL.size <= room < _NEAR:
             at = ahead.seek(header, room)
             length = _usual_header(entry, ahead.piece, at, at + room)
-        data = header + length if length else _data(entry, following, directory, source)
-        span = Span(source, data, entry.packed, entry.crc)
-        if entry.method != STORED:
-            span = Span(InflatedSource(span, entry.size), 0, entry.size, entry.crc)
-        if not entry.name.endswith("/"):
-            spans[entry.name] = span
+        data = header + length if length else _data(entry, end, directory, source)
+        span = new(Span, (source, data, packed, crc))
+        if method != STORED:
+            span = Span(InflatedSource(span, size), 0, size, crc)
+        if name[-1:] != "/":
+            spans[name] = span
     return spans
 
 

@@ -23,18 +23,25 @@ from ckptfix.pickles.torch_objects import check_layout, ordered_dict, tensor_v2
 if TYPE_CHECKING:
     from ckptfix.pickles.machine import Machine
 
-_GET, _PUT, _INTEGER = rb"(?:h.|j....)", rb"(?:r(....))?", rb"(?:K.|M..|J....)"
-_SIZES = rb"(?:\)|%b\x85|%b%b\x86|%b%b%b\x87|\((?:%b){4,8}t)" % ((_INTEGER,) * 7)
+_GET, _INTEGER = rb"(?:h.|j....)", rb"(?:K.|M..|J....)"
+_SIZES = rb"(?:\)|%b(?:\x85|%b(?:\x86|%b\x87))|\((?:%b){4,8}t)" % ((_INTEGER,) * 4)
+_DEVICE = rb"%b%bN?t" % (_GET, _INTEGER)
+_OFFSET = rb"Q" + _INTEGER
+_REST = rb"[\x88\x89]%b\)R" % _GET
 _TENSOR = re.compile(
-    rb"\(\((%(get)b%(get)b)X(.)\0\0\0([0-9]{1,20})%(put)b"
-    rb"(%(get)b%(integer)b)(N?)t%(put)bQ"
-    rb"(%(integer)b%(sizes)b)%(put)b(%(sizes)b)%(put)b"
-    rb"([\x88\x89]%(get)b)\)R%(put)bt%(put)bR%(put)b"
-    % {b"get": _GET, b"put": _PUT, b"integer": _INTEGER, b"sizes": _SIZES},
+    rb"\(\((%b%b)X(.)\0\0\0([0-9]{1,20})(?:" % (_GET, _GET)
+    + rb"(%b%b%b%b%b)tR" % (_DEVICE, _OFFSET, _SIZES, _SIZES, _REST)
+    + rb"|r(....)(%b)r(....)(?:(%b\)\))|(%b%b)r(....)(%b)r(....))(%b)r(....)tr(....)Rr(....))"
+    % (_DEVICE, _OFFSET, _OFFSET, _SIZES, _SIZES, _REST),
+    re.DOTALL,
+)
+_LAYOUT = re.compile(
+    rb"(%b)(%b)(N?)tQ(%b)(%b)(%b)([\x88\x89])(%b)\)R"
+    % (_GET, _INTEGER, _INTEGER, _SIZES, _SIZES, _GET),
     re.DOTALL,
 )
 _OPERANDS = re.compile(rb"[hK].|M..|[jJ]....", re.DOTALL)
-_PUTS = struct.Struct("<7I")
+_PUTS = {count: struct.Struct(f"<{count}I") for count in (5, 7)}
 
 
 def run(m: Machine, at: int) -> int | None:
@@ -45,31 +52,35 @@ def run(m: Machine, at: int) -> int | None:
     match = _TENSOR.match(m.data, at)
     if match is None or not m.stack or m.framed:
         return None
-    names, length, digits, a, numel, none, b, shape, c, stride, d, end, e, f, g = match.groups()
-    puts = (a, b, c, d, e, f, g)
-    absent = puts.count(None)
-    if length[0] != len(digits) or absent not in (0, len(puts)):
+    names, length, digits, layout = match.group(1, 2, 3, 4)
+    if length[0] != len(digits):
         return None
-    usual, key = _decoded(names, numel, shape, stride, end), digits.decode()
-    if absent:
-        memo = m.memo
-        pid = (memo[usual.word], memo[usual.cls], key, memo[usual.device], usual.numel)
-        storage = m.persistent((*pid, None) if none else pid)
-        m.stack[-1] = _made(m, storage, usual, memo[usual.hooks])
+    key = digits.decode()
+    if layout is None:
+        a, device, b, scalar, shape, c, stride, d, rest, *ends = match.groups()[4:]
+        if scalar is None:
+            layout, puts = device + shape + stride + rest, (a, b, c, d, *ends)
+        else:  # an empty tuple is nothing to memoize
+            layout, puts = device + scalar + rest, (a, b, *ends)
+        _run_kept(m, _decoded(names, layout), key, _PUTS[len(puts)].unpack(b"".join(puts)))
     else:
-        _run_kept(m, usual, key, bool(none), _PUTS.unpack(b"".join(puts)))
+        usual, memo = _decoded(names, layout), m.memo
+        pid = (memo[usual.word], memo[usual.cls], key, memo[usual.device], usual.numel)
+        storage = m.persistent((*pid, None) if usual.none else pid)
+        m.stack[-1] = _made(m, storage, usual, memo[usual.hooks])
     return match.end()
 
 
-def _run_kept(m: Machine, usual: _Usual, key: str, none: bool, puts: tuple[int, ...]) -> None:
+def _run_kept(m: Machine, usual: _Usual, key: str, puts: tuple[int, ...]) -> None:
     """Run them where each object is put into the memo as well."""
-    memo, (put_key, put_pid, put_shape, put_stride, put_hooks, put_args, put) = m.memo, puts
+    memo, (put_key, put_pid, *put_layout, put_hooks, put_args, put) = m.memo, puts
     word, cls = memo[usual.word], memo[usual.cls]
     memo[put_key] = key
     described = (word, cls, key, memo[usual.device], usual.numel)
-    memo[put_pid] = pid = (*described, None) if none else described
+    memo[put_pid] = pid = (*described, None) if usual.none else described
     storage = m.persistent(pid)
-    memo[put_shape], memo[put_stride] = usual.shape, usual.stride
+    if put_layout:
+        memo[put_layout[0]], memo[put_layout[1]] = usual.shape, usual.stride
     function = memo[usual.hooks]
     memo[put_hooks] = hooks = m.call(function, ())
     args = (storage, usual.offset, usual.shape, usual.stride, usual.requires_grad, hooks)
@@ -111,14 +122,22 @@ class _Usual(NamedTuple):
     stride: tuple[int, ...]
     requires_grad: bool
     hooks: int
+    none: bool
+    """Whether the persistent id has a sixth part, which is None."""
 
 
 @lru_cache(4096)
-def _decoded(names: bytes, numel: bytes, shape: bytes, stride: bytes, end: bytes) -> _Usual:
-    word, cls, device, count, hooks = _numbers(names + numel + end[1:])
-    offset, *sizes = _numbers(shape)
-    requires_grad, steps = end[:1] == b"\x88", tuple(_numbers(stride))
-    return _Usual(word, cls, device, count, offset, tuple(sizes), steps, requires_grad, hooks)
+def _decoded(names: bytes, layout: bytes) -> _Usual:
+    """What two GETs, and the opcodes from that of the device on, without PUTs, have as operands."""
+    device, numel, none, offset, shape, stride, grad, hooks = _LAYOUT.fullmatch(layout).groups()
+    return _Usual(
+        *_numbers(names + device + numel + offset),
+        tuple(_numbers(shape)),
+        tuple(_numbers(stride)),
+        grad == b"\x88",
+        *_numbers(hooks),
+        bool(none),
+    )
 
 
 def _numbers(opcodes: bytes) -> list[int]:

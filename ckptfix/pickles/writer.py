@@ -1,8 +1,8 @@
 """A tree as a pickle of protocol 2: what `torch.save` writes and `weights_only=True` reads.
 
 Shared nodes are written once and referred to, cycles included. An object gets a memo number when it
-is referred to for the first time (its PUT is put into a place kept free for it), so that the pickle
-is no longer than the one that it replaces. Every container is a generator that yields its children,
+is referred to for the first time (its PUT is put behind what made it), so that the pickle is no
+longer than the one that it replaces. Every container is a generator that yields its children,
 which keeps the writer off Python's stack.
 """
 
@@ -37,8 +37,9 @@ class _Writer:
         self.own_keys = own_keys
         self.chunks: list[bytes] = [b"\x80\x02"]
         self.emit = self.chunks.append
-        self.places: dict[Hashable, int] = {}
-        self.references: dict[Hashable, bytes] = {}
+        self.memo: dict[Hashable, int | bytes] = {}
+        """Which chunk ends an object; once something referred to it, the opcode that does."""
+        self.referred = 0
         self.kept: list[Node] = []  # tuples made here: an id is taken only while its object lives
         self.storages: list[Storage] = []
         self.usual: dict[Hashable, tuple[bytes, bytes, bytes]] = {}
@@ -62,23 +63,20 @@ class _Writer:
         return b"".join(self.chunks), self.storages
 
     def remember(self, key: Hashable) -> None:
-        """Keep a place for the PUT of what was just written."""
-        self.places[key] = len(self.chunks)
-        self.emit(b"")
+        """Know what `key` stands for as that which the last chunk ends."""
+        self.memo[key] = len(self.chunks) - 1
 
     def refer(self, key: Hashable) -> bool:
         """Write a reference to what `key` stands for, if it was written."""
-        reference = self.references.get(key)
-        if reference is None:
-            place = self.places.get(key)
-            if place is None:
-                return False
-            number = len(self.references)
-            short = number < 256
-            self.chunks[place] = b"q%c" % number if short else b"r" + _U4.pack(number)
-            reference = b"h%c" % number if short else b"j" + _U4.pack(number)
-            self.references[key] = reference
-        self.emit(reference)
+        known = self.memo.get(key)
+        if known is None:
+            return False
+        if type(known) is int:
+            number = bytes((self.referred,)) if self.referred < 256 else _U4.pack(self.referred)
+            self.chunks[known] += (b"q" if len(number) == 1 else b"r") + number
+            self.memo[key] = known = (b"h" if len(number) == 1 else b"j") + number
+            self.referred += 1
+        self.emit(known)
         return True
 
     # --- leaves
@@ -143,7 +141,7 @@ class _Writer:
         if length > 3:
             self.emit(b"(")
         yield from node
-        if id(node) in self.places:  # it holds itself, and was completed from inside
+        if id(node) in self.memo:  # it holds itself, and was completed from inside
             self.emit(b"1" if length > 3 else b"0" * length)
             self.refer(id(node))
         else:
@@ -210,7 +208,7 @@ class _Writer:
 
     def inert_frame(self, node: Inert) -> Frame:
         yield from _CALLS[node.how](self, node)
-        if id(node) in self.places:  # its arguments hold it, and it was completed from inside
+        if id(node) in self.memo:  # its arguments hold it, and it was completed from inside
             self.emit(b"0")
             self.refer(id(node))
             return
@@ -290,7 +288,7 @@ class _Writer:
     def write_usual(self, node: Tensor) -> bool:
         """Write a tensor that is like an earlier one, apart from its own new storage."""
         storage = node.storage
-        if node.hooks is not None or node.metadata is not None or id(storage) in self.places:
+        if node.hooks is not None or node.metadata is not None or id(storage) in self.memo:
             return False
         likeness = (
             node.dtype.name, storage.dtype.name, storage.device, storage.numel,
@@ -306,9 +304,9 @@ class _Writer:
         key = (storage.key if self.own_keys else str(len(self.storages))).encode()
         self.emit(before + _U4.pack(len(key)) + key + between)
         self.remember(id(storage))
-        self.storages.append(storage)
         self.emit(after)
         self.remember(id(node))
+        self.storages.append(storage)
         return True
 
     def parts_of(self, node: Tensor) -> tuple[bytes, bytes, bytes] | None:
@@ -320,9 +318,10 @@ class _Writer:
         if node.dtype is not storage.dtype or node.dtype.storage is None or node.dtype is UNTYPED:
             return None
         named = (_TENSOR_V2, "storage", _storage_class(node.dtype), storage.device, _ORDERED_DICT)
-        tensor, word, cls, device, hooks = map(self.references.get, named)
-        if tensor is None or word is None or cls is None or device is None or hooks is None:
+        references = [known for known in map(self.memo.get, named) if isinstance(known, bytes)]
+        if len(references) < len(named):
             return None
+        tensor, word, cls, device, hooks = references
         layout = _integer(node.offset) + _integers(node.shape) + _integers(node.stride)
         return (
             tensor + b"((" + word + cls + b"X",
