@@ -17,7 +17,7 @@ from ckptfix.document import Global, Inert, Node, OrderedMap, Tensor
 from ckptfix.errors import SelectionError
 from ckptfix.modules import is_module, state_dict
 from ckptfix.tensors import as_tensor
-from ckptfix.trees import PATH_DEPTH, Path, walk
+from ckptfix.trees import PATH_DEPTH, Path, has_names, walk
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -162,7 +162,7 @@ def _may_hold_some(node: Node) -> bool:
 
 def _kinds(node: Node) -> list[bool] | None:
     """Which values of a state dict are tensors, in order; None for what does not look like one."""
-    if not isinstance(node, dict) or set(map(type, node)) != {str}:
+    if not isinstance(node, dict) or not has_names(node):
         return None
     kinds = [type(value) is Tensor or _is_tensor(value) for value in node.values()]
     tensors = sum(kinds)

@@ -21,12 +21,12 @@ _SIMPLE = frozenset({Tensor, Storage, Global})  # nodes that hold no containers 
 
 def children(node: Node) -> Iterable[tuple[str, Node]]:
     """What a node holds, each with the path component that names it. Leaves hold nothing."""
-    if isinstance(node, dict) and _has_names(node) and _attributes(node) is None:
+    if isinstance(node, dict) and has_names(node) and _attributes(node) is None:
         return node.items()
     return _children(node)
 
 
-def _has_names(node: dict[Node, Node]) -> bool:
+def has_names(node: dict[Node, Node]) -> bool:
     """Whether every key is text, as nearly everywhere."""
     return set(map(type, node)) == _TEXT
 
@@ -170,7 +170,7 @@ class _Rebuilder:
         return self.get(root)
 
     def get(self, node: Node) -> Node:
-        return node if type(node) in _LEAVES or self.stays(node) else self.done[id(node)]
+        return self.done.get(id(node), node)  # leaves are not in there, nor what stays
 
     def stays(self, node: Node) -> bool:
         return not self.tensors and _is_plain(node)
@@ -222,10 +222,9 @@ class _Rebuilder:
 
     def _fill(self, node: Node, shell: Node, new: Node) -> None:
         if isinstance(new, dict):
-            done, get, stays = self.done, self.get, self.stays
+            get = self.done.get
             for key, value in new.items():
-                key = key if type(key) in _LEAVES else done[id(key)]
-                shell[key] = value if stays(value) else get(value)
+                shell[key if type(key) is str else get(id(key), key)] = get(id(value), value)
             if isinstance(new, OrderedMap):
                 shell.attributes = self.get(new.attributes)
         elif isinstance(new, list):
@@ -283,8 +282,8 @@ class _Comparison:
         if self.partner.setdefault(id(one), id(other)) != id(other):
             self.further.add(pair)
         for (name, below), (_, beside) in zip(_parts(one), _parts(other), strict=True):
-            if type(below) is type(beside) is Tensor and _is_plain(below) and _is_plain(beside):
-                found = self.tensors(below, beside)  # no detour for what most nodes are
+            if _is_plain(below) and _is_plain(beside):  # no detour for what most nodes are
+                found = self.tensors(below, beside)
                 if found is not None:
                     return _spelled((place, name), found)
             elif type(below) is not str or below != beside:
@@ -377,7 +376,7 @@ def _shallow(node: Node) -> Node:
     if isinstance(node, dict):
         keys = (
             list(node)
-            if _has_names(node)
+            if has_names(node)
             else [
                 key if type(key) is str else (type(key), _shallow(key))
                 for key in node

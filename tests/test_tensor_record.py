@@ -100,7 +100,8 @@ def test_what_ckptfix_writes_is_recognised(tmp_path: Path) -> None:
 
 
 def test_everything_is_in_the_memo(tmp_path: Path) -> None:
-    body = body_of(filled({"a": torch.zeros(2, 3), "b": torch.ones(4)}), tmp_path / "x.pt")
+    tensors = {"a": torch.zeros(2, 3), "b": torch.ones(4), "step": torch.tensor(1.0)}
+    body = body_of(filled(tensors), tmp_path / "x.pt")
     opcodes = pickletools.genops(b"\x80\x02" + body + b".")
     puts: set[Any] = {number for opcode, number, _ in opcodes if "PUT" in opcode.name}
     gets = b"".join(b"j" + struct.pack("<I", number) for number in sorted(puts))
@@ -165,6 +166,13 @@ ODD = {
     "some puts": {"puts": (b"r\x63\0\0\0",) + (b"",) * 6},
     "short puts": {"puts": tuple(b"q%c" % n for n in range(70, 77))},
     "long puts": {"puts": tuple(b"r%c\0\0\0" % n for n in range(70, 77))},
+    "a scalar": {"shape": b")", "stride": b")"},
+    "a scalar with puts": {"shape": b")", "stride": b")", "puts": (
+        b"r\x46\0\0\0", b"r\x47\0\0\0", b"", b"", *(b"r%c\0\0\0" % n for n in range(72, 75)))},
+    "a scalar with puts behind its tuples": {
+        "shape": b")", "stride": b")", "puts": tuple(b"r%c\0\0\0" % n for n in range(70, 77))},
+    "an empty stride with puts": {
+        "stride": b")", "puts": tuple(b"r%c\0\0\0" % n for n in range(70, 77))},
     "a put over the device": {"puts": (b"r\2\0\0\0", *(b"r%c\0\0\0" % n for n in range(70, 76)))},
     "a put over the hooks": {"puts": (*(b"r%c\0\0\0" % n for n in range(70, 73)), b"r\3\0\0\0",
                                       *(b"r%c\0\0\0" % n for n in range(73, 76)))},

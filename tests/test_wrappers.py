@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ckptfix import fitting, wrappers
 from ckptfix.errors import KeyCollisionError, PartialPrefixError, RenameError
+from ckptfix.renaming import prefix_of, rename
 
 if TYPE_CHECKING:
     from ckptfix.renaming import Renaming
@@ -398,6 +399,12 @@ COMPONENTS = st.sampled_from(
 KEYS = st.lists(
     st.lists(COMPONENTS, min_size=1, max_size=5).map(".".join).filter(bool), unique=True
 )
+LED = st.lists(
+    st.lists(st.sampled_from(["module", "conv", "w", ""]), min_size=1, max_size=5)
+    .map(".".join)
+    .filter(bool),
+    unique=True,
+)
 NAMES = st.sampled_from(["model", "module", "_orig_mod", "model.net", "a.module.b"])
 
 
@@ -418,6 +425,15 @@ def test_strip_keeps_every_key_and_their_order_or_refuses(keys: list[str]) -> No
     assert list(renaming.keys) == keys
     assert len(set(new_keys(renaming))) == len(keys)
     assert wrappers.strip(new_keys(renaming)).changed == 0, "once is enough"
+
+
+@given(LED)
+def test_keys_go_the_way_of_their_modules(keys: list[str]) -> None:
+    renaming = wrappers.strip(keys)
+    for old, new in renaming.keys.items():
+        prefix = prefix_of(old)
+        assert new == renaming.rule(prefix) + old.removeprefix(prefix)
+    assert renaming == rename(keys, wrappers._wrapper_rule(keys, partial=False))
 
 
 @given(KEYS)

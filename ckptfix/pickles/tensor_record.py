@@ -2,7 +2,8 @@
 
 A checkpoint holds thousands of tensors, and each takes the same thirty opcodes or so. Exactly these
 are matched here, and do what they do one by one; where anything differs, they are left to
-`opcodes`. In the words of `pickletools`, with a LONG_BINPUT behind each object, or with none:
+`opcodes`. In the words of `pickletools`, with a LONG_BINPUT behind each object but empty tuples, or
+with none:
 
     MARK MARK GET "storage", GET class, BINUNICODE key, GET device, BININT numel, [NONE,] TUPLE,
     BINPERSID, BININT offset, shape, stride, NEWFALSE or NEWTRUE, GET OrderedDict, EMPTY_TUPLE,
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 
 _GET, _INTEGER = rb"(?:h.|j....)", rb"(?:K.|M..|J....)"
 _SIZES = rb"(?:\)|%b(?:\x85|%b(?:\x86|%b\x87))|\((?:%b){4,8}t)" % ((_INTEGER,) * 4)
-_DEVICE = rb"%b%bN?t" % (_GET, _INTEGER)
-_OFFSET = rb"Q" + _INTEGER
+_DEVICE, _OFFSET = rb"%b%bN?t" % (_GET, _INTEGER), rb"Q" + _INTEGER
 _REST = rb"[\x88\x89]%b\)R" % _GET
 _TENSOR = re.compile(
     rb"\(\((%b%b)X(.)\0\0\0([0-9]{1,20})(?:" % (_GET, _GET)
@@ -35,13 +35,16 @@ _TENSOR = re.compile(
     % (_DEVICE, _OFFSET, _OFFSET, _SIZES, _SIZES, _REST),
     re.DOTALL,
 )
+"""Groups: 1 names, 2 and 3 the key; 4 what follows it, where nothing is memoized. Otherwise that is
+in 6, 8 (empty tuples) or 9 and 11, and 13, and the numbers of the PUTs are in the others."""
 _LAYOUT = re.compile(
     rb"(%b)(%b)(N?)tQ(%b)(%b)(%b)([\x88\x89])(%b)\)R"
     % (_GET, _INTEGER, _INTEGER, _SIZES, _SIZES, _GET),
     re.DOTALL,
 )
+"""What follows the key, with a group for each part."""
 _OPERANDS = re.compile(rb"[hK].|M..|[jJ]....", re.DOTALL)
-_PUTS = {count: struct.Struct(f"<{count}I") for count in (5, 7)}
+_PUTS, _FEWER_PUTS = struct.Struct("<7I"), struct.Struct("<5I")
 
 
 def run(m: Machine, at: int) -> int | None:
@@ -57,35 +60,37 @@ def run(m: Machine, at: int) -> int | None:
         return None
     key = digits.decode()
     if layout is None:
-        a, device, b, scalar, shape, c, stride, d, rest, *ends = match.groups()[4:]
-        if scalar is None:
-            layout, puts = device + shape + stride + rest, (a, b, c, d, *ends)
-        else:  # an empty tuple is nothing to memoize
-            layout, puts = device + scalar + rest, (a, b, *ends)
-        _run_kept(m, _decoded(names, layout), key, _PUTS[len(puts)].unpack(b"".join(puts)))
+        _run_memoized(m, names, key, match)
     else:
         usual, memo = _decoded(names, layout), m.memo
         pid = (memo[usual.word], memo[usual.cls], key, memo[usual.device], usual.numel)
-        storage = m.persistent((*pid, None) if usual.none else pid)
+        storage = m.persistent((*pid, None) if usual.sixth else pid)
         m.stack[-1] = _made(m, storage, usual, memo[usual.hooks])
     return match.end()
 
 
-def _run_kept(m: Machine, usual: _Usual, key: str, puts: tuple[int, ...]) -> None:
+def _run_memoized(m: Machine, names: bytes, key: str, match: re.Match[bytes]) -> None:
     """Run them where each object is put into the memo as well."""
-    memo, (put_key, put_pid, *put_layout, put_hooks, put_args, put) = m.memo, puts
+    device, scalar, shape, stride, rest = match.group(6, 8, 9, 11, 13)
+    if scalar is None:
+        usual = _decoded(names, device + shape + stride + rest)
+        a, b, c, d, e, f, g = _PUTS.unpack(b"".join(match.group(5, 7, 10, 12, 14, 15, 16)))
+    else:
+        usual = _decoded(names, device + scalar + rest)
+        a, b, e, f, g = _FEWER_PUTS.unpack(b"".join(match.group(5, 7, 14, 15, 16)))
+    memo = m.memo
     word, cls = memo[usual.word], memo[usual.cls]
-    memo[put_key] = key
+    memo[a] = key
     described = (word, cls, key, memo[usual.device], usual.numel)
-    memo[put_pid] = pid = (*described, None) if usual.none else described
+    memo[b] = pid = (*described, None) if usual.sixth else described
     storage = m.persistent(pid)
-    if put_layout:
-        memo[put_layout[0]], memo[put_layout[1]] = usual.shape, usual.stride
+    if scalar is None:
+        memo[c], memo[d] = usual.shape, usual.stride
     function = memo[usual.hooks]
-    memo[put_hooks] = hooks = m.call(function, ())
+    memo[e] = hooks = m.call(function, ())
     args = (storage, usual.offset, usual.shape, usual.stride, usual.requires_grad, hooks)
-    memo[put_args] = args
-    memo[put] = m.stack[-1] = _made(m, storage, usual, function, args)
+    memo[f] = args
+    memo[g] = m.stack[-1] = _made(m, storage, usual, function, args)
 
 
 def _made(
@@ -122,22 +127,17 @@ class _Usual(NamedTuple):
     stride: tuple[int, ...]
     requires_grad: bool
     hooks: int
-    none: bool
-    """Whether the persistent id has a sixth part, which is None."""
+    sixth: bool
+    """Whether the persistent id has a sixth part, None."""
 
 
 @lru_cache(4096)
 def _decoded(names: bytes, layout: bytes) -> _Usual:
-    """What two GETs, and the opcodes from that of the device on, without PUTs, have as operands."""
-    device, numel, none, offset, shape, stride, grad, hooks = _LAYOUT.fullmatch(layout).groups()
-    return _Usual(
-        *_numbers(names + device + numel + offset),
-        tuple(_numbers(shape)),
-        tuple(_numbers(stride)),
-        grad == b"\x88",
-        *_numbers(hooks),
-        bool(none),
-    )
+    """The operands of the opcodes before the key of a storage, and of those behind it."""
+    ((device, numel, none, offset, shape, stride, grad, hooks),) = _LAYOUT.findall(layout)
+    shape, stride = tuple(_numbers(shape)), tuple(_numbers(stride))
+    word, cls, tag, count, start, made = _numbers(names + device + numel + offset + hooks)
+    return _Usual(word, cls, tag, count, start, shape, stride, grad == b"\x88", made, bool(none))
 
 
 def _numbers(opcodes: bytes) -> list[int]:

@@ -68,16 +68,21 @@ class _Writer:
 
     def refer(self, key: Hashable) -> bool:
         """Write a reference to what `key` stands for, if it was written."""
-        known = self.memo.get(key)
-        if known is None:
+        reference = self.memo.get(key)
+        if reference is None:
             return False
-        if type(known) is int:
-            number = bytes((self.referred,)) if self.referred < 256 else _U4.pack(self.referred)
-            self.chunks[known] += (b"q" if len(number) == 1 else b"r") + number
-            self.memo[key] = known = (b"h" if len(number) == 1 else b"j") + number
-            self.referred += 1
-        self.emit(known)
+        if isinstance(reference, int):
+            reference = self.memo[key] = self.memoize(reference)
+        self.emit(reference)
         return True
+
+    def memoize(self, place: int) -> bytes:
+        """Put what a chunk ends into the memo; returns the opcode that refers to it."""
+        number = self.referred
+        self.referred += 1
+        short = number < 256
+        self.chunks[place] += b"q%c" % number if short else b"r" + _U4.pack(number)
+        return b"h%c" % number if short else b"j" + _U4.pack(number)
 
     # --- leaves
 
