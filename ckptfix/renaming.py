@@ -203,6 +203,8 @@ def unlike(old: tuple[str, ...], new: tuple[str, ...]) -> _Pair:
 
 def _edits(old: tuple[str, ...], new: tuple[str, ...]) -> list[tuple[str, int, int, int, int]]:
     """Where two lists of components differ, as `difflib` tells it."""
+    if not (old and new):
+        return [("replace", 0, len(old), 0, len(new))]
     from difflib import SequenceMatcher
 
     edits = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()

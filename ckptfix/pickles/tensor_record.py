@@ -22,29 +22,21 @@ from ckptfix.dtypes import UNTYPED
 from ckptfix.pickles.torch_objects import check_layout, ordered_dict, tensor_v2
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ckptfix.pickles.machine import Machine
 
 _GET, _INTEGER = rb"(?:h.|j....)", rb"(?:K.|M..|J....)"
 _SIZES = rb"(?:\)|%b(?:\x85|%b(?:\x86|%b\x87))|\((?:%b){4,8}t)" % ((_INTEGER,) * 4)
-_DEVICE, _OFFSET = rb"%b%bN?t" % (_GET, _INTEGER), rb"Q" + _INTEGER
-_REST = rb"[\x88\x89]%b\)R" % _GET
 _TENSOR = re.compile(
-    rb"\(\((%b%b)X(.)\0\0\0([0-9]{1,20})(?:" % (_GET, _GET)
-    + rb"(%b%b%b%b%b)tR" % (_DEVICE, _OFFSET, _SIZES, _SIZES, _REST)
-    + rb"|r(....)(%b)r(....)(?:(%b\)\))|(%b%b)r(....)(%b)r(....))(%b)r(....)tr(....)Rr(....))"
-    % (_DEVICE, _OFFSET, _OFFSET, _SIZES, _SIZES, _REST),
+    rb"\(\((%(get)b%(get)b)X(.)\0\0\0([0-9]{1,20})%(put)b"
+    rb"(%(get)b%(integer)bN?t)%(put)b(Q%(integer)b%(sizes)b)%(put)b(%(sizes)b)%(put)b"
+    rb"([\x88\x89]%(get)b\)R)%(put)bt%(put)bR%(put)b"
+    % {b"get": _GET, b"integer": _INTEGER, b"sizes": _SIZES, b"put": rb"(?:r(....)|)"},
     re.DOTALL,
 )
-"""Groups: 1 names, 2 and 3 the key; 4 what follows it, where nothing is memoized. Otherwise that is
-in 6, 8 (empty tuples) or 9 and 11, and 13, and the numbers of the PUTs are in the others."""
-_LAYOUT = re.compile(
-    rb"(%b)(%b)(N?)tQ(%b)(%b)(%b)([\x88\x89])(%b)\)R"
-    % (_GET, _INTEGER, _INTEGER, _SIZES, _SIZES, _GET),
-    re.DOTALL,
-)
-"""What follows the key, with a group for each part."""
-_OPERANDS = re.compile(rb"[hK].|M..|[jJ]....", re.DOTALL)
-_PUTS, _FEWER_PUTS = struct.Struct("<7I"), struct.Struct("<5I")
+_OPCODES = re.compile(rb"[hK].|M..|[jJ]....|.", re.DOTALL)
+_FIVE, _SEVEN = struct.Struct("<5I"), struct.Struct("<7I")
 
 
 def run(m: Machine, at: int) -> int | None:
@@ -55,42 +47,40 @@ def run(m: Machine, at: int) -> int | None:
     match = _TENSOR.match(m.data, at)
     if match is None or not m.stack or m.framed:
         return None
-    names, length, digits, layout = match.group(1, 2, 3, 4)
+    names, length, digits, a, device, b, shape, c, stride, d, rest, e, f, g = match.groups()
     if length[0] != len(digits):
         return None
-    key = digits.decode()
-    if layout is None:
-        _run_memoized(m, names, key, match)
-    else:
-        usual, memo = _decoded(names, layout), m.memo
+    key, usual = digits.decode(), _decoded(names, device + shape + stride + rest)
+    absent = (a, b, c, d, e, f, g).count(None)
+    if absent == 7:
+        memo = m.memo
         pid = (memo[usual.word], memo[usual.cls], key, memo[usual.device], usual.numel)
         storage = m.persistent((*pid, None) if usual.sixth else pid)
         m.stack[-1] = _made(m, storage, usual, memo[usual.hooks])
+    elif absent == 0:
+        _run_memoized(m, usual, key, _SEVEN.unpack(b"".join((a, b, e, f, g, c, d))))
+    elif absent == 2 and c is d is None:  # empty tuples are not memoized
+        _run_memoized(m, usual, key, _FIVE.unpack(b"".join((a, b, e, f, g))))
+    else:
+        return None
     return match.end()
 
 
-def _run_memoized(m: Machine, names: bytes, key: str, match: re.Match[bytes]) -> None:
-    """Run them where each object is put into the memo as well."""
-    device, scalar, shape, stride, rest = match.group(6, 8, 9, 11, 13)
-    if scalar is None:
-        usual = _decoded(names, device + shape + stride + rest)
-        a, b, c, d, e, f, g = _PUTS.unpack(b"".join(match.group(5, 7, 10, 12, 14, 15, 16)))
-    else:
-        usual = _decoded(names, device + scalar + rest)
-        a, b, e, f, g = _FEWER_PUTS.unpack(b"".join(match.group(5, 7, 14, 15, 16)))
-    memo = m.memo
+def _run_memoized(m: Machine, usual: _Usual, key: str, puts: tuple[int, ...]) -> None:
+    """Run them where objects are memoized; the numbers of shape and stride come last, if at all."""
+    memo, (put_key, put_pid, put_hooks, put_args, put, *put_tuples) = m.memo, puts
     word, cls = memo[usual.word], memo[usual.cls]
-    memo[a] = key
+    memo[put_key] = key
     described = (word, cls, key, memo[usual.device], usual.numel)
-    memo[b] = pid = (*described, None) if usual.sixth else described
+    memo[put_pid] = pid = (*described, None) if usual.sixth else described
     storage = m.persistent(pid)
-    if scalar is None:
-        memo[c], memo[d] = usual.shape, usual.stride
+    if put_tuples:
+        memo[put_tuples[0]], memo[put_tuples[1]] = usual.shape, usual.stride
     function = memo[usual.hooks]
-    memo[e] = hooks = m.call(function, ())
+    memo[put_hooks] = hooks = m.call(function, ())
     args = (storage, usual.offset, usual.shape, usual.stride, usual.requires_grad, hooks)
-    memo[f] = args
-    memo[g] = m.stack[-1] = _made(m, storage, usual, function, args)
+    memo[put_args] = args
+    memo[put] = m.stack[-1] = _made(m, storage, usual, function, args)
 
 
 def _made(
@@ -134,13 +124,27 @@ class _Usual(NamedTuple):
 @lru_cache(4096)
 def _decoded(names: bytes, layout: bytes) -> _Usual:
     """The operands of the opcodes before the key of a storage, and of those behind it."""
-    ((device, numel, none, offset, shape, stride, grad, hooks),) = _LAYOUT.findall(layout)
-    shape, stride = tuple(_numbers(shape)), tuple(_numbers(stride))
-    word, cls, tag, count, start, made = _numbers(names + device + numel + offset + hooks)
-    return _Usual(word, cls, tag, count, start, shape, stride, grad == b"\x88", made, bool(none))
+    word, cls = map(_number, _OPCODES.findall(names))
+    device, numel, *opcodes = _OPCODES.findall(layout)
+    sixth = opcodes[0] == b"N"
+    remaining = iter(opcodes[2 + sixth :])  # after TUPLE and BINPERSID
+    offset, shape, stride = _number(next(remaining)), _sizes(remaining), _sizes(remaining)
+    grad, hooks, *_ = remaining
+    described = (word, cls, _number(device), _number(numel), offset, shape, stride)
+    return _Usual(*described, grad == b"\x88", _number(hooks), sixth)
 
 
-def _numbers(opcodes: bytes) -> list[int]:
-    """The operands of some opcodes; only that of BININT has a sign."""
-    found = _OPERANDS.findall(opcodes)
-    return [int.from_bytes(each[1:], "little", signed=each[:1] == b"J") for each in found]
+def _sizes(opcodes: Iterator[bytes]) -> tuple[int, ...]:
+    """The integers before the opcode that makes a tuple of them, which is taken as well."""
+    sizes: list[int] = []
+    for opcode in opcodes:
+        if len(opcode) > 1:
+            sizes.append(_number(opcode))
+        elif opcode != b"(":
+            break
+    return tuple(sizes)
+
+
+def _number(opcode: bytes) -> int:
+    """The operand of an opcode; only that of BININT has a sign."""
+    return int.from_bytes(opcode[1:], "little", signed=opcode[:1] == b"J")
