@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix import formats
 from ckptfix.document import (
@@ -143,19 +143,18 @@ def to_cpu(document: Document) -> tuple[Document, Counter[str]]:
 # --- fitting a container
 
 
-@dataclass(frozen=True, slots=True)
-class Fitted:
+class Fitted(NamedTuple):
     """A document that a container can hold, and what of the original it leaves out."""
 
     document: Document
-    left_out: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[tuple[str, str]]
     """Path and kind of each thing that is not in it, such as `("epoch", "int")`."""
 
 
 def only(document: Document, state: StateDict) -> Fitted:
     """The document reduced to one state dict."""
     if state.mapping is document.root:
-        return Fitted(document)
+        return Fitted(document, [])
     left_out = _beside(document.root, state.node)
     if isinstance(state.origin, Inert):
         left_out.append((state.path, f"{state.origin.cls}, apart from its weights"))
@@ -266,6 +265,6 @@ def fit(document: Document, path: str | os.PathLike[str], select: str | None = N
     """The document as the container of an output path holds it, reduced to `select` if given."""
     if formats.writable(path).tensors_only:
         return flatten(document, choose(document, select))
-    fitted = Fitted(document) if select is None else only(document, choose(document, select))
+    fitted = Fitted(document, []) if select is None else only(document, choose(document, select))
     texts = [(f"__metadata__/{key}", "str") for key in document.metadata if key != "format"]
-    return replace(fitted, left_out=[*fitted.left_out, *texts])
+    return fitted._replace(left_out=[*fitted.left_out, *texts])

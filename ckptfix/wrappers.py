@@ -197,8 +197,8 @@ def bare_prefix(prefix: str, modules: int | None = None) -> str:
 
 
 def _without_wrappers(keys: list[str], *, partial: bool) -> Renaming:
-    """What becomes of keys without their wrappers; quickly, where only `module` leads them all."""
-    text = "\n".join(keys)
+    """What becomes of keys without their wrappers; quickly, where only `module` can be there."""
+    text = "\n".join(keys)  # the names of all other wrappers begin with an underscore
     if partial or not keys or "._" in text or "\n_" in text or text.startswith("_"):
         return rename(keys, _wrapper_rule(keys, partial=partial))
     ends = (min(keys), max(keys))  # what both begin with, all between them do

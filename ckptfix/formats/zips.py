@@ -244,7 +244,8 @@ def _spans(entries: list[Entry], directory: int, source: Source) -> dict[str, Sp
     ends = [*(entry.header for entry in entries), directory]
     _check_gap(ends.pop(0), "the beginning", source)
     spans: dict[str, Span] = {}
-    ahead, new = ReadAhead(source, _PIECE), tuple.__new__
+    ahead = ReadAhead(source, _PIECE)
+    new = tuple.__new__  # it is a loop of many thousands
     for entry, end in zip(entries, ends, strict=True):
         header, name, _, _, method, crc, packed, size, _ = entry
         room, length = end - header, 0
