@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from ckptfix.errors import KeyCollisionError
 
@@ -130,7 +130,8 @@ def without_collisions(renamed: dict[str, str]) -> dict[str, str]:
     return renamed
 
 
-class Shift(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Shift:
     """A rule for the start of a prefix, or of a key: one prefix off, another on in its place."""
 
     strip: str = ""

@@ -46,10 +46,9 @@ class Writer:
 
     def add(self, name: str, parts: Sequence[Span | bytes]) -> None:
         """Add a record made of `parts` in order."""
-        sink = self._sink
-        offset = sink.position
-        if len(parts) == 1 and isinstance(parts[0], Span) and parts[0].crc is not None:
-            size, crc = parts[0].length, parts[0].crc
+        sink, offset, first = self._sink, self._sink.position, parts[0] if len(parts) == 1 else None
+        if type(first) is Span and first.crc is not None:
+            _, _, size, crc = first
         else:
             size = sum(part.length if isinstance(part, Span) else len(part) for part in parts)
             crc = _cheap_crc(parts, size)
