@@ -112,18 +112,21 @@ def is_optimizer(node: Node) -> bool:
 
 def optimizers(root: Node) -> Iterator[dict[str, Node]]:
     """The state dict of every optimizer in a tree, each once."""
+    return (node for _, node in _candidates(root) if is_optimizer(node))
+
+
+def _candidates(root: Node) -> Iterator[tuple[Path, Node]]:
+    """Every node that may be a state dict, with the path of its own that it has."""
     for path, node in walk(root, descend=_may_hold_some, tensors=False):
-        if is_optimizer(node) and len(path) < PATH_DEPTH:
-            yield node
+        if len(path) < PATH_DEPTH:  # what lies deeper goes by the path of what holds it
+            yield path, node
 
 
 def find(root: Node) -> list[StateDict]:
     """Every state dict in a tree, in order, each once."""
     found: list[tuple[Path, StateDict]] = []
     whole: set[Path] = set()
-    for path, node in walk(root, descend=_may_hold_some, tensors=False):
-        if len(path) >= PATH_DEPTH:
-            continue
+    for path, node in _candidates(root):
         if is_optimizer(node):
             found.append((path, StateDict(_join(path), node, "optimizer")))
         elif is_module(node):

@@ -374,14 +374,10 @@ def _shallow(node: Node) -> Node:
         kinds = (type(node.state), type(node.kwargs))
         return (node.how, node.has_state, kinds, state, len(node.items), len(node.pairs))
     if isinstance(node, dict):
-        keys = (
-            list(node)
-            if has_names(node)
-            else [
-                key if type(key) is str else (type(key), _shallow(key))
-                for key in node
-                if type(key) in _LEAVES
-            ]
-        )
+        keys = [
+            key if type(key) is str else (type(key), _shallow(key))
+            for key in node
+            if type(key) in _LEAVES
+        ]
         return (keys, len(node), _attributes(node) is not None)
     return node if type(node) is Global else len(node)

@@ -201,8 +201,7 @@ def _without_wrappers(keys: list[str], *, partial: bool) -> Renaming:
     text = "\n".join(keys)  # the names of all other wrappers begin with an underscore
     if partial or not keys or "._" in text or "\n_" in text or text.startswith("_"):
         return rename(keys, _wrapper_rule(keys, partial=partial))
-    ends = (min(keys), max(keys))  # what both begin with, all between them do
-    modules = min(_leading_modules(prefix_of(key)) for key in ends)
+    modules = _shared_modules([prefix_of(min(keys)), prefix_of(max(keys))])
     start = len("module.") * modules
     return Renaming({key: key[start:] for key in keys}, bind(bare_prefix, modules=modules))
 
@@ -215,8 +214,13 @@ def _wrapper_rule(keys: Iterable[str], *, partial: bool) -> Rule:
     bare = set(map(without_names, set(map(prefix_of, keys))))
     if partial:
         bare = {prefix for prefix in bare if prefix.startswith("module.")}
+    return bind(bare_prefix, modules=_shared_modules(bare))
+
+
+def _shared_modules(bare: Collection[str]) -> int:
+    """How many `module`s all prefixes begin with."""
     ends = (min(bare), max(bare)) if bare else ()  # what both begin with, all between them do
-    return bind(bare_prefix, modules=min(map(_leading_modules, ends), default=0))
+    return min(map(_leading_modules, ends), default=0)
 
 
 def _common_wrappers(keys: Iterable[str]) -> tuple[str, ...]:
