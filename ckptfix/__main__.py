@@ -1,5 +1,10 @@
-"""`python -m ckptfix`."""
+"""The program: `ckptfix`, and `python -m ckptfix`."""
 
-from ckptfix.cli import main
+import gc
 
-main()
+gc.disable()  # before the imports: a command makes no garbage to speak of, and trees are large
+
+from ckptfix.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()

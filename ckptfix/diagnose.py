@@ -8,13 +8,14 @@ from collections import Counter
 from pathlib import PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix import fitting, formats, wrappers
+from ckptfix import fitting, wrappers
 from ckptfix import target as targets
 from ckptfix.compacting import compact
 from ckptfix.document import Document, Global, Tensor
 from ckptfix.dtypes import BY_NAME, BY_STORAGE
 from ckptfix.errors import RenameError
 from ckptfix.findings import Finding
+from ckptfix.formats.containers import EXTENSIONS
 from ckptfix.state_dicts import StateDict, find, of_models
 from ckptfix.trees import storages, walk
 
@@ -51,7 +52,7 @@ def _beside(document: Document, suffix: str) -> PurePath:
         folder = source.parent if source.name.endswith(".index.json") else source
         plain = folder.name.strip(".") != ""
         return folder.with_name(f"{folder.name}.{suffix}") if plain else folder / ".." / suffix
-    extension = source.suffix if source.suffix.lower() in _EXTENSIONS else ".pt"
+    extension = source.suffix if source.suffix.lower() in EXTENSIONS else ".pt"
     if document.container == "safetensors":
         extension = ".safetensors"
     name = f"{source.stem}.{suffix}{extension}"
@@ -67,15 +68,12 @@ def _argument(path: PurePath) -> str:
     return f"./{path}" if str(path).startswith("-") else str(path)
 
 
-_EXTENSIONS = tuple(name for container in formats.WRITABLE for name in container.extensions)
-
-
 def _containers(document: Document) -> Iterator[Finding]:
     extension = PurePath(document.name).suffix.lower()
     is_safetensors = document.container == "safetensors"
     if _is_sharded(document):
         return
-    if extension in _EXTENSIONS and is_safetensors != (extension == ".safetensors"):
+    if extension in EXTENSIONS and is_safetensors != (extension == ".safetensors"):
         right = PurePath(document.name).with_suffix(".safetensors" if is_safetensors else ".pt")
         yield Finding(
             "wrong-extension",

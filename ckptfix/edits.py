@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix import formats
 from ckptfix.document import (
     Document,
     Inert,
@@ -18,6 +17,7 @@ from ckptfix.document import (
 )
 from ckptfix.errors import UnsupportedError
 from ckptfix.files import check_crc
+from ckptfix.formats import containers
 from ckptfix.spans import ComputedSource, Span
 from ckptfix.state_dicts import StateDict, choose, is_special_tensor, optimizers
 from ckptfix.tensors import DEVICE_TENSORS, as_tensor
@@ -263,7 +263,7 @@ def _beside(root: Node, kept: Node) -> list[tuple[str, str]]:
 
 def fit(document: Document, path: str | os.PathLike[str], select: str | None = None) -> Fitted:
     """The document as the container of an output path holds it, reduced to `select` if given."""
-    if formats.writable(path).tensors_only:
+    if containers.writable(path).tensors_only:
         return flatten(document, choose(document, select))
     fitted = Fitted(document, []) if select is None else only(document, choose(document, select))
     texts = [(f"__metadata__/{key}", "str") for key in document.metadata if key != "format"]

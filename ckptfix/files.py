@@ -11,8 +11,8 @@ import contextlib
 import errno
 import mmap
 import os
+import shlex
 import stat
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isal import isal_zlib
@@ -230,7 +230,7 @@ def replacing(
     by raising. A symbolic link is followed. An existing file keeps its mode; without `force` it
     is an error (`OutputExistsError`), also where it appears in the meantime. Raises `WriteError`.
     """
-    target = Path(os.path.realpath(path))
+    target = os.path.realpath(path)
     check_output(path, force=force)
     descriptor, temporary = _create_beside(target, path)
     try:
@@ -249,18 +249,20 @@ def replacing(
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-    sync_folder(target.parent)
+    sync_folder(os.path.dirname(target))
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
     """Refuse early what could not be written later. Raises `WriteError`."""
-    target = Path(os.path.realpath(path))
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
     if os.path.isdir(target):
-        raise WriteError(f"{path}: is a folder", hint=f"give a file name: {Path(path) / 'out.pt'}")
-    if not os.path.isdir(target.parent):
+        inside = os.path.join(path, "out.pt")
+        raise WriteError(f"{path}: is a folder", hint=f"give a file name: {inside}")
+    if not os.path.isdir(folder):
         raise WriteError(
-            f"{path}: the folder {target.parent} does not exist",
-            hint=f"make it first: mkdir -p {target.parent}",
+            f"{path}: the folder {folder} does not exist",
+            hint=f"make it first: mkdir -p {shlex.quote(folder)}",
         )
     if os.path.exists(target) and not os.path.isfile(target):
         raise WriteError(f"{path}: is no regular file")
@@ -268,12 +270,13 @@ def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
         raise OutputExistsError(f"{path}: is there already", hint="replace it: add --force")
 
 
-def _create_beside(target: Path, path: str | os.PathLike[str]) -> tuple[int, str]:
+def _create_beside(target: str, path: str | os.PathLike[str]) -> tuple[int, str]:
+    folder, name = os.path.split(target)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     for _ in range(100):
-        name = f".{target.name[:40]}.{os.urandom(4).hex()}.tmp"
+        temporary = os.path.join(folder, f".{name[:40]}.{os.urandom(4).hex()}.tmp")
         try:
-            return os.open(target.parent / name, flags, 0o666), os.fspath(target.parent / name)
+            return os.open(temporary, flags, 0o666), temporary
         except FileExistsError:
             continue
         except OSError as error:
@@ -281,12 +284,12 @@ def _create_beside(target: Path, path: str | os.PathLike[str]) -> tuple[int, str
     raise WriteError(f"{path}: no name is free for a temporary file beside it")
 
 
-def _copy_mode(target: Path, descriptor: int) -> None:
-    if target.exists() and hasattr(os, "fchmod"):
-        os.fchmod(descriptor, stat.S_IMODE(target.stat().st_mode))
+def _copy_mode(target: str, descriptor: int) -> None:
+    if os.path.exists(target) and hasattr(os, "fchmod"):
+        os.fchmod(descriptor, stat.S_IMODE(os.stat(target).st_mode))
 
 
-def _publish(temporary: str, target: Path, path: str | os.PathLike[str], force: bool) -> None:
+def _publish(temporary: str, target: str, path: str | os.PathLike[str], force: bool) -> None:
     """Give the finished file its name: in place of an old one only where that was asked for."""
     if not force:
         try:
@@ -302,7 +305,7 @@ def _publish(temporary: str, target: Path, path: str | os.PathLike[str], force: 
     os.replace(temporary, target)
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: str | os.PathLike[str]) -> None:
     """Make a rename last; systems that cannot sync a folder do without."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -310,6 +313,16 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def folder_of(path: str | os.PathLike[str]) -> str:
+    """The folder in which a path stands; `.` for a bare name."""
+    return os.path.dirname(without_slash(path)) or "."
+
+
+def without_slash(path: str | os.PathLike[str]) -> str:
+    """A path of which the system says what is there, be it a folder or not."""
+    return os.fspath(path).rstrip("/" + os.sep) or "/"
 
 
 def _write_all(descriptor: int, data: bytes | bytearray) -> None:
@@ -323,5 +336,5 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> CkptfixError:
     reason = (error.strerror or str(error)).lower()
     hint = None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = f"nothing was written; see what is free: df -h {Path(path).parent}"
+        hint = f"nothing was written; see what is free: df -h {shlex.quote(folder_of(path))}"
     return WriteError(f"{path}: cannot be written: {reason}", hint=hint)

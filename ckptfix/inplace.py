@@ -78,7 +78,7 @@ def apply(edit: Edit) -> None:
         WriteError: the file cannot be changed, or was changed since it was read; it is as it was.
         VerifyError: the file did not read back as it should; it was put back as it was.
     """
-    path = edit.source.path
+    path = edit.source.name
     try:
         with journal.locked(path) as descriptor:
             _check_unchanged(edit, descriptor)
@@ -90,7 +90,7 @@ def apply(edit: Edit) -> None:
 
 def _check_unchanged(edit: Edit, descriptor: int) -> None:
     """The file is the one that was read, and nobody has changed it before it was locked."""
-    now = (os.fstat(descriptor), os.stat(edit.source.path))
+    now = (os.fstat(descriptor), os.stat(edit.source.name))
     if any(edit.source.identity != FileSource.identify(stat) for stat in now):
         raise WriteError(
             f"{edit.source.name}: was changed after it was read", hint="try again", code="changed"
@@ -98,7 +98,7 @@ def _check_unchanged(edit: Edit, descriptor: int) -> None:
 
 
 def _verify(edit: Edit) -> None:
-    path, document = edit.source.path, edit.document
+    path, document = edit.source.name, edit.document
     try:
         found = formats.read_source(FileSource(path))
     except CkptfixError as error:
@@ -125,7 +125,7 @@ def _error(edit: Edit, error: OSError) -> WriteError:
         hint = (
             f"the file and its folder have to be writable: chmod u+w {shlex.quote(path)} {folder}"
         )
-    if os.path.lexists(journal.beside(edit.source.path)):
+    if os.path.lexists(journal.beside(edit.source.name)):
         hint = (
             f"it is put back by the next command that opens it: ckptfix inspect {shlex.quote(path)}"
         )

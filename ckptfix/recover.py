@@ -18,17 +18,18 @@ from typing import TYPE_CHECKING
 from ckptfix.document import Document, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.errors import DamagedError, ReadError, UnsupportedError
 from ckptfix.formats import (
-    is_checkpoint,
     packed,
     plain_pickle,
     safetensors,
     sharded,
+    sniffing,
     torch_legacy,
     torch_tar,
     torch_zip,
     zip_recovery,
     zips,
 )
+from ckptfix.formats.containers import EXTENSIONS
 from ckptfix.limits import DEFAULT
 from ckptfix.spans import FileSource, UnpackedSource
 from ckptfix.trees import children, rebuild, walk
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from ckptfix.spans import Span
 
 _Source = FileSource | UnpackedSource
-_SHARDS = (*safetensors.EXTENSIONS, *torch_zip.EXTENSIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +92,12 @@ def _unpacked(source: _Source, steps: list[str]) -> _Source:
     if not torch_tar.matches(head):
         return source
     members = torch_tar.members_there(source)
-    inside = packed.first_member(members, is_checkpoint)
+    inside = packed.first_member(members, sniffing.is_checkpoint)
     return source if torch_tar.is_checkpoint(members) or inside is None else inside
 
 
 def _head(source: _Source) -> bytes:
-    return source.read(0, min(source.size, 4096))
+    return source.read(0, min(source.size, sniffing.HEAD))
 
 
 def _read(source: _Source, lost: list[Storage], steps: list[str]) -> Document:
@@ -127,7 +127,7 @@ def _read_folder(folder: Path, lost: list[Storage], steps: list[str]) -> tuple[D
     files = dict.fromkeys(weight_map.values()) or sharded.names_in(folder)
     found: dict[str, Document] = {}
     for name in files:
-        if not weight_map and not name.endswith(_SHARDS):
+        if not weight_map and not name.endswith(EXTENSIONS):
             continue
         try:
             document = _read_file(folder / name, lost, steps)
@@ -152,7 +152,7 @@ def _weight_map(folder: Path, steps: list[str]) -> Mapping[str, str]:
     """Key to shard as the index has it; empty where that cannot be read."""
     try:
         path = sharded.locate(folder)
-        if path is None or path.name == sharded.WHOLE:
+        if path is None or os.path.basename(path) == sharded.WHOLE:
             return {}
         return sharded.parse(FileSource(path), DEFAULT).weight_map
     except ReadError as error:

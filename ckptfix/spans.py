@@ -13,7 +13,6 @@ import zlib
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,12 +80,11 @@ class FileSource(Source):
     """A regular file, opened at the first use and closed with the object."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
         self.name = os.fspath(path)
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | _FLAGS)
+            self._descriptor = os.open(self.name, os.O_RDONLY | _FLAGS)
         except OSError as error:
-            raise ReadError(f"{self.name}: {_reason(error)}", hint=_hint(self.path)) from None
+            raise ReadError(f"{self.name}: {_reason(error)}", hint=_hint(self.name)) from None
         stat = os.fstat(self._descriptor)
         if not S_ISREG(stat.st_mode):
             raise ReadError(f"{self.name}: is no regular file", hint="save it as a file first")
@@ -337,8 +335,8 @@ def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def _hint(path: Path) -> str | None:
-    there, parent = os.path.exists(path), path.parent
-    if not there and os.path.isdir(parent):
-        return f"see what is there: ls {shlex.quote(str(parent))}"
+def _hint(path: str) -> str | None:
+    folder = os.path.dirname(path) or "."
+    if not os.path.exists(path) and os.path.isdir(folder):
+        return f"see what is there: ls {shlex.quote(folder)}"
     return None

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 Role = Literal["model", "ema", "swa", "optimizer", "loose"]
 """`loose`: tensors that stand in no state dict, by their paths, where there is no state dict."""
 
-_AVERAGES = re.compile(
-    r"(?:^|_)(?:ema|swa|shadow)(?:_|$)|^encoder_k$|^momentum_encoder|_momentum$", re.IGNORECASE
-)
+_AVERAGES = r"(?i)(?:^|_)(?:ema|swa|shadow)(?:_|$)|^encoder_k$|^momentum_encoder|_momentum$"
 _SPECIAL_TENSORS = frozenset(
     Global("torch._utils", f"_rebuild_{kind}")
     for kind in (
@@ -93,7 +91,7 @@ def is_average(name: str) -> bool:
     Such are `state_dict_ema`, `params_ema`, `swa_model`, `shadow`; and the momentum encoders of
     contrastive learning: MoCo's `encoder_k`, `momentum_encoder` in its third version.
     """
-    return _AVERAGES.search(name) is not None
+    return re.search(_AVERAGES, name) is not None
 
 
 def is_special_tensor(node: Node) -> bool:

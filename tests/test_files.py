@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -235,6 +236,16 @@ def test_places_that_cannot_be_written_are_refused(
         write(path, force=True)
     assert caught.value.message.startswith(f"{path}: ")
     assert names(tmp_path) == before
+
+
+def test_the_hint_makes_the_folder_that_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "a folder" / "out"
+    with pytest.raises(WriteError, match="does not exist") as caught:
+        write(path)
+    _, _, command = (caught.value.hint or "").partition(": ")
+    subprocess.run(command, shell=True, check=True)
+    write(path)
+    assert path.read_bytes() == b"new"
 
 
 def test_the_longest_name_that_a_file_can_have_is_written(tmp_path: Path) -> None:

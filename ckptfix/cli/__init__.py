@@ -104,7 +104,6 @@ group.help = _as_written(group.help)
 
 def main() -> NoReturn:
     """Run the command line and exit. Bad input ends in `error:` and `hint:`, not in a traceback."""
-    gc.disable()  # a command makes no garbage to speak of, and large trees are slow to scan
     output.start(sys.argv[1:])
     journal.listeners.append(output.note)
     try:
@@ -125,6 +124,7 @@ def main() -> NoReturn:
         code = output.error("there is not enough memory", "see what is free: free -h", "memory")
     except Exception as error:  # noqa: BLE001 - the last net under everything
         code = output.bug(error)
+    gc.freeze()  # what is left ends with the process: not searched for garbage first
     sys.exit(code)
 
 

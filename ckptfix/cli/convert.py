@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import casting, compacting, edits, formats
+from ckptfix import casting, compacting, edits
 from ckptfix.cli import casts, options, output
 from ckptfix.cli.writing import Job
-from ckptfix.formats.sharding import MAX_SHARD_SIZE
+from ckptfix.formats import containers
 from ckptfix.state_dicts import choose, choose_all, find, of_models
 from ckptfix.weights_only import weights_only
 
@@ -66,9 +66,10 @@ def command(
     """
     wanted = None if dtype is None else casting.dtype_of(dtype)
     target = target if max_shard_size is None else options.as_folder(target)
-    job = Job("convert", source, target, force, dry_run, max_shard_size or MAX_SHARD_SIZE)
+    shard_size = max_shard_size or containers.MAX_SHARD_SIZE
+    job = Job("convert", source, target, force, dry_run, shard_size)
     document = job.open()
-    container = formats.writable(target)
+    container = containers.writable(target)
     data: dict[str, Any] = {"from": document.container, "to": container.name}
     left_out: list[tuple[str, str]] = []
     if bare or (select is not None and not container.tensors_only):

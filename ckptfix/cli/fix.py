@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import formats, soundness
+from ckptfix import soundness
 from ckptfix.cli import options, output
 from ckptfix.cli.writing import Job
 from ckptfix.document import Tensor
 from ckptfix.fix import Plan, plan
+from ckptfix.formats import containers
 from ckptfix.trees import walk
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def command(
         wanted,
         select=select,
         keep_training_state=keep_training_state,
-        tensors_only=formats.writable(target).tensors_only,
+        tensors_only=containers.writable(target).tensors_only,
     )
     if not dry_run:
         soundness.check_sums(made.document)  # nothing that is damaged is called mended
@@ -99,7 +100,7 @@ def _say_keys(what: str, keys: list[str]) -> None:
 
 
 def _is_other_container(document: Document, job: Job) -> bool:
-    return formats.writable(job.target).name != document.container
+    return containers.writable(job.target).name != document.container
 
 
 def _data(made: Plan) -> dict[str, Any]:

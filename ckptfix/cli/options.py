@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from ckptfix import formats
-from ckptfix.formats.sharding import is_folder
+from ckptfix.formats import containers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,9 +146,9 @@ def max_shard_size(function: _Function) -> _Function:
 
 def as_folder(target: str) -> str:
     """An output path as a folder. Raises a usage error where it is named like a file."""
-    if is_folder(target):
+    if containers.is_folder(target):
         return target
-    if any(target.lower().endswith(container.extensions) for container in formats.WRITABLE):
+    if target.lower().endswith(containers.EXTENSIONS):
         raise click.BadParameter(
             f"{target} is named like a file, and shards want a folder: give {target}/",
             param_hint="OUT",

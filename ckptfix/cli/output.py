@@ -6,7 +6,6 @@ Names in a checkpoint are a stranger's text: what a terminal could take for a co
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 import time
@@ -63,11 +62,17 @@ def answer(
     """
     if _wants_json:
         gathered = data() if callable(data) else data
-        _write(json.dumps({"schema": SCHEMA, **gathered}, indent=2) + "\n")
+        _write(_as_json(gathered))
     elif callable(text):
         _write(_drawn(text))
     else:
         _write(printable(text) + "\n")
+
+
+def _as_json(data: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps({"schema": SCHEMA, **data}, indent=2) + "\n"
 
 
 def aside(draw: Callable[[Console], None]) -> None:
@@ -145,7 +150,7 @@ def error(
     if _wants_json:
         described = {"code": code, "message": message, "hint": hint, "details": list(details)}
         with suppress(WriteError, click.exceptions.Exit):
-            _write(json.dumps({"schema": SCHEMA, "error": described}, indent=2) + "\n")
+            _write(_as_json({"error": described}))
     complain(message, hint, details)
     return exit_code
 

@@ -6,13 +6,12 @@ import os
 import shlex
 import sys
 from contextlib import contextmanager
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptfix import edits, formats
 from ckptfix.cli import output
 from ckptfix.errors import InPlaceError, RenameError, WriteError
-from ckptfix.formats.sharding import MAX_SHARD_SIZE
+from ckptfix.formats import containers
 from ckptfix.trees import nbytes
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ class Job(NamedTuple):
     target: str
     force: bool
     dry_run: bool
-    max_shard_size: int = MAX_SHARD_SIZE
+    max_shard_size: int = containers.MAX_SHARD_SIZE
     in_place: bool = False
     """The source itself is changed, and is the target."""
 
@@ -43,7 +42,7 @@ class Job(NamedTuple):
 
     def check(self) -> None:
         """Refuse early what could not be written later. Raises `WriteError`."""
-        formats.writable(self.target)
+        containers.writable(self.target)
         if _same_file(self.source, self.target):
             raise WriteError(
                 f"{self.target}: is the input itself",
@@ -147,11 +146,11 @@ class Job(NamedTuple):
 
     def _copy(self) -> str:
         """The command that was given, with an output instead of `--in-place`."""
-        source = PurePath(self.source)
-        known = any(source.suffix.lower() in kind.extensions for kind in formats.WRITABLE)
-        target = source.with_name(f"{source.stem}.fixed{source.suffix if known else '.pt'}")
+        stem, extension = os.path.splitext(self.source)
+        known = extension.lower() in containers.EXTENSIONS
+        target = f"{stem}.fixed{extension if known else '.pt'}"
         given = (argument for argument in sys.argv[1:] if argument != "--in-place")
-        return shlex.join(["ckptfix", *given, str(target)])
+        return shlex.join(["ckptfix", *given, target])
 
     def _say_left_out(self, left_out: list[tuple[str, str]]) -> None:
         if not left_out:

@@ -6,56 +6,21 @@ import os
 import shlex
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ckptfix import journal
-from ckptfix.errors import CkptfixError, DamagedError, UnsupportedError, VerifyError
+from ckptfix.errors import CkptfixError, DamagedError, VerifyError
 from ckptfix.files import check_output as check_file
 from ckptfix.files import replacing
 from ckptfix.findings import Finding
-from ckptfix.formats import (
-    not_checkpoints,
-    packed,
-    plain_pickle,
-    safetensors,
-    sharded,
-    sharding,
-    torch_legacy,
-    torch_tar,
-    torch_zip,
-)
+from ckptfix.formats import torch_zip
+from ckptfix.formats.containers import FOLDER, MAX_SHARD_SIZE, writable
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.spans import FileSource, Source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ckptfix.document import Document
-    from ckptfix.files import Progress, Sink
-
-_HEAD = 4096
-
-
-class Writable(NamedTuple):
-    """A container that ckptfix writes."""
-
-    name: str
-    extensions: tuple[str, ...]
-    tensors_only: bool
-    """Whether it holds one state dict of dense tensors and nothing else."""
-    write: Callable[[Document, Sink], None]
-    difference: Callable[[Document, Document], str | None]
-
-
-WRITABLE = (
-    Writable(torch_zip.NAME, torch_zip.EXTENSIONS, False, torch_zip.write, torch_zip.difference),
-    Writable(
-        safetensors.NAME, safetensors.EXTENSIONS, True, safetensors.write, safetensors.difference
-    ),
-)
-FOLDER = Writable(sharding.NAME, (), True, safetensors.write, safetensors.difference)
-"""A folder of safetensors files: what stands here is for one of them."""
+    from ckptfix.files import Progress
 
 
 def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
@@ -65,14 +30,14 @@ def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
     Raises `ReadError` and its kin: not a checkpoint, damaged, unsafe or unsupported.
     """
     if os.path.isdir(path):
-        return _read_folder(Path(path), limits)
+        return _read_folder(os.fspath(path), limits)
     undone = journal.recover(path)
     try:
         document = _read_file(FileSource(path), limits)
     except DamagedError as error:
         if error.slug == DamagedError.code:
-            saved = Path(path).with_name(f"{Path(path).stem}.recovered.pt")
-            save = shlex.join(["ckptfix", "recover", str(path), str(saved)])
+            saved = f"{os.path.splitext(path)[0]}.recovered.pt"
+            save = shlex.join(["ckptfix", "recover", os.fspath(path), saved])
             error.hint = f"{error.hint}; or save what is whole: {save}"
         raise
     if undone is None:
@@ -81,8 +46,11 @@ def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
 
 
 def _read_file(source: Source, limits: Limits, name: str | None = None) -> Document:
-    if sharded.matches(source):
-        return sharded.read(source, _read_shard, limits, name)
+    if not _is_zip(source):
+        from ckptfix.formats import sharded
+
+        if sharded.matches(source):
+            return sharded.read(source, _read_shard, limits, name)
     return read_source(source, limits)
 
 
@@ -91,11 +59,13 @@ def _read_shard(path: str, limits: Limits) -> Document:
     return read_source(FileSource(path), limits)
 
 
-def _read_folder(path: Path, limits: Limits) -> Document:
+def _read_folder(path: str, limits: Limits) -> Document:
+    from ckptfix.formats import sharded
+
     found = sharded.locate(path)
     if found is not None:
         journal.recover(found)
-        return _read_file(FileSource(found), limits, str(path))
+        return _read_file(FileSource(found), limits, path)
     if torch_zip.is_unpacked(path):
         return torch_zip.read_folder(path, limits)
     raise sharded.missing(path)
@@ -103,65 +73,25 @@ def _read_folder(path: Path, limits: Limits) -> Document:
 
 def read_source(source: Source, limits: Limits = DEFAULT) -> Document:
     """As `read`, from any source."""
-    head = source.read(0, min(source.size, _HEAD))
-    if head.startswith(packed.GZIP):
-        return read_source(packed.unzipped(source), packed.capped(limits, source))
-    if torch_tar.matches(head):
-        return _read_tar(source, limits)
-    readers = [read for matches, read in _READERS if matches(head)]
-    if readers:
-        return readers[0](source, limits)
-    if not plain_pickle.matches(source, head):
-        raise not_checkpoints.explain(source, head)
-    try:
-        return plain_pickle.read(source, limits)
-    except DamagedError:
-        if head[:1] == b"\x80":
-            raise
-        raise not_checkpoints.explain(source, head) from None
+    if _is_zip(source):
+        return torch_zip.read(source, limits)
+    from ckptfix.formats import sniffing
+
+    return sniffing.read(source, limits, read_source)
 
 
-_READERS = (
-    (torch_zip.matches, torch_zip.read),
-    (torch_legacy.matches, torch_legacy.read),
-    (safetensors.matches, safetensors.read),
-)
-
-
-def is_checkpoint(head: bytes) -> bool:
-    """Whether a file begins as one of torch's containers or safetensors does."""
-    return torch_tar.matches(head) or any(matches(head) for matches, _ in _READERS)
-
-
-def _read_tar(source: Source, limits: Limits) -> Document:
-    if torch_tar.is_checkpoint(torch_tar.members(source)):
-        return torch_tar.read(source, limits)
-    member = packed.only_member(source, is_checkpoint)
-    if torch_tar.matches(member.read(0, min(member.size, _HEAD))):
-        return torch_tar.read(member, limits)  # and no other: archives could nest without end
-    return read_source(member, limits)
-
-
-def writable(path: str | os.PathLike[str]) -> Writable:
-    """The container that an output path asks for: by its extension, or as a folder."""
-    if sharding.is_folder(path):
-        return FOLDER
-    extension = Path(path).suffix.lower()
-    for container in WRITABLE:
-        if extension in container.extensions:
-            return container
-    known = ", ".join(extension for container in WRITABLE for extension in container.extensions)
-    raise UnsupportedError(
-        f"{path}: no container has the extension {extension!r}",
-        hint=f"end the name with one of {known}, or with / for a folder of shards",
-        code="extension",
-    )
+def _is_zip(source: Source) -> bool:
+    return torch_zip.matches(source.read(0, min(source.size, len(torch_zip.MAGIC))))
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
     """Refuse early what could not be written later. Raises `WriteError` and its kin."""
-    check = sharding.check_output if writable(path) is FOLDER else check_file
-    check(path, force=force)
+    if writable(path) is not FOLDER:
+        check_file(path, force=force)
+        return
+    from ckptfix.formats import sharding
+
+    sharding.check_output(path, force=force)
 
 
 def write(
@@ -170,7 +100,7 @@ def write(
     *,
     force: bool = False,
     progress: Progress | None = None,
-    max_shard_size: int = sharding.MAX_SHARD_SIZE,
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Write a document to a file, whole or not at all, and read it back before it gets its name.
 
@@ -179,6 +109,8 @@ def write(
     """
     container = writable(path)
     if container is FOLDER:
+        from ckptfix.formats import sharding
+
         write_shard = partial(write, force=True, progress=progress)
         sharding.write(
             document, path, _read_shard, write_shard, max_shard_size=max_shard_size, force=force

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ckptfix import pickles
 from ckptfix.errors import InPlaceError
 from ckptfix.formats import safetensors, torch_zip, zips
+from ckptfix.formats.containers import SAFETENSORS, TORCH_ZIP
 from ckptfix.formats.zip_layout import CRC_IN_CENTRAL, CRC_IN_LOCAL, STORED
 from ckptfix.journal import Patch
 from ckptfix.spans import FileSource
@@ -39,14 +40,14 @@ def make(document: Document, source: Source, storages: Iterable[Storage]) -> lis
     `storages` are those of the document. Raises `InPlaceError` where a copy has to be written
     instead.
     """
-    if document.container == safetensors.NAME:
+    if document.container == SAFETENSORS.name:
         made = _safetensors(document, source)
     else:
         made = _torch_zip(document, source, storages)
     return [patch for patch in made if patch.old != patch.new]
 
 
-CONTAINERS = (torch_zip.NAME, safetensors.NAME)
+CONTAINERS = (TORCH_ZIP.name, SAFETENSORS.name)
 """Containers whose files can be changed in place."""
 
 

@@ -32,6 +32,7 @@ from ckptfix.document import (
 )
 from ckptfix.dtypes import BY_SAFETENSORS
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
+from ckptfix.formats.containers import SAFETENSORS
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.spans import Source, Span
 from ckptfix.tensors import as_tensor
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
     from ckptfix.files import Sink
 
-NAME = "safetensors"
-EXTENSIONS = (".safetensors",)
 VERSIONS = "ckptfix.module_versions"
 """The key of `__metadata__` under which `_metadata` is kept."""
 
@@ -85,7 +84,7 @@ def read(source: Source, limits: Limits = DEFAULT, lost: list[Storage] | None = 
     told = {VERSIONS} if root.attributes else set()  # what the tree says now may change with it
     told.update(name for name in root if name not in entries)
     metadata = {key: text for key, text in metadata.items() if key not in told}
-    return Document(root, NAME, source.name, source.size, metadata=metadata)
+    return Document(root, SAFETENSORS.name, source.name, source.size, metadata=metadata)
 
 
 def _header(source: Source, limits: Limits) -> tuple[dict[str, Any], int]:

@@ -23,14 +23,14 @@ import json
 import os
 import re
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptfix import journal
 from ckptfix.document import Document, Node, OrderedMap, Tensor
 from ckptfix.errors import DamagedError, ReadError, UnsafeError, UnsupportedError
 from ckptfix.findings import Finding
-from ckptfix.formats import safetensors, torch_zip
+from ckptfix.formats import safetensors
+from ckptfix.formats.containers import EXTENSIONS
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.tensors import as_tensor
 
@@ -46,7 +46,6 @@ WHOLE = "model.safetensors"
 """The file of a checkpoint that fits into one."""
 TOTAL_SIZE = "total_size"
 
-_EXTENSIONS = (*safetensors.EXTENSIONS, *torch_zip.EXTENSIONS)
 _OTHER_INDEXES = (".h5.index.json", ".msgpack.index.json")  # of TensorFlow and Flax
 _NUMBERED = re.compile(r"(?P<stem>.+)-\d+-of-\d+(?P<extension>\.\w+)")
 _SHOWN = 5
@@ -73,7 +72,7 @@ def matches(source: Source) -> bool:
     return head.startswith(b"{") and (named or b'"weight_map"' in head)
 
 
-def locate(folder: str | os.PathLike[str]) -> Path | None:
+def locate(folder: str | os.PathLike[str]) -> str | None:
     """The file that stands for a folder: its index, or a whole `model.safetensors`; or None.
 
     Raises `ReadError` where there are several indexes.
@@ -88,12 +87,12 @@ def locate(folder: str | os.PathLike[str]) -> Path | None:
             code="several-indexes",
         )
     stands = indexes or [name for name in names if name == WHOLE]
-    return Path(folder) / stands[0] if stands else None
+    return os.path.join(folder, stands[0]) if stands else None
 
 
 def missing(folder: str | os.PathLike[str]) -> ReadError:
     """The error for a folder in which no checkpoint is found: what could be meant instead."""
-    found = [name for name in names_in(folder) if name.lower().endswith(_EXTENSIONS)]
+    found = [name for name in names_in(folder) if name.lower().endswith(EXTENSIONS)]
     if len(found) == 1:
         return ReadError(
             f"{folder}: is a folder without an index",
@@ -231,7 +230,7 @@ def _is_plain(shard: Node) -> bool:
 
     Folders below it are let be; Windows drops dots and spaces at the end of each part.
     """
-    if not isinstance(shard, str) or not shard.lower().endswith(_EXTENSIONS):
+    if not isinstance(shard, str) or not shard.lower().endswith(EXTENSIONS):
         return False
     parts = shard.split("/")
     return shard.isprintable() and all(

@@ -14,13 +14,13 @@ import os
 import re
 import shlex
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptfix.document import OrderedMap
 from ckptfix.errors import CkptfixError, OutputExistsError, VerifyError, WriteError
-from ckptfix.files import replacing, sync_folder, write_error
+from ckptfix.files import folder_of, replacing, sync_folder, without_slash, write_error
 from ckptfix.formats import safetensors, sharded
+from ckptfix.formats.containers import MAX_SHARD_SIZE
 from ckptfix.journal import alone_in
 from ckptfix.limits import DEFAULT
 from ckptfix.spans import FileSource
@@ -33,28 +33,19 @@ if TYPE_CHECKING:
 
     WriteShard = Callable[[Document, str], None]
 
-NAME = "safetensors folder"
-MAX_SHARD_SIZE = 5_000_000_000
-"""Bytes of tensors in one shard, as huggingface_hub has it."""
-
 _INDEX = sharded.WHOLE + sharded.SUFFIX
 _SHARD = re.compile(r"model(-\d+)?-\d{5}-of-\d{5}\.safetensors")
 
 
-def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether an output path means a folder: one that is there, or a name that ends in a slash."""
-    return os.path.isdir(path) or os.fspath(path).endswith(("/", os.sep))
-
-
 def check_output(folder: str | os.PathLike[str], *, force: bool) -> None:
     """Refuse early what could not be written later. Raises `WriteError`."""
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(without_slash(folder)) and not os.path.isdir(folder):
         raise WriteError(f"{folder}: is a file, not a folder", hint="give another name for OUT")
-    if not path.parent.is_dir():
+    parent = folder_of(folder)
+    if not os.path.isdir(parent):
         raise WriteError(
-            f"{folder}: the folder {path.parent} does not exist",
-            hint=f"make it first: mkdir -p {shlex.quote(str(path.parent))}",
+            f"{folder}: the folder {parent} does not exist",
+            hint=f"make it first: mkdir -p {shlex.quote(parent)}",
         )
     former = sorted(_former(folder))
     if former and not force:
@@ -185,10 +176,11 @@ def _named_by_index(folder: str | os.PathLike[str]) -> tuple[str, ...]:
 
 def _refuse_input(document: Document, folder: str | os.PathLike[str], former: set[str]) -> None:
     """The input stays as it is, so it cannot be what is replaced."""
-    source, target = Path(document.name), Path(folder)
-    if not (target.is_dir() and source.exists()):
+    source = document.name
+    if not (os.path.isdir(folder) and os.path.exists(source)):
         return
-    if source.samefile(target) or (source.name in former and source.parent.samefile(target)):
+    inside = os.path.basename(source) in former and os.path.samefile(folder_of(source), folder)
+    if inside or os.path.samefile(source, folder):
         raise WriteError(
             f"{folder}: holds the input itself",
             hint="give another folder for the output",
@@ -223,7 +215,7 @@ def _make(folder: str | os.PathLike[str]) -> bool:
         return False
     except OSError as error:
         raise write_error(folder, error) from None
-    sync_folder(Path(folder).parent)
+    sync_folder(folder_of(folder))
     return True
 
 
@@ -235,4 +227,4 @@ def _remove(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
             os.unlink(os.path.join(folder, name))
         except OSError as error:
             raise write_error(os.path.join(folder, name), error) from None
-    sync_folder(Path(folder))
+    sync_folder(folder)

@@ -19,6 +19,7 @@ caffe2/serialize/inline_container.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING, Literal
 
@@ -34,21 +35,19 @@ from ckptfix.errors import (
 )
 from ckptfix.files import check_crc
 from ckptfix.findings import Finding
-from ckptfix.formats import script_json, zip_writer, zips
+from ckptfix.formats import zip_writer, zips
+from ckptfix.formats.containers import TORCH_ZIP
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.spans import FileSource, Span
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from pathlib import Path
 
     from ckptfix.dtypes import DType
     from ckptfix.files import Sink
     from ckptfix.spans import Source
 
-NAME = "torch zip"
 MAGIC = b"PK\x03\x04"
-EXTENSIONS = (".pt", ".pth", ".bin", ".ckpt")
 
 OWN = {
     "data.pkl", "byteorder", "version", ".format_version", ".storage_alignment",
@@ -76,24 +75,30 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
         surplus = source.size - archive.end
         notes.append(Finding("trailing-bytes", f"{surplus} bytes follow the end of the archive"))
     if not any(name.endswith("data.pkl") for name in records):
+        from ckptfix.formats import script_json
+
         model = script_json.model_in(records)
         if model is not None:
             return script_json.read(records, model, source.name, source.size, limits)
     return from_records(records, source.name, source.size, tuple(notes), limits)
 
 
-def read_folder(path: Path, limits: Limits = DEFAULT) -> Document:
+def read_folder(folder: str, limits: Limits = DEFAULT) -> Document:
     """The document in a torch zip that someone unpacked into a folder."""
+    from pathlib import Path
+
+    path = Path(folder)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     sources = {file.relative_to(path).as_posix(): FileSource(file) for file in files}
     records = {name: Span(source, 0, source.size) for name, source in sources.items()}
     size = sum(span.length for span in records.values())
-    return from_records(records, str(path), size, (), limits)
+    return from_records(records, folder, size, (), limits)
 
 
-def is_unpacked(path: Path) -> bool:
+def is_unpacked(folder: str) -> bool:
     """Whether a folder is a torch zip that someone unpacked."""
-    return (path / "data.pkl").is_file() or len(list(path.glob("*/data.pkl"))) == 1
+    inside = [os.path.join(folder, name, "data.pkl") for name in os.listdir(folder)]
+    return os.path.isfile(os.path.join(folder, "data.pkl")) or sum(map(os.path.isfile, inside)) == 1
 
 
 def from_records(
@@ -133,7 +138,7 @@ def from_records(
         notes = (*notes, Finding("unused-records", message))
     return Document(
         root,
-        "TorchScript zip" if "constants.pkl" in extras else NAME,
+        "TorchScript zip" if "constants.pkl" in extras else TORCH_ZIP.name,
         name,
         size,
         _byteorder(records, folder, name),
