@@ -64,6 +64,11 @@ class Contender:
     holds: bool = False
     """Whether it holds the whole checkpoint in memory, and runs only where there is enough."""
 
+    @property
+    def is_ckptfix(self) -> bool:
+        """Whether it is what the others are compared with."""
+        return self.command[: len(CKPTFIX)] == CKPTFIX
+
     def words(self, source: Path, target: Path) -> list[str]:
         """The command for these two files."""
         places = {"IN": str(source), "OUT": str(target)}

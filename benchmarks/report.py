@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import plot
@@ -63,6 +63,8 @@ BARS = (
 )
 """The bars of time against a rival; `cp` syncs nothing, ckptfix does, so both cp are shown."""
 
+ENOUGH = 5
+"""So many rounds have a middle half worth showing."""
 IN_PLACE_SECONDS = 0.3
 IN_PLACE_WRITTEN = 4
 MOST_MEMORY = 64 * MIB
@@ -87,12 +89,11 @@ def middle(rows: Iterable[Record], key: str, **where: str) -> float | None:
     return median(found.values()) if found else None
 
 
-def paired(rows: list[Record], work: str, size: str, ours: str, rival: str) -> float | None:
-    """The median over rounds of one program's wall time divided by another's in the same round."""
+def paired(rows: list[Record], work: str, size: str, ours: str, rival: str) -> list[float]:
+    """One program's wall time divided by another's in the same round, for each round."""
     mine = series(rows, work=work, size=size, contender=ours)
     theirs = series(rows, work=work, size=size, contender=rival)
-    ratios = [mine[number] / theirs[number] for number in mine if number in theirs]
-    return median(ratios) if ratios else None
+    return [mine[number] / theirs[number] for number in mine if number in theirs]
 
 
 def sizes(rows: Iterable[Record], work: str) -> list[str]:
@@ -125,15 +126,23 @@ def verdicts(results: Record) -> list[Verdict]:
 
 def _timed(rows: list[Record], bar: Bar) -> Verdict | None:
     size = bar_size(rows, bar.work)
-    ratio = paired(rows, bar.work, size, bar.ours, bar.rival) if size else None
-    if ratio is None:
+    ratios = paired(rows, bar.work, size, bar.ours, bar.rival) if size else []
+    if not ratios:
         return None
     where = f"{_name(bar.work, bar.ours)}, {size}"
     if bar.faster:
-        inverse = 1 / ratio
+        ratios = [1 / ratio for ratio in ratios]
         wanted = f"≥ {bar.limit:g} x faster than {bar.rival}"
-        return where, wanted, f"{inverse:.2f} x faster", inverse >= bar.limit
-    return where, f"≤ {bar.limit:g} x {bar.rival}", f"{ratio:.2f} x", ratio <= bar.limit
+        return where, wanted, f"{_spread(ratios)} faster", median(ratios) >= bar.limit
+    return where, f"≤ {bar.limit:g} x {bar.rival}", _spread(ratios), median(ratios) <= bar.limit
+
+
+def _spread(ratios: list[float]) -> str:
+    """The median of ratios, and between what the middle half of them lies."""
+    if len(ratios) < ENOUGH:
+        return f"{median(ratios):.2f} x"
+    low, _, high = quantiles(ratios, n=4, method="inclusive")
+    return f"{median(ratios):.2f} x ({low:.2f} to {high:.2f})"
 
 
 def _name(work: str, contender: str) -> str:
@@ -209,9 +218,9 @@ def _lines(rows: list[Record], work: str, size: str) -> list[list[str]]:
     names = _contenders(rows, work, size)
     lines = []
     for name in names:
-        ratio = paired(rows, work, size, names[0], name)
+        ratios = paired(rows, work, size, names[0], name)
         cells = _cells(rows, work=work, size=size, contender=name)
-        lines.append([name, *cells, "" if name == names[0] or ratio is None else f"{ratio:.2f}"])
+        lines.append([name, *cells, f"{median(ratios):.2f}" if ratios and lines else ""])
     return lines
 
 
@@ -253,7 +262,8 @@ def markdown(results: Record) -> str:
         f"## Bars ({sum(met for *_, met in judged)} of {len(judged)} met)",
         "",
         f"They are for {BAR_SIZE}; where that was not measured, the largest size stands here.",
-        "A smaller file shows how long Python takes to start.",
+        "A smaller file shows how long Python takes to start. In brackets: between what the middle",
+        "half of the rounds lies.",
         "",
         *_table(
             ("work", "bar", "measured", "met"),

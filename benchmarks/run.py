@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import compileall
 import json
+import random
 import re
 import shlex
 import shutil
@@ -60,7 +61,7 @@ class Bench:
         for work in works(self.options.peers):
             if chosen and work.name not in chosen:
                 continue
-            contenders = [one for one in work.contenders if self._takes_part(one)]
+            contenders = [one for one in self._chosen(work) if self._takes_part(one)]
             for amount in [self.options.tensors] if work.reads == "many" else self.options.sizes:
                 if work.reads == "many" or self._has_room(work.reads, amount):
                     self._work(work, contenders, amount)
@@ -74,7 +75,8 @@ class Bench:
         print(f"{work.title}, {label}", flush=True)
         source = self._input(work.reads, amount)
         for number in range(self.options.runs):
-            for contender in contenders if number % 2 == 0 else contenders[::-1]:
+            shuffled = random.Random(number).sample(contenders, len(contenders))
+            for contender in shuffled if number else contenders:  # tables have them as in round 0
                 if contender.name not in self.skipped and self._fits(contender, work, amount):
                     self._once(work, contender, source, amount, number)
         for line in report.medians(self.measured, work.name, label):
@@ -167,6 +169,12 @@ class Bench:
         self._skip(f"{contender.name}, {label_of(work.reads, amount)}", "holds all of it in memory")
         return False
 
+    def _chosen(self, work: Work) -> list[Contender]:
+        """The programs of a work that were asked for: ckptfix, and all its rivals or these."""
+        rivals = self.options.rivals
+        every = work.contenders
+        return [one for one in every if not rivals or one.is_ckptfix or one.name in rivals]
+
     def _takes_part(self, contender: Contender) -> bool:
         why = missing(contender, self.options.peers)
         if why is not None:
@@ -243,6 +251,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--runs", type=int, default=5, help="of each program (default 5)")
     add("--tensors", type=int, default=50_000, help="in the file of small tensors")
     add("--only", default="", help="these works, such as strip-prefix,in-place,load")
+    add("--rivals", default="", help="only these beside ckptfix, such as cp,cp + fsync")
     add("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where to work")
     add("--out", type=Path, default=HERE / "results", help="where results go")
     add("--peers", default=sys.executable, help="the Python that has the optional programs")
@@ -253,6 +262,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.only = set(filter(None, options.only.split(",")))
     if not options.only <= names:
         parser.error(f"--only knows {', '.join(sorted(names))}")
+    rivals = {one.name for work in works("") for one in work.contenders if not one.is_ckptfix}
+    options.rivals = set(filter(None, options.rivals.split(",")))
+    if not options.rivals <= rivals:
+        parser.error(f"--rivals knows {', '.join(sorted(rivals))}")
     try:
         texts = (options.sizes + LARGE * options.large).split(",")
         options.sizes = sorted({parse_size(text) for text in texts})

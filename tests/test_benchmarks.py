@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,8 +59,28 @@ def test_the_plot_is_an_image_with_every_program(results: Path) -> None:
     assert {"ckptfix strip-prefix", "pasted recipe", "cp", "1 MiB"} <= words
 
 
+def test_only_the_rivals_that_are_named_take_part(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    small = ("--sizes", "1M", "--runs", "5", "--only", "strip-prefix", "--rivals", "cp")
+    assert bench(*small, "--dir", tmp_path, "--out", out).returncode == 0
+    rows = json.loads((out / "results.json").read_text("utf-8"))["measurements"]
+    assert {row["contender"] for row in rows} == {"ckptfix strip-prefix", "ckptfix to-cpu", "cp"}
+    shown = r"\| ≤ 1\.1 x cp \| (\S+) x \((\S+) to (\S+)\) \|"
+    found = re.search(shown, (out / "results.md").read_text("utf-8"))
+    assert found is not None
+    middle, low, high = map(float, found.groups())
+    assert low <= middle <= high
+
+
 @pytest.mark.parametrize(
-    "arguments", [("--sizes", "2"), ("--sizes", "0G"), ("--only", "nothing"), ("--runs", "0")]
+    "arguments",
+    [
+        ("--sizes", "2"),
+        ("--sizes", "0G"),
+        ("--only", "nothing"),
+        ("--rivals", "nobody"),
+        ("--runs", "0"),
+    ],
 )
 def test_a_wrong_option_is_refused(arguments: tuple[str, str], tmp_path: Path) -> None:
     refused = bench(*arguments, "--out", tmp_path / "results")
