@@ -6,10 +6,12 @@ to refuse. Pure functions of lists of keys, linear in their number.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial as bind
+from itertools import product
 from typing import TYPE_CHECKING
 
 from ckptfix.errors import KeyCollisionError
@@ -94,14 +96,31 @@ _FORMS: tuple[Rule, ...] = (
 """Ways to write keys without wrappers, gentlest first. Keys fit where they are equal in one."""
 
 
+def _without_parametrization(key: str) -> str:
+    """The key of a weight under `parametrizations.weight_norm`, as `utils.weight_norm` calls it.
+
+    torch itself takes the old names where a model has the new ones, and not the other way round.
+    """
+    return re.sub(r"\bparametrizations\.(\w+)\.original([01])$", _of_weight_norm, key)
+
+
+def _of_weight_norm(match: re.Match[str]) -> str:
+    name, number = match.groups()
+    return f"{name}_{'gv'[int(number)]}"
+
+
 def _candidates(keys: Iterable[str], target: Iterable[str], shifts: _Shifts) -> Iterator[Renaming]:
     """Renamings, gentlest first: keys and target in each form, and shifted.
 
     Forms and shifts under which two keys would become one are passed over.
     """
     seen: list[tuple[dict[str, str], dict[str, str]]] = []
-    for form in _FORMS:
-        forms = renamed_by(keys, form), renamed_by(target, form)
+    keys, target = list(keys), list(target)
+    spellings: list[Rule] = [_same]
+    if any(".original0" in key for key in (*keys, *target)):
+        spellings.append(_without_parametrization)
+    for spell, form in product(spellings, _FORMS):
+        forms = _written(keys, spell, form), _written(target, spell, form)
         if forms in seen or any(map(first_collision, forms)):
             continue
         seen.append(forms)
@@ -109,6 +128,15 @@ def _candidates(keys: Iterable[str], target: Iterable[str], shifts: _Shifts) -> 
         for shift in shifts(forms[0].values(), forms[1].values()):
             with suppress(KeyCollisionError):
                 yield Renaming(_through(*forms, shift), rule_of(shift))
+
+
+def _written(keys: Iterable[str], spell: Rule, form: Rule) -> dict[str, str]:
+    """Each key in a form, and spelled so."""
+    if spell is _same:
+        return renamed_by(keys, form)
+    spelled = {key: spell(key) for key in keys}
+    in_form = renamed_by(spelled.values(), form)
+    return {key: in_form[name] for key, name in spelled.items()}
 
 
 def _through(source: Mapping[str, str], target: Mapping[str, str], shift: Shift) -> dict[str, str]:

@@ -422,6 +422,27 @@ def test_a_counter_missing_from_a_newer_state_dict_is_missed(tmp_path: Path):
         ckptfix.load_into(net, path)
 
 
+def with_weight_norm(of_old: bool) -> Any:
+    convolution = nn.Conv1d(2, 3, 1)
+    if of_old:
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            return nn.utils.weight_norm(convolution)
+    return nn.utils.parametrizations.weight_norm(convolution)
+
+
+@pytest.mark.parametrize("of_old", [True, False])
+def test_weight_norm_loads_from_its_old_names_and_into_them(of_old: bool, tmp_path: Path):
+    source, target = with_weight_norm(of_old), with_weight_norm(not of_old)
+    with torch.no_grad():
+        source.get_parameter("bias").add_(1)
+        for name, weight in source.named_parameters():
+            weight.mul_(2 if name.endswith(("_g", "original0")) else 1)
+    path = saved({f"module.{k}": v for k, v in source.state_dict().items()}, tmp_path / "in.pt")
+    ckptfix.load_into(target, path)
+    given = torch.rand(1, 2, 4)
+    assert torch.equal(source(given), target(given))
+
+
 def test_a_lazy_module_takes_the_shapes_of_the_file(tmp_path: Path):
     path = saved(nn.Linear(3, 2).state_dict(), tmp_path / "linear.pt")
     model = nn.LazyLinear(2)

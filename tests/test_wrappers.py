@@ -346,6 +346,24 @@ def test_the_target_may_have_its_wrappers_elsewhere() -> None:
     assert renaming.added == "_orig_mod., _checkpoint_wrapped_module."
 
 
+@pytest.mark.parametrize("prefixes", [("", ""), ("module.", ""), ("", "_orig_mod.")])
+@pytest.mark.parametrize("to_the_old", [False, True])
+def test_weight_norm_of_old_is_that_of_today(prefixes: tuple[str, str], to_the_old: bool) -> None:
+    old = ["conv.weight_g", "conv.weight_v", "conv.bias", "n"]
+    new = [f"conv.parametrizations.weight.original{i}" for i in (0, 1)] + ["conv.bias", "n"]
+    ours, theirs = (new, old) if to_the_old else (old, new)
+    ours, theirs = (
+        [p + key for key in keys] for p, keys in zip(prefixes, (ours, theirs), strict=True)
+    )
+    assert new_keys(only(fitting.fits(ours, theirs))) == theirs
+    assert fitting.fits(ours, theirs[1:]) == []
+
+
+def test_weight_norm_in_both_spellings_is_left_as_it_is() -> None:
+    keys = ["a.weight_g", "a.weight_v", "a.parametrizations.weight.original0"]
+    assert new_keys(only(fitting.fits([f"module.{key}" for key in keys], keys))) == keys
+
+
 def test_nothing_fits_where_a_key_is_missing_or_too_many() -> None:
     assert fitting.fits(with_prefix("module."), PLAIN[1:]) == []
     assert fitting.fits(with_prefix("module.")[1:], PLAIN) == []
