@@ -29,7 +29,16 @@ from ckptfix.document import Storage, Tensor
 from ckptfix.errors import CkptfixError, UnsafeError
 from ckptfix.files import check_crc
 from ckptfix.formats import safetensors as safetensors_format
-from ckptfix.formats import torch_legacy, torch_tar, torch_zip, zips
+from ckptfix.formats import (
+    script_json,
+    sharded,
+    sniffing,
+    torch_legacy,
+    torch_tar,
+    torch_zip,
+    zip_recovery,
+    zips,
+)
 from ckptfix.spans import BytesSource
 from ckptfix.trees import walk
 
@@ -42,7 +51,10 @@ if TYPE_CHECKING:
 # what ckptfix imports late, so that an import seen later is one that the bytes asked for
 _CODECS = ("cp437", "raw-unicode-escape", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be",
            "utf-16", "utf-32", "utf-8-sig")  # fmt: skip
-EARLY = (diagnose, hashlib, heapq, tarfile, tempfile, *map(codecs.lookup, _CODECS))
+EARLY = (
+    diagnose, script_json, sharded, sniffing, zip_recovery,
+    hashlib, heapq, tarfile, tempfile, *map(codecs.lookup, _CODECS),
+)  # fmt: skip
 
 
 class Trespass(BaseException):
