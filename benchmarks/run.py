@@ -61,7 +61,7 @@ class Bench:
         for work in works(self.options.peers):
             if chosen and work.name not in chosen:
                 continue
-            contenders = [one for one in self._chosen(work) if self._takes_part(one)]
+            contenders = [one for one in work.contenders if self._takes_part(one)]
             for amount in [self.options.tensors] if work.reads == "many" else self.options.sizes:
                 if work.reads == "many" or self._has_room(work.reads, amount):
                     self._work(work, contenders, amount)
@@ -169,13 +169,10 @@ class Bench:
         self._skip(f"{contender.name}, {label_of(work.reads, amount)}", "holds all of it in memory")
         return False
 
-    def _chosen(self, work: Work) -> list[Contender]:
-        """The programs of a work that were asked for: ckptfix, and all its rivals or these."""
-        rivals = self.options.rivals
-        every = work.contenders
-        return [one for one in every if not rivals or one.is_ckptfix or one.name in rivals]
-
     def _takes_part(self, contender: Contender) -> bool:
+        rivals = self.options.rivals
+        if rivals and not contender.is_ckptfix and contender.name not in rivals:
+            return False
         why = missing(contender, self.options.peers)
         if why is not None:
             self._skip(contender.name, why)

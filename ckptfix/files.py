@@ -259,15 +259,20 @@ def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
     if os.path.isdir(target):
         inside = os.path.join(path, "out.pt")
         raise WriteError(f"{path}: is a folder", hint=f"give a file name: {inside}")
+    check_folder(path, folder)
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise WriteError(f"{path}: is no regular file")
+    if os.path.exists(target) and not force:
+        raise OutputExistsError(f"{path}: is there already", hint="replace it: add --force")
+
+
+def check_folder(path: str | os.PathLike[str], folder: str) -> None:
+    """Refuse a path whose folder is not there. Raises `WriteError`."""
     if not os.path.isdir(folder):
         raise WriteError(
             f"{path}: the folder {folder} does not exist",
             hint=f"make it first: mkdir -p {shlex.quote(folder)}",
         )
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise WriteError(f"{path}: is no regular file")
-    if os.path.exists(target) and not force:
-        raise OutputExistsError(f"{path}: is there already", hint="replace it: add --force")
 
 
 def _create_beside(target: str, path: str | os.PathLike[str]) -> tuple[int, str]:

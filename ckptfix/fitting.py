@@ -101,21 +101,18 @@ def _without_parametrization(key: str) -> str:
 
     torch itself takes the old names where a model has the new ones, and not the other way round.
     """
-    return re.sub(r"\bparametrizations\.(\w+)\.original([01])$", _of_weight_norm, key)
+    key = re.sub(r"\bparametrizations\.(\w+)\.original0$", r"\1_g", key)
+    return re.sub(r"\bparametrizations\.(\w+)\.original1$", r"\1_v", key)
 
 
-def _of_weight_norm(match: re.Match[str]) -> str:
-    name, number = match.groups()
-    return f"{name}_{'gv'[int(number)]}"
-
-
-def _candidates(keys: Iterable[str], target: Iterable[str], shifts: _Shifts) -> Iterator[Renaming]:
+def _candidates(
+    keys: Collection[str], target: Collection[str], shifts: _Shifts
+) -> Iterator[Renaming]:
     """Renamings, gentlest first: keys and target in each form, and shifted.
 
     Forms and shifts under which two keys would become one are passed over.
     """
     seen: list[tuple[dict[str, str], dict[str, str]]] = []
-    keys, target = list(keys), list(target)
     spellings: list[Rule] = [_same]
     if any(".original0" in key for key in (*keys, *target)):
         spellings.append(_without_parametrization)

@@ -80,7 +80,7 @@ def _read_file(path: str | os.PathLike[str], lost: list[Storage], steps: list[st
 
 def _unpacked(source: _Source, steps: list[str]) -> _Source:
     """What a file holds: itself, or what is packed in gzip or tar as far as that is whole."""
-    head = _head(source)
+    head = source.head()
     if head.startswith(packed.GZIP):
         try:
             found = packed.unzipped(source)
@@ -88,7 +88,7 @@ def _unpacked(source: _Source, steps: list[str]) -> _Source:
         except DamagedError as error:
             found = packed.salvaged(source)
             steps.append(f"unpacked {found.size} bytes of gzip, and {error.message}")
-        source, head = found, _head(found)
+        source, head = found, found.head()
     if not torch_tar.matches(head):
         return source
     members = torch_tar.members_there(source)
@@ -96,12 +96,8 @@ def _unpacked(source: _Source, steps: list[str]) -> _Source:
     return source if torch_tar.is_checkpoint(members) or inside is None else inside
 
 
-def _head(source: _Source) -> bytes:
-    return source.read(0, min(source.size, sniffing.HEAD))
-
-
 def _read(source: _Source, lost: list[Storage], steps: list[str]) -> Document:
-    head = _head(source)
+    head = source.head()
     if torch_legacy.matches(head):
         return torch_legacy.read(source, lost=lost)
     if safetensors.matches(head):

@@ -38,6 +38,10 @@ class Source(ABC):
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`; `DamagedError` where the source is shorter."""
 
+    def head(self, length: int = 4096) -> bytes:
+        """The first bytes, which tell what a file is; fewer where the source is shorter."""
+        return self.read(0, min(self.size, length))
+
     def fileno(self) -> int | None:
         """A descriptor that the kernel can copy from, or None."""
         return None

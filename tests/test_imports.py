@@ -146,19 +146,21 @@ PLAIN: dict[str, list[str | Path]] = {
 }
 
 
+def loaded_by_command(name: str, folder: Path) -> set[str]:
+    """What one of the commands above imports; what it writes lies in the folder."""
+    words = {**PLAIN, **DRAWING}[name]
+    placed = [folder / word if str(word).startswith("OUT") else word for word in words]
+    return loaded("-m", "ckptfix", *placed)
+
+
 @pytest.mark.parametrize("name", [*PLAIN, *DRAWING])
 def test_commands_do_without_torch_and_most_without_rich(name: str, tmp_path: Path) -> None:
-    arguments = [
-        tmp_path / word if str(word).startswith("OUT") else word
-        for word in {**PLAIN, **DRAWING}[name]
-    ]
     allowed = {"rich"} if name in DRAWING else set()
-    assert loaded("-m", "ckptfix", *arguments) & HEAVY <= allowed
+    assert loaded_by_command(name, tmp_path) & HEAVY <= allowed
 
 
 @pytest.mark.parametrize("name", ["strip-prefix", "add-prefix", "rename", "to-cpu"])
 def test_edits_of_a_torch_zip_import_no_other_container(name: str, tmp_path: Path) -> None:
-    arguments = [tmp_path / "out.pt" if word == "OUT.pt" else word for word in PLAIN[name]]
-    found = {name for name in loaded("-m", "ckptfix", *arguments) if ".formats." in name}
+    found = {name for name in loaded_by_command(name, tmp_path) if ".formats." in name}
     used = {"containers", "torch_zip", "zip_layout", "zip_writer", "zips"}
     assert found == {f"ckptfix.formats.{name}" for name in used}

@@ -81,7 +81,7 @@ def read_source(source: Source, limits: Limits = DEFAULT) -> Document:
 
 
 def _is_zip(source: Source) -> bool:
-    return torch_zip.matches(source.read(0, min(source.size, len(torch_zip.MAGIC))))
+    return torch_zip.matches(source.head(len(torch_zip.MAGIC)))
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool) -> None:

@@ -26,7 +26,7 @@ def unzipped(source: Source) -> UnpackedSource:
     packed = Span(source, 0, source.size)
     size = sum(len(chunk) for chunk in _capped(packed, cap))
     found = UnpackedSource(lambda: inflate(packed, 31), size, source.name)
-    if found.read(0, min(size, len(GZIP))) == GZIP:  # a few bytes could ask for any amount
+    if found.head(len(GZIP)) == GZIP:  # a few bytes could ask for any amount
         raise UnsafeError(
             f"{source.name}: gzip inside gzip", hint="unpack it yourself if you trust it: gunzip"
         )

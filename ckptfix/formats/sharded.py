@@ -67,7 +67,7 @@ class Index(NamedTuple):
 
 def matches(source: Source) -> bool:
     """Whether a file is meant to be an index: JSON, and named like one or with a `weight_map`."""
-    head = source.read(0, min(source.size, 4096)).lstrip()
+    head = source.head().lstrip()
     named = source.name.endswith(SUFFIX)
     return head.startswith(b"{") and (named or b'"weight_map"' in head)
 

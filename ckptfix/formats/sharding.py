@@ -12,13 +12,19 @@ import contextlib
 import json
 import os
 import re
-import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptfix.document import OrderedMap
 from ckptfix.errors import CkptfixError, OutputExistsError, VerifyError, WriteError
-from ckptfix.files import folder_of, replacing, sync_folder, without_slash, write_error
+from ckptfix.files import (
+    check_folder,
+    folder_of,
+    replacing,
+    sync_folder,
+    without_slash,
+    write_error,
+)
 from ckptfix.formats import safetensors, sharded
 from ckptfix.formats.containers import MAX_SHARD_SIZE
 from ckptfix.journal import alone_in
@@ -41,12 +47,7 @@ def check_output(folder: str | os.PathLike[str], *, force: bool) -> None:
     """Refuse early what could not be written later. Raises `WriteError`."""
     if os.path.exists(without_slash(folder)) and not os.path.isdir(folder):
         raise WriteError(f"{folder}: is a file, not a folder", hint="give another name for OUT")
-    parent = folder_of(folder)
-    if not os.path.isdir(parent):
-        raise WriteError(
-            f"{folder}: the folder {parent} does not exist",
-            hint=f"make it first: mkdir -p {shlex.quote(parent)}",
-        )
+    check_folder(folder, folder_of(folder))
     former = sorted(_former(folder))
     if former and not force:
         raise OutputExistsError(

@@ -24,16 +24,13 @@ if TYPE_CHECKING:
 
     Read = Callable[[Source, Limits], Document]
 
-HEAD = 4096
-"""So many bytes tell what a file is."""
-
 
 def read(source: Source, limits: Limits, read_inside: Read) -> Document:
     """The document in a file that is no zip. What is packed in it goes to `read_inside`.
 
     Raises `ReadError` and its kin: not a checkpoint, damaged, unsafe or unsupported.
     """
-    head = source.read(0, min(source.size, HEAD))
+    head = source.head()
     if head.startswith(packed.GZIP):
         return read_inside(packed.unzipped(source), packed.capped(limits, source))
     if torch_tar.matches(head):
@@ -62,6 +59,6 @@ def _read_tar(source: Source, limits: Limits, read_inside: Read) -> Document:
     if torch_tar.is_checkpoint(torch_tar.members(source)):
         return torch_tar.read(source, limits)
     member = packed.only_member(source, is_checkpoint)
-    if torch_tar.matches(member.read(0, min(member.size, HEAD))):
+    if torch_tar.matches(member.head()):
         return torch_tar.read(member, limits)  # and no other: archives could nest without end
     return read_inside(member, limits)

@@ -24,21 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from ckptfix import api, diagnose, pickles, trees
+from ckptfix import api, diagnose, pickles, recover, trees
 from ckptfix.document import Storage, Tensor
 from ckptfix.errors import CkptfixError, UnsafeError
 from ckptfix.files import check_crc
 from ckptfix.formats import safetensors as safetensors_format
-from ckptfix.formats import (
-    script_json,
-    sharded,
-    sniffing,
-    torch_legacy,
-    torch_tar,
-    torch_zip,
-    zip_recovery,
-    zips,
-)
+from ckptfix.formats import script_json, torch_legacy, torch_tar, torch_zip, zips
 from ckptfix.spans import BytesSource
 from ckptfix.trees import walk
 
@@ -51,10 +42,8 @@ if TYPE_CHECKING:
 # what ckptfix imports late, so that an import seen later is one that the bytes asked for
 _CODECS = ("cp437", "raw-unicode-escape", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be",
            "utf-16", "utf-32", "utf-8-sig")  # fmt: skip
-EARLY = (
-    diagnose, script_json, sharded, sniffing, zip_recovery,
-    hashlib, heapq, tarfile, tempfile, *map(codecs.lookup, _CODECS),
-)  # fmt: skip
+EARLY = (diagnose, recover, script_json, hashlib, heapq, tarfile, tempfile,
+         *map(codecs.lookup, _CODECS))  # fmt: skip
 
 
 class Trespass(BaseException):
