@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptfix.api import Checkpoint, check, diff, open, save  # noqa: A004
-    from ckptfix.compare import Report
-    from ckptfix.differences import Diff
-    from ckptfix.document import Inert
+    from ckptfix.diffs.documents import Diff
     from ckptfix.errors import CkptfixError, KeyMismatchError
     from ckptfix.findings import Finding
     from ckptfix.limits import Limits
     from ckptfix.loaders import add_prefix, load, load_into, load_state_dict, strip_prefix
+    from ckptfix.report import Report
+    from ckptfix.tree.document import Inert
 
 __version__ = "0.1.0"
 
@@ -49,13 +49,13 @@ __all__ = [
 
 _HOMES = {
     "api": ("Checkpoint", "check", "diff", "open", "save"),
-    "compare": ("Report",),
-    "differences": ("Diff",),
-    "document": ("Inert",),
+    "diffs.documents": ("Diff",),
     "errors": ("CkptfixError", "KeyMismatchError"),
     "findings": ("Finding",),
     "limits": ("Limits",),
     "loaders": ("add_prefix", "load", "load_into", "load_state_dict", "strip_prefix"),
+    "report": ("Report",),
+    "tree.document": ("Inert",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckptfix import casting, compacting, edits, formats, wrappers
-from ckptfix.diagnose import diagnose
-from ckptfix.document import Document
+from ckptfix import door
+from ckptfix.contents.state_dicts import choose, choose_all, find
+from ckptfix.diagnose.document import diagnose
+from ckptfix.edit import casting, compacting, edits, reduce
+from ckptfix.keys import wrappers
 from ckptfix.limits import DEFAULT, Limits
-from ckptfix.state_dicts import choose, choose_all, find
+from ckptfix.tree.document import Document
 
 if TYPE_CHECKING:
     import os
@@ -17,11 +19,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ckptfix.casting import Cast
-    from ckptfix.compare import Report
-    from ckptfix.differences import Diff
+    from ckptfix.contents.state_dicts import StateDict
+    from ckptfix.diffs.documents import Diff
+    from ckptfix.edit.casting import Cast
     from ckptfix.findings import Finding
-    from ckptfix.state_dicts import StateDict
+    from ckptfix.report import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,19 +124,20 @@ class Checkpoint:
             SelectionError: there is no such state dict, or more than one could be meant.
             UnsupportedError: it holds a tensor of a class that `weights_only=True` refuses.
         """
-        from ckptfix.weights_only import weights_only
+        from ckptfix.edit.weights_only import weights_only
 
         return Checkpoint(weights_only(self.document, choose(self.document, select)).document)
 
     def select(self, path: str | None = None) -> Checkpoint:
         """Reduced to the state dict at `path`, or to the only one. Raises `SelectionError`."""
-        return Checkpoint(edits.only(self.document, choose(self.document, path)).document)
+        return Checkpoint(reduce.only(self.document, choose(self.document, path)).document)
 
     def check(self, model: nn.Module, *, select: str | None = None) -> Report:
         """How its keys, shapes and dtypes compare with a model's, as they stand."""
-        from ckptfix import target
+        from ckptfix.match import judge
+        from ckptfix.match import target as targets
 
-        return target.report(choose(self.document, select), target.of_module(model))
+        return judge.report(choose(self.document, select), targets.of_module(model))
 
     def save(
         self, path: str | os.PathLike[str], *, select: str | None = None, force: bool = False
@@ -149,8 +152,8 @@ class Checkpoint:
             UnsupportedError: the container cannot hold one of the tensors.
             WriteError: the file cannot be written; nothing is left behind.
         """
-        fitted = edits.fit(self.document, path, select)
-        formats.write(fitted.document, path, force=force)
+        fitted = reduce.fit(self.document, path, select)
+        door.write(fitted.document, path, force=force)
         return fitted.left_out
 
     def save_in_place(self) -> None:
@@ -163,7 +166,7 @@ class Checkpoint:
             InPlaceError: the edit needs a copy; `save` writes one.
             WriteError: the file cannot be changed, or was changed since; it is as it was.
         """
-        from ckptfix import inplace
+        from ckptfix.edit import inplace
 
         inplace.apply(inplace.prepare(self.document))
 
@@ -174,7 +177,7 @@ def open(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Checkpoin
     Raises:
         ReadError: the file is no checkpoint, is damaged, unsafe or unsupported.
     """
-    return Checkpoint(formats.read(path, limits))
+    return Checkpoint(door.read(path, limits))
 
 
 def check(path: str | os.PathLike[str], model: nn.Module, *, select: str | None = None) -> Report:
@@ -196,7 +199,7 @@ def save(
     torch's and Python's plain ones raise `UnsupportedError`.
     """
     if not isinstance(value, Checkpoint):
-        from ckptfix.describe import describe
+        from ckptfix.torch_bridge.describe import describe
 
         value = Checkpoint(Document(describe(value), "memory"))
     checkpoint: Checkpoint = value
@@ -220,7 +223,7 @@ def diff(
         ReadError: a file cannot be read.
         SelectionError: there is no such state dict, or several could be meant.
     """
-    from ckptfix.differences import compare
+    from ckptfix.diffs.documents import compare
 
     one, other = (side if isinstance(side, Checkpoint) else open(side) for side in (a, b))
     paths = (select, select) if isinstance(select, str) else select

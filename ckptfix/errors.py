@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ckptfix.compare import Report
+    from ckptfix.report import Report
 
 
 class CkptfixError(Exception):

@@ -9,11 +9,16 @@ import warnings
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from ckptfix import formats, materialize, mismatches, soundness, target, wrappers
+from ckptfix import door
+from ckptfix.contents.state_dicts import choose, is_special_tensor
+from ckptfix.contents.tensors import as_tensor
+from ckptfix.diagnose import damage
 from ckptfix.errors import UnsupportedError
-from ckptfix.matching import match
-from ckptfix.state_dicts import choose, is_special_tensor
-from ckptfix.tensors import as_tensor
+from ckptfix.keys import wrappers
+from ckptfix.match import mismatches
+from ckptfix.match import target as targets
+from ckptfix.match.choose import match
+from ckptfix.torch_bridge import materialize
 
 if TYPE_CHECKING:
     import os
@@ -21,11 +26,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ckptfix.compare import Report
-    from ckptfix.document import Document, Node
-    from ckptfix.matching import Match
-    from ckptfix.materialize import MapLocation
-    from ckptfix.renaming import Renaming
+    from ckptfix.keys.renaming import Renaming
+    from ckptfix.match.choose import Match
+    from ckptfix.report import Report
+    from ckptfix.torch_bridge.materialize import MapLocation
+    from ckptfix.tree.document import Document, Node
 
 
 def load(
@@ -49,9 +54,9 @@ def load(
     Raises:
         ReadError: the file is no checkpoint, is damaged, unsafe or unsupported.
     """
-    document = formats.read(path)
+    document = door.read(path)
     if verify:
-        soundness.check_tensors(document, document.root)
+        damage.check_tensors(document, document.root)
     return materialize.tree(document.root, _materializer(document, map_location))
 
 
@@ -87,10 +92,10 @@ def load_state_dict(
         UnsupportedError: it holds a sparse, quantized or other special tensor.
         KeyMismatchError: with `strict`, the keys or shapes do not fit; carries the `Report`.
     """
-    document = formats.read(path)
+    document = door.read(path)
     if model is None:
         return _loaded(document, choose(document, select).mapping, map_location, verify)
-    found = match(document, target.of_module(model), select, partly=not strict)
+    found = match(document, targets.of_module(model), select, partly=not strict)
     if found.unused:
         warnings.warn(_left_out(document, model, found), stacklevel=2)
     return _loaded(document, found.mapping(), map_location, verify)
@@ -123,8 +128,8 @@ def load_into(
         KeyMismatchError: the keys or shapes do not fit; carries the `Report`, and prints as a list.
         ReadError, SelectionError, RenameError, UnsupportedError: as in `load_state_dict`.
     """
-    document = formats.read(path)
-    wanted = target.of_module(model)
+    document = door.read(path)
+    wanted = targets.of_module(model)
     found = match(document, wanted, select, partly=not strict)
     if found.report.shape_mismatch:
         raise mismatches.error(document, found.state.path, found.report, wanted.name)
@@ -152,7 +157,7 @@ def _loaded(
                 hint="load it with torch.load, and give that to ckptfix.strip_prefix",
             )
     if verify:
-        soundness.check_tensors(document, mapping)
+        damage.check_tensors(document, mapping)
     made = materialize.tree(mapping, _materializer(document, map_location))
     return made if isinstance(made, OrderedDict) else OrderedDict(made)
 

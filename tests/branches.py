@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-PARTS = ("ckptfix/pickles/", "ckptfix/formats/", "ckptfix/files.py")
+PARTS = ("ckptfix/bytes/", "ckptfix/pickles/", "ckptfix/formats/", "ckptfix/layouts/")
 WANTED = 95
 
 

@@ -123,13 +123,10 @@ class Stopped:
 
 def _serve() -> None:
     import ckptfix
-    import ckptfix.cli
-    import ckptfix.formats
 
-    for package in (ckptfix, ckptfix.formats, ckptfix.cli):
-        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            if not module.name.endswith("__main__"):
-                importlib.import_module(module.name)
+    for module in pkgutil.walk_packages(ckptfix.__path__, "ckptfix."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     for line in sys.stdin:
         wanted = json.loads(line)
         outcome = _in_a_child(wanted["arguments"], wanted["cwd"], Fault(**wanted["fault"]))

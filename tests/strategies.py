@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from ckptfix.dtypes import BY_NAME
+from ckptfix.tree.dtypes import BY_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 import ckptfix
-from ckptfix import formats, journal
-from ckptfix.trees import difference
+from ckptfix import door
+from ckptfix.bytes import journal
+from ckptfix.tree.compare import difference
 from tests.conftest import FIXTURES
 from tests.faults import Stopped
 from tests.oracles import unlike
@@ -219,7 +220,7 @@ def test_an_input_that_becomes_shorter_meanwhile_is_an_error(tmp_path: Path) -> 
             assert told.startswith("error: ")
         else:
             source.write_bytes(whole)
-            found, wanted = formats.read(out), ckptfix.open(source).strip_prefix().document
+            found, wanted = door.read(out), ckptfix.open(source).strip_prefix().document
             assert difference(wanted.root, found.root) is None
             assert (
                 unlike(dict(torch.load(out)), dict(ckptfix.strip_prefix(torch.load(source))))

@@ -16,9 +16,10 @@ import safetensors.torch
 import torch
 
 import ckptfix
-from ckptfix import formats, trees
-from ckptfix.document import Document, Tensor
+from ckptfix import door
 from ckptfix.errors import ReadError
+from ckptfix.tree import compare, walk
+from ckptfix.tree.document import Document, Tensor
 from tests.oracles import unlike
 
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
@@ -34,7 +35,7 @@ pytestmark = [
 
 def opened(path: Path) -> Document | ReadError:
     try:
-        return formats.read(path)
+        return door.read(path)
     except ReadError as error:
         return error
 
@@ -67,7 +68,7 @@ def test_loading_gives_what_torch_gives_where_torch_can(path: Path):
     ours = ckptfix.load(path)
     theirs = by_torch(path)
     if theirs is None:
-        assert trees.difference(formats.read(path).root, formats.read(path).root) is None
+        assert compare.difference(door.read(path).root, door.read(path).root) is None
     elif path.suffix == ".safetensors":
         assert unlike({key: ours[key] for key in theirs}, theirs) is None
     else:
@@ -83,17 +84,17 @@ def plain(loaded: Any) -> Any:
 
 @pytest.mark.parametrize("path", readable(), ids=named)
 def test_writing_as_pt_keeps_everything(path: Path, tmp_path: Path):
-    document = formats.read(path)
-    formats.write(document, tmp_path / "out.pt")
-    again = formats.read(tmp_path / "out.pt")
-    assert trees.difference(document.root, again.root) is None
+    document = door.read(path)
+    door.write(document, tmp_path / "out.pt")
+    again = door.read(tmp_path / "out.pt")
+    assert compare.difference(document.root, again.root) is None
     assert [data(tensor) for tensor in tensors(again)] == [data(t) for t in tensors(document)]
     with zipfile.ZipFile(tmp_path / "out.pt") as archive:
         assert archive.testzip() is None
 
 
 def tensors(document: Document) -> list[Tensor]:
-    return [node for _, node in trees.walk(document.root) if isinstance(node, Tensor)]
+    return [node for _, node in walk.walk(document.root) if isinstance(node, Tensor)]
 
 
 def data(tensor: Tensor) -> list[bytes]:
@@ -105,7 +106,7 @@ def test_what_is_written_loads_in_torch_as_the_original_does(path: Path, tmp_pat
     theirs = by_torch(path)
     if theirs is None or path.suffix == ".safetensors":
         return
-    formats.write(formats.read(path), tmp_path / "out.pt")
+    door.write(door.read(path), tmp_path / "out.pt")
     for mmap in (False, True):
         again = torch.load(tmp_path / "out.pt", map_location="cpu", weights_only=True, mmap=mmap)
         assert unlike(plain(again), plain(theirs)) is None

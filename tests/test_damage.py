@@ -18,7 +18,7 @@ import torch
 
 from ckptfix.cli import group
 from ckptfix.errors import CkptfixError
-from tests import test_torch_tar as tar
+from tests.formats import test_torch_tar as tar
 from tests.oracles import bits, has_a_reason
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ import pytest
 import torch
 
 import ckptfix
-from ckptfix import journal
+from ckptfix.bytes import journal
 from tests.conftest import FIXTURES
 from tests.faults import Fault, Outcome, Runner
 from tests.oracles import unlike

@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 
 import ckptfix
-from ckptfix import formats, trees
+from ckptfix import door
+from ckptfix.tree import compare
 from fixtures.foonet import FooNet
 from fixtures.make import (
     FIXTURES,
@@ -85,7 +86,7 @@ def weights(path: Path) -> list[torch.Tensor]:
 
 
 def same_document(one: Path, other: Path) -> str | None:
-    return trees.difference(formats.read(one).root, formats.read(other).root)
+    return compare.difference(door.read(one).root, door.read(other).root)
 
 
 # What the fixtures are

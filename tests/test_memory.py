@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from ckptfix import api, formats
+from ckptfix import api, door
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,7 +97,7 @@ def test_64_mib_are_enough_for_a_gib(tmp_path: Path) -> None:
     path = ddp_checkpoint(tmp_path / "ddp.pt", 1024 * MIB)
     peak = peak_of_anonymous_memory("strip-prefix", path, tmp_path / "out.pt")
     assert 4 * MIB < peak < 64 * MIB
-    assert list(formats.read(tmp_path / "out.pt").root["model"])[-1] == "63.weight"
+    assert list(door.read(tmp_path / "out.pt").root["model"])[-1] == "63.weight"
     path.unlink()
     (tmp_path / "out.pt").unlink()
 
@@ -161,7 +161,7 @@ def test_weights_do_not_pass_through_python(
     assert 0 < counter.moved < MIB
     monkeypatch.undo()
     assert out.stat().st_size > 256 * MIB
-    found = formats.read(out).root
+    found = door.read(out).root
     state = found["model"] if extension == ".pt" else found
     span = state["5.weight"].storage.spans[0]
     assert span.slice(0, 64).read() == layer(5)[:16].numpy().tobytes()

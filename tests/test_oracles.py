@@ -19,9 +19,9 @@ import safetensors.torch
 import torch
 
 import ckptfix
+from ckptfix.bytes.source import FileSource
 from ckptfix.errors import CkptfixError
-from ckptfix.formats import zips
-from ckptfix.spans import FileSource
+from ckptfix.formats.zip import archive as zips
 from tests.oracles import has_a_reason, unlike
 
 if TYPE_CHECKING:

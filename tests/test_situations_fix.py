@@ -25,8 +25,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import ckptfix
-from ckptfix import formats, soundness, target
+from ckptfix import door
 from ckptfix.cli import group
+from ckptfix.diagnose import damage
 from ckptfix.errors import (
     CkptfixError,
     DamagedError,
@@ -35,7 +36,8 @@ from ckptfix.errors import (
     RenameError,
     SelectionError,
 )
-from ckptfix.fix import Plan, plan
+from ckptfix.match import target as targets
+from ckptfix.repair.plan import Plan, plan
 from fixtures.foonet import FooNet
 from fixtures.make import Schedule, their_project
 from tests.conftest import FIXTURES
@@ -77,7 +79,7 @@ def prefixed(prefix: str, state: State) -> State:
 
 
 def planned(model: nn.Module, path: Path | str = "in.pt", **options: Any) -> Plan:
-    return plan(formats.read(path), target.of_module(model), **options)
+    return plan(door.read(path), targets.of_module(model), **options)
 
 
 def mends(value: Any, model: nn.Module, wanted: State, *, dropped: list[str] | None = None) -> Plan:
@@ -90,7 +92,7 @@ def mends_file(
     path: Path | str, model: nn.Module, wanted: State, *, dropped: list[str] | None = None
 ) -> Plan:
     made = planned(model, path)
-    formats.write(made.document, "out.pt", force=True)
+    door.write(made.document, "out.pt", force=True)
     found = torch.load("out.pt", weights_only=True)
     model.load_state_dict(found, strict=True)
     assert unlike(dict(found), {key: wanted[key] for key in found}) is None
@@ -147,7 +149,7 @@ def test_3_only_orig_mod_goes_where_the_target_owns_module() -> None:
 def test_4_stacks_of_wrappers_both_ways_round(stack: str) -> None:
     net = Net()
     mends(prefixed(stack, net.state_dict()), Net(), net.state_dict())
-    without = plan(formats.read("in.pt"))
+    without = plan(door.read("in.pt"))
     assert list(without.renamed.values()) == list(net.state_dict())
 
 
@@ -217,7 +219,7 @@ def test_9_averaged_copies_stand_back_and_can_be_chosen() -> None:
     torch.save({"state_dict": net.state_dict(), "state_dict_ema": ema.state_dict()}, "in.pt")
     made = mends_file("in.pt", Net(), net.state_dict())
     assert "state_dict_ema" in next(row.found for row in made.cures if row.code == "averaged-copy")
-    formats.write(planned(Net(), select="state_dict_ema").document, "ema.pt")
+    door.write(planned(Net(), select="state_dict_ema").document, "ema.pt")
     assert unlike(torch.load("ema.pt"), ema.state_dict()) is None
 
 
@@ -261,9 +263,9 @@ def test_11_12_everything_beside_the_weights_is_carried_or_named() -> None:
     value = training(net)
     made = mends(value, Net(), net.state_dict())
     assert {path for path, _ in made.left_out} == set(value) - {"model"}
-    for number, wanted in enumerate((None, target.of_module(Net()))):
-        kept = plan(formats.read("in.pt"), wanted, keep_training_state=True)
-        formats.write(kept.document, f"kept{number}.pt")
+    for number, wanted in enumerate((None, targets.of_module(Net()))):
+        kept = plan(door.read("in.pt"), wanted, keep_training_state=True)
+        door.write(kept.document, f"kept{number}.pt")
         found = torch.load(f"kept{number}.pt", weights_only=False)
         assert unlike(found.pop("model"), net.state_dict()) is None
         assert unlike(found, {key: value[key] for key in found}) is None
@@ -276,7 +278,7 @@ def test_13_a_whole_model_whose_source_is_gone() -> None:
     torch.save(net, "in.pt")
     mends_file("in.pt", Net(), net.state_dict())
     made = planned(Net(), keep_training_state=True)
-    formats.write(made.document, "kept.pt")
+    door.write(made.document, "kept.pt")
     Net().load_state_dict(torch.load("kept.pt"))
 
 
@@ -372,7 +374,7 @@ def test_15_a_flipped_byte_of_a_tensor_is_named_even_where_there_is_nothing_to_m
     assert "checksum" in ran.stderr
     assert "hint: save what is whole: ckptfix recover in.pt OUT" in ran.stderr
     with pytest.raises(CkptfixError, match="checksum"):
-        soundness.check_sums(formats.read("in.pt"))
+        damage.check_sums(door.read("in.pt"))
 
 
 def test_15_a_loader_that_verifies_refuses_a_flipped_byte_and_leaves_the_model_alone() -> None:
@@ -450,7 +452,7 @@ def test_16_extra_state_and_numbers_are_carried() -> None:
         "_extra_state": {"scale": torch.ones(1)},
     }
     torch.save(prefixed("module.", state), "in.pt")
-    formats.write(plan(formats.read("in.pt")).document, "out.pt")
+    door.write(plan(door.read("in.pt")).document, "out.pt")
     assert unlike(torch.load("out.pt"), state) is None
 
 
@@ -627,7 +629,7 @@ def test_averages_stand_back_wherever_they_are_and_are_said_to(name: str) -> Non
     value = AVERAGES[name](net, copy)
     torch.save(value, "in.pt")
     made = planned(Net())
-    formats.write(made.document, "out.pt")
+    door.write(made.document, "out.pt")
     assert unlike(dict(torch.load("out.pt")), dict(net.state_dict())) is None
     model = Net()
     report = ckptfix.load_into(model, "in.pt")
@@ -665,7 +667,7 @@ def test_twins_are_refused_and_the_hint_decides_for_one() -> None:
     command = (error.hint or "").removeprefix("choose one: ckptfix ")
     assert ckptfix_command(*shlex.split(command)).returncode == 0
     made = planned(Net(), "in.part.pt")
-    formats.write(made.document, "out.pt")
+    door.write(made.document, "out.pt")
     assert unlike(dict(torch.load("out.pt")), dict(student.state_dict())) is None
     assert made.dropped == list(twins[1])
 

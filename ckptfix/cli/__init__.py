@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import click
 
-from ckptfix import journal
+from ckptfix.bytes import journal
 from ckptfix.cli import output
 from ckptfix.errors import CkptfixError
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
-from ckptfix import edits, wrappers
 from ckptfix.cli import options
 from ckptfix.cli.strip_prefix import write_renamed
 from ckptfix.cli.writing import Job
-from ckptfix.state_dicts import choose
+from ckptfix.contents.state_dicts import choose
+from ckptfix.edit import edits
+from ckptfix.keys import wrappers
 
 
 @click.command("add-prefix")

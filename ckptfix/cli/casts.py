@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ckptfix import casting
 from ckptfix.cli import output
+from ckptfix.edit import casting
 
 if TYPE_CHECKING:
-    from ckptfix.casting import Cast
-    from ckptfix.document import Document
-    from ckptfix.dtypes import DType
+    from ckptfix.edit.casting import Cast
+    from ckptfix.tree.document import Document
+    from ckptfix.tree.dtypes import DType
 
 _SHOWN = 5
 _LOSSES = {

@@ -6,24 +6,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import formats, mismatches, soundness
-from ckptfix import target as targets
+from ckptfix import door
 from ckptfix.cli import findings, options, output
-from ckptfix.compare import Difference, Report, counts, sections
-from ckptfix.diagnose import Remedy, diagnose, remedy
-from ckptfix.diagnose import command as fixing_command
+from ckptfix.contents.state_dicts import StateDict, choose
+from ckptfix.diagnose import damage
+from ckptfix.diagnose.document import diagnose
 from ckptfix.errors import CkptfixError, DamagedError, KeyMismatchError
-from ckptfix.matching import Match, match
-from ckptfix.state_dicts import StateDict, choose
+from ckptfix.hints import command as fixing_command
+from ckptfix.match import judge, mismatches
+from ckptfix.match.choose import Match, match
+from ckptfix.match.remedy import Remedy, remedy
+from ckptfix.report import Difference, Report, counts, sections
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
-    from ckptfix.document import Document
     from ckptfix.findings import Finding
-    from ckptfix.target import Target
+    from ckptfix.match.target import Target
+    from ckptfix.tree.document import Document
 
 _SHOWN = 12
 
@@ -65,14 +67,14 @@ def command(
     wanted = options.wanted(model, init, like)
     answer: dict[str, Any] = {"command": "check", "input": file}
     try:
-        document = formats.read(file)
+        document = door.read(file)
     except DamagedError as error:
         return _say_damaged(answer, file, error)
     found = diagnose(document)
     if read_data:
-        reading = soundness.read_data(document)
+        reading = damage.read_data(document)
         answer["data"] = reading.as_dict()
-        found += soundness.findings(reading)
+        found += damage.findings(reading)
         if not reading.is_sound:
             first = DamagedError(reading.damaged[0], hint=_recover(document))
             return _say_damaged(answer, file, first, reading.damaged[1:])
@@ -84,7 +86,7 @@ def command(
         return 0
     meant = _match(document, wanted, select)
     state = meant.state if isinstance(meant, Match) else choose(document, select)
-    report = targets.report(state, wanted)
+    report = judge.report(state, wanted)
     given = {"--select": select, "--model": model, "--init": init, "--like": like}
     cure = None if report.loads else _cure(document, state, wanted, meant, given)
     beside = [finding for finding in found if finding.code not in _ABOUT_NAMES]

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import casting, compacting, edits
 from ckptfix.cli import casts, options, output
 from ckptfix.cli.writing import Job
+from ckptfix.contents.state_dicts import choose, choose_all, find, of_models
+from ckptfix.edit import casting, compacting, reduce
+from ckptfix.edit.weights_only import weights_only
 from ckptfix.formats import containers
-from ckptfix.state_dicts import choose, choose_all, find, of_models
-from ckptfix.weights_only import weights_only
 
 if TYPE_CHECKING:
-    from ckptfix.document import Document
-    from ckptfix.dtypes import DType
-    from ckptfix.state_dicts import StateDict
+    from ckptfix.contents.state_dicts import StateDict
+    from ckptfix.tree.document import Document
+    from ckptfix.tree.dtypes import DType
 
 
 @click.command("convert")
@@ -74,7 +74,7 @@ def command(
     left_out: list[tuple[str, str]] = []
     if bare or (select is not None and not container.tensors_only):
         state = choose(document, select)
-        fitted = weights_only(document, state) if bare else edits.only(document, state)
+        fitted = weights_only(document, state) if bare else reduce.only(document, state)
         document, left_out, select = fitted.document, fitted.left_out, None
     if wanted is not None:
         states = [choose(document, select)] if container.tensors_only else choose_all(document)

@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from ckptfix import formats
+from ckptfix import door
 from ckptfix.cli import options, output
-from ckptfix.compare import Spec, shape
-from ckptfix.differences import compare
-from ckptfix.trees import nbytes
+from ckptfix.diffs.documents import compare
+from ckptfix.report import Spec, shape
+from ckptfix.tree.walk import nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from rich.console import Console
 
-    from ckptfix.compare import Difference
-    from ckptfix.differences import Diff, StateDiff, ValueDifference
+    from ckptfix.diffs.documents import Diff, StateDiff, ValueDifference
+    from ckptfix.report import Difference
 
 _SHOWN = 10
 _KEY_WIDTH = 40
@@ -69,15 +69,15 @@ def command(
       2  one cannot be read, or there is no such state dict
     """
     paths = _paths(select)
-    one, other = formats.read(a), formats.read(b)
+    one, other = door.read(a), door.read(b)
     with output.progress("comparing", lambda: nbytes(one.root)) as advance:
         found = compare(
             one, other, select=paths, keys_only=keys_only, read_data=read_data, progress=advance
         )
     if html is not None:
-        from ckptfix import html_report
+        from ckptfix import page
 
-        html_report.write(html_report.of_diff(found, one, other), html, force=force)
+        page.write(page.of_diff(found, one, other), html, force=force)
     data = {"command": "diff", "a": a, "b": b, "same": found.same, "keys_only": keys_only}
     rows = [_data(state) for state in found.state_dicts]
     others = [row._asdict() for row in found.others]

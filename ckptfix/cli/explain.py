@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from ckptfix.cli import options, output
-from ckptfix.explain import Explanation, explain
+from ckptfix.diagnose.explain import Explanation, explain
 from ckptfix.findings import CODES
 
 if TYPE_CHECKING:

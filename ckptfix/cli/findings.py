@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ckptfix.cli.output import text
-from ckptfix.diagnose import command
 from ckptfix.findings import Severity
+from ckptfix.hints import command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from ckptfix.document import Document
     from ckptfix.findings import Finding
+    from ckptfix.tree.document import Document
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 _INDENT = " " * 8

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import soundness
 from ckptfix.cli import options, output
 from ckptfix.cli.writing import Job
-from ckptfix.document import Tensor
-from ckptfix.fix import Plan, plan
+from ckptfix.diagnose import damage
 from ckptfix.formats import containers
-from ckptfix.trees import walk
+from ckptfix.repair.plan import Plan, plan
+from ckptfix.tree.document import Tensor
+from ckptfix.tree.walk import walk
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ckptfix.document import Document
+    from ckptfix.tree.document import Document
 
 
 _SHOWN = 10
@@ -71,7 +71,7 @@ def command(
         tensors_only=containers.writable(target).tensors_only,
     )
     if not dry_run:
-        soundness.check_sums(made.document)  # nothing that is damaged is called mended
+        damage.check_sums(made.document)  # nothing that is damaged is called mended
     if not made.cures and not _is_other_container(document, job):
         return job.nothing("nothing to mend")
     if made.cures:

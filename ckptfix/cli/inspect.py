@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import formats
+from ckptfix import door
 from ckptfix.cli import findings, options, output, tree
-from ckptfix.diagnose import diagnose, globals_of, wasted
-from ckptfix.edits import kind
+from ckptfix.contents.state_dicts import StateDict, find
+from ckptfix.diagnose.document import diagnose, globals_of, wasted
 from ckptfix.errors import CkptfixError
-from ckptfix.state_dicts import StateDict, find
-from ckptfix.trees import storages
+from ckptfix.tree.document import kind
+from ckptfix.tree.walk import storages
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ckptfix.document import Document
     from ckptfix.findings import Finding
+    from ckptfix.tree.document import Document
 
 
 @click.command("inspect")
@@ -49,7 +49,7 @@ def command(files: tuple[str, ...], everything: bool, html: str | None, force: b
     if html is not None:
         return _write_page(files, html, force=force)
     if len(files) == 1:
-        document = formats.read(files[0])
+        document = door.read(files[0])
         found = diagnose(document)
         output.answer(
             lambda: {"command": "inspect", **_data(document, found)},
@@ -60,11 +60,11 @@ def command(files: tuple[str, ...], everything: bool, html: str | None, force: b
 
 
 def _write_page(files: tuple[str, ...], html: str, *, force: bool) -> int:
-    from ckptfix import html_report
+    from ckptfix import page
 
     if len(files) > 1:
         raise click.UsageError("--html: draws one FILE")
-    html_report.write(html_report.of_document(formats.read(files[0])), html, force=force)
+    page.write(page.of_document(door.read(files[0])), html, force=force)
     output.answer({"command": "inspect", "file": files[0], "page": html}, f"wrote {html}")
     return 0
 
@@ -75,7 +75,7 @@ def _inspect_all(files: tuple[str, ...], *, everything: bool) -> int:
     unread: list[tuple[str, CkptfixError]] = []
     for file in files:
         try:
-            document = formats.read(file)
+            document = door.read(file)
             read.append((document, diagnose(document)))
         except CkptfixError as error:
             unread.append((file, error))

@@ -13,7 +13,7 @@ from ckptfix.formats import containers
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ckptfix.target import Target
+    from ckptfix.match.target import Target
 
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
@@ -72,7 +72,7 @@ def wanted(model: str | None, init: str | None, like: str | None) -> Target | No
     if model is None and like is None:
         return None
 
-    from ckptfix import target as targets
+    from ckptfix.match import target as targets
 
     if model is not None:
         return targets.of_reference(model, init)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from ckptfix import target as targets
 from ckptfix.cli import options, output
 from ckptfix.cli.writing import Job
-from ckptfix.recover import Recovered, recover
-from ckptfix.state_dicts import choose
+from ckptfix.contents.state_dicts import choose
+from ckptfix.match import judge
+from ckptfix.repair.recover import Recovered, recover
 
 _SHOWN = 20
 
@@ -48,7 +48,7 @@ def command(
     found = recover(source)
     missing: list[str] = []
     if wanted is not None:
-        missing = targets.report(choose(found.document, select), wanted).missing
+        missing = judge.report(choose(found.document, select), wanted).missing
     _say(source, found, missing)
     data = {
         "saved": found.saved,

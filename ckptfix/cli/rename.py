@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptfix import edits, wrappers
 from ckptfix.cli import options
 from ckptfix.cli.strip_prefix import write_renamed
 from ckptfix.cli.writing import Job
-from ckptfix.state_dicts import choose_all
+from ckptfix.contents.state_dicts import choose_all
+from ckptfix.edit import edits
+from ckptfix.keys import wrappers
 
 if TYPE_CHECKING:
-    from ckptfix.renaming import Renaming
+    from ckptfix.keys.renaming import Renaming
 
 
 @click.command("rename")

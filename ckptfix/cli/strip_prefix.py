@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptfix import edits, wrappers
 from ckptfix.cli import options, output
 from ckptfix.cli.writing import Job
+from ckptfix.contents.state_dicts import choose_all
+from ckptfix.edit import edits
 from ckptfix.errors import KeyCollisionError, PartialPrefixError
-from ckptfix.state_dicts import choose_all
+from ckptfix.keys import wrappers
 
 if TYPE_CHECKING:
-    from ckptfix.document import Document
-    from ckptfix.renaming import Renaming
-    from ckptfix.state_dicts import StateDict
+    from ckptfix.contents.state_dicts import StateDict
+    from ckptfix.keys.renaming import Renaming
+    from ckptfix.tree.document import Document
 
 
 @click.command("strip-prefix")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ckptfix import edits
 from ckptfix.cli import options, output
 from ckptfix.cli.writing import Job
+from ckptfix.edit import edits
 
 
 @click.command("to-cpu")

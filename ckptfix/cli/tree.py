@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptfix import wrappers
 from ckptfix.cli.output import plural, size, text
-from ckptfix.document import Global, Inert, Node, Storage, Tensor
-from ckptfix.edits import kind
-from ckptfix.state_dicts import StateDict, find
-from ckptfix.tensors import as_tensor
-from ckptfix.trees import children, storages
+from ckptfix.contents.state_dicts import StateDict, find
+from ckptfix.contents.tensors import as_tensor
+from ckptfix.keys import wrappers
+from ckptfix.tree.document import Global, Inert, Node, Storage, Tensor, kind
+from ckptfix.tree.walk import children, storages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from rich.text import Text
     from rich.tree import Tree
 
-    from ckptfix.document import Document
+    from ckptfix.tree.document import Document
 
 _TENSORS, _VALUES, _DEPTH = 24, 12, 4
 _DEEPEST = 50  # with everything shown

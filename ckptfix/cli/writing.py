@@ -8,16 +8,17 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptfix import edits, formats
+from ckptfix import door
 from ckptfix.cli import output
+from ckptfix.edit import reduce
 from ckptfix.errors import InPlaceError, RenameError, WriteError
 from ckptfix.formats import containers
-from ckptfix.trees import nbytes
+from ckptfix.tree.walk import nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from ckptfix.document import Document
+    from ckptfix.tree.document import Document
 
 _SHOWN = 10
 
@@ -38,7 +39,7 @@ class Job(NamedTuple):
         """Read the input, once it is sure that the output could be written."""
         if not self.in_place:
             self.check()
-        return formats.read(self.source)
+        return door.read(self.source)
 
     def check(self) -> None:
         """Refuse early what could not be written later. Raises `WriteError`."""
@@ -49,7 +50,7 @@ class Job(NamedTuple):
                 hint="give another name for the output",
                 code="same-file",
             )
-        formats.check_output(self.target, force=self.force)
+        door.check_output(self.target, force=self.force)
 
     def nothing(self, why: str) -> int:
         """Say that there was nothing to do; returns the exit code for it."""
@@ -89,12 +90,12 @@ class Job(NamedTuple):
         """
         if self.in_place:
             return self._edit(document, done, {**data, **after()})
-        fitted = edits.fit(document, self.target, select)
+        fitted = reduce.fit(document, self.target, select)
         fitted.left_out[:0] = left_out
         if not self.dry_run:
             label, root = f"writing {self.target}", fitted.document.root
             with output.progress(label, lambda: nbytes(root)) as advance:
-                formats.write(
+                door.write(
                     fitted.document,
                     self.target,
                     force=self.force,
@@ -120,7 +121,7 @@ class Job(NamedTuple):
 
     def _edit(self, document: Document, done: str, data: dict[str, Any]) -> int:
         """Change the input itself and say so; returns the exit code."""
-        from ckptfix import inplace
+        from ckptfix.edit import inplace
 
         try:
             edit = inplace.prepare(document)

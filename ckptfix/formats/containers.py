@@ -14,8 +14,8 @@ from ckptfix.errors import UnsupportedError
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from ckptfix.document import Document
-    from ckptfix.files import Sink
+    from ckptfix.bytes.copy import Sink
+    from ckptfix.tree.document import Document
 
 
 class Writable(NamedTuple):

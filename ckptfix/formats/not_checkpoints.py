@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from ckptfix.errors import DamagedError, NotACheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
+    from ckptfix.bytes.source import Source
     from ckptfix.errors import ReadError
-    from ckptfix.spans import Source
 
 _LFS = b"version https://git-lfs"
 _HTML = re.compile(rb"\s*(<!doctype|<html|<head|<\?xml|<!--)", re.IGNORECASE)

@@ -6,9 +6,11 @@ import zlib
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from ckptfix.bytes.source import CHUNK, Source
+from ckptfix.bytes.span import Span
+from ckptfix.bytes.unpacked import UnpackedSource, inflate
 from ckptfix.errors import NotACheckpointError, UnsafeError
 from ckptfix.formats import torch_tar
-from ckptfix.spans import CHUNK, Source, Span, UnpackedSource, inflate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -17,19 +17,21 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 from ckptfix import pickles
+from ckptfix.bytes.journal import Patch
+from ckptfix.bytes.source import FileSource
 from ckptfix.errors import InPlaceError
-from ckptfix.formats import safetensors, torch_zip, zips
+from ckptfix.formats import safetensors, torch_zip
 from ckptfix.formats.containers import SAFETENSORS, TORCH_ZIP
-from ckptfix.formats.zip_layout import CRC_IN_CENTRAL, CRC_IN_LOCAL, STORED
-from ckptfix.journal import Patch
-from ckptfix.spans import FileSource
+from ckptfix.formats.zip import archive as zips
+from ckptfix.formats.zip.layout import CRC_IN_CENTRAL, CRC_IN_LOCAL, STORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from ckptfix.document import Document, Storage, Tensor
-    from ckptfix.formats.zips import Archive, Entry
-    from ckptfix.spans import Source, Span
+    from ckptfix.bytes.source import Source
+    from ckptfix.bytes.span import Span
+    from ckptfix.formats.zip.archive import Archive, Entry
+    from ckptfix.tree.document import Document, Storage, Tensor
 
 _CRC = struct.Struct("<I")
 

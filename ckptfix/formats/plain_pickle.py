@@ -10,17 +10,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckptfix import pickles
-from ckptfix.document import Document, Global, Node, Storage
+from ckptfix.bytes.source import BytesSource
 from ckptfix.errors import DamagedError, UnsafeError
 from ckptfix.findings import Finding
 from ckptfix.formats import torch_legacy, torch_zip
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.pickles.torch_objects import BUILDERS
-from ckptfix.spans import BytesSource
+from ckptfix.tree.document import Document, Global, Node, Storage
 
 if TYPE_CHECKING:
+    from ckptfix.bytes.source import Source
     from ckptfix.pickles.torch_objects import Arguments
-    from ckptfix.spans import Source
 
 NAME = "plain pickle"
 _TEXT_STARTS = b"(c]}l"

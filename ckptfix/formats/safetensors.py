@@ -22,25 +22,19 @@ from collections import Counter
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ckptfix.document import (
-    Document,
-    Node,
-    OrderedMap,
-    Storage,
-    Tensor,
-    contiguous_stride,
-)
-from ckptfix.dtypes import BY_SAFETENSORS
+from ckptfix.bytes.span import Span
+from ckptfix.contents.tensors import as_tensor
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
 from ckptfix.formats.containers import SAFETENSORS
 from ckptfix.limits import DEFAULT, Limits
-from ckptfix.spans import Source, Span
-from ckptfix.tensors import as_tensor
+from ckptfix.tree.document import Document, Node, OrderedMap, Storage, Tensor, contiguous_stride
+from ckptfix.tree.dtypes import BY_SAFETENSORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from ckptfix.files import Sink
+    from ckptfix.bytes.copy import Sink
+    from ckptfix.bytes.source import Source
 
 VERSIONS = "ckptfix.module_versions"
 """The key of `__metadata__` under which `_metadata` is kept."""

@@ -18,16 +18,16 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from ckptfix.document import Document, OrderedMap, Storage, Tensor
-from ckptfix.dtypes import BY_NAME, DType
 from ckptfix.errors import DamagedError, UnsupportedError
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.pickles import torch_objects
+from ckptfix.tree.document import Document, OrderedMap, Storage, Tensor
+from ckptfix.tree.dtypes import BY_NAME, DType
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from ckptfix.spans import Span
+    from ckptfix.bytes.span import Span
 
 NAME = "TorchScript zip of 1.0"
 _MODEL = "model.json"

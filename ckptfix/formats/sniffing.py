@@ -18,9 +18,9 @@ from ckptfix.formats import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ckptfix.document import Document
+    from ckptfix.bytes.source import Source
     from ckptfix.limits import Limits
-    from ckptfix.spans import Source
+    from ckptfix.tree.document import Document
 
     Read = Callable[[Source, Limits], Document]
 

@@ -19,16 +19,18 @@ import mmap
 from typing import TYPE_CHECKING, Literal
 
 from ckptfix import pickles
-from ckptfix.document import Document, Global, Node, Storage
+from ckptfix.bytes.span import Span
 from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedError
 from ckptfix.findings import Finding
 from ckptfix.formats.torch_zip import parse_persistent_id
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.pickles.torch_objects import StorageView
-from ckptfix.spans import Source, Span
-from ckptfix.trees import rebuild, walk
+from ckptfix.tree.document import Document, Global, Node, Storage
+from ckptfix.tree.rebuild import rebuild
+from ckptfix.tree.walk import walk
 
 if TYPE_CHECKING:
+    from ckptfix.bytes.source import Source
     from ckptfix.pickles.machine import Data, Persistent
 
 NAME = "torch legacy"

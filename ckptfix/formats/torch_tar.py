@@ -20,22 +20,23 @@ import struct
 from typing import TYPE_CHECKING
 
 from ckptfix import pickles
-from ckptfix.document import Document, Global, Node, Storage, Tensor
-from ckptfix.dtypes import BY_STORAGE
+from ckptfix.bytes.source import Reader
+from ckptfix.bytes.span import Span
 from ckptfix.errors import DamagedError, NotACheckpointError, UnsupportedError
 from ckptfix.formats import torch_legacy
 from ckptfix.formats.torch_zip import parse_persistent_id
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.pickles import torch_objects
 from ckptfix.pickles.torch_objects import BUILDERS, StorageView
-from ckptfix.spans import Reader, Span
+from ckptfix.tree.document import Document, Global, Node, Storage, Tensor
+from ckptfix.tree.dtypes import BY_STORAGE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ckptfix.bytes.source import Source
     from ckptfix.pickles.machine import Data
     from ckptfix.pickles.torch_objects import Arguments
-    from ckptfix.spans import Source
 
 NAME = "torch tar"
 _TENSOR_V2 = Global("torch._utils", "_rebuild_tensor_v2")

@@ -19,13 +19,11 @@ caffe2/serialize/inline_container.
 
 from __future__ import annotations
 
-import os
 import re
 from typing import TYPE_CHECKING, Literal
 
-from ckptfix import pickles, trees
-from ckptfix.document import Document, Global, Node, Storage
-from ckptfix.dtypes import BY_STORAGE
+from ckptfix import pickles
+from ckptfix.bytes.copy import check_crc
 from ckptfix.errors import (
     DamagedError,
     NotACheckpointError,
@@ -33,19 +31,22 @@ from ckptfix.errors import (
     UnsafeError,
     UnsupportedError,
 )
-from ckptfix.files import check_crc
 from ckptfix.findings import Finding
-from ckptfix.formats import zip_writer, zips
 from ckptfix.formats.containers import TORCH_ZIP
+from ckptfix.formats.zip import archive as zips
+from ckptfix.formats.zip import writer as zip_writer
 from ckptfix.limits import DEFAULT, Limits
-from ckptfix.spans import FileSource, Span
+from ckptfix.tree import compare
+from ckptfix.tree.document import Document, Global, Node, Storage
+from ckptfix.tree.dtypes import BY_STORAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from ckptfix.dtypes import DType
-    from ckptfix.files import Sink
-    from ckptfix.spans import Source
+    from ckptfix.bytes.copy import Sink
+    from ckptfix.bytes.source import Source
+    from ckptfix.bytes.span import Span
+    from ckptfix.tree.dtypes import DType
 
 MAGIC = b"PK\x03\x04"
 
@@ -81,24 +82,6 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
         if model is not None:
             return script_json.read(records, model, source.name, source.size, limits)
     return from_records(records, source.name, source.size, tuple(notes), limits)
-
-
-def read_folder(folder: str, limits: Limits = DEFAULT) -> Document:
-    """The document in a torch zip that someone unpacked into a folder."""
-    from pathlib import Path
-
-    path = Path(folder)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    sources = {file.relative_to(path).as_posix(): FileSource(file) for file in files}
-    records = {name: Span(source, 0, source.size) for name, source in sources.items()}
-    size = sum(span.length for span in records.values())
-    return from_records(records, folder, size, (), limits)
-
-
-def is_unpacked(folder: str) -> bool:
-    """Whether a folder is a torch zip that someone unpacked."""
-    inside = [os.path.join(folder, name, "data.pkl") for name in os.listdir(folder)]
-    return os.path.isfile(os.path.join(folder, "data.pkl")) or sum(map(os.path.isfile, inside)) == 1
 
 
 def from_records(
@@ -196,7 +179,7 @@ class _Storages:
         name = self._data + key
         span, nbytes = self.unclaimed.get(name), storage.numel * storage.dtype.itemsize
         if span is not None and self._lost is not None:
-            from ckptfix.formats import zip_recovery
+            from ckptfix.formats.zip import recovery as zip_recovery
 
             span = zip_recovery.without_descriptor(span, nbytes)
         if span is not None and span.length == nbytes:
@@ -270,4 +253,4 @@ def difference(document: Document, found: Document) -> str | None:
     """Where a written file differs from the document it was made of: a path, or None."""
     if list(document.extras) != list(found.extras):
         return "its further records"
-    return trees.difference(document.root, found.root)
+    return compare.difference(document.root, found.root)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptfix.document import Global, How, Inert, Node
 from ckptfix.errors import DamagedError, UnsafeError
 from ckptfix.pickles.torch_objects import Builder, class_name, hashable
+from ckptfix.tree.document import Global, How, Inert, Node
 
 if TYPE_CHECKING:
     import mmap

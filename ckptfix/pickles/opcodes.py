@@ -11,10 +11,10 @@ import codecs
 import struct
 from typing import TYPE_CHECKING, NoReturn
 
-from ckptfix.document import Global, Inert, Node, OrderedMap
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
 from ckptfix.pickles import tensor_record
 from ckptfix.pickles.machine import Machine, Stop
+from ckptfix.tree.document import Global, Inert, Node, OrderedMap
 
 if TYPE_CHECKING:
     from collections.abc import Callable

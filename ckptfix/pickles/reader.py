@@ -19,8 +19,8 @@ from ckptfix.pickles.torch_objects import BUILDERS, Builder
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ckptfix.document import Global, Node
     from ckptfix.pickles.machine import Data, Persistent
+    from ckptfix.tree.document import Global, Node
 
 
 def read(

@@ -17,9 +17,9 @@ import struct
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.document import Global, Node, Storage, Tensor
-from ckptfix.dtypes import UNTYPED
 from ckptfix.pickles.torch_objects import check_layout, ordered_dict, tensor_v2
+from ckptfix.tree.document import Global, Node, Storage, Tensor
+from ckptfix.tree.dtypes import UNTYPED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
-from ckptfix.dtypes import BY_NAME, UNTYPED, DType
 from ckptfix.errors import UnsafeError
+from ckptfix.tree.document import Global, Inert, Node, OrderedMap, Storage, Tensor
+from ckptfix.tree.dtypes import BY_NAME, UNTYPED, DType
 
 if TYPE_CHECKING:
     from ckptfix.limits import Limits

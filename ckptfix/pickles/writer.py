@@ -12,10 +12,10 @@ import struct
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from ckptfix.document import Global, Inert, Node, OrderedMap, Storage, Tensor
-from ckptfix.dtypes import UNTYPED, DType
 from ckptfix.errors import UnsafeError, UnsupportedError
-from ckptfix.trees import REOPENED
+from ckptfix.tree.document import Global, Inert, Node, OrderedMap, Storage, Tensor
+from ckptfix.tree.dtypes import UNTYPED, DType
+from ckptfix.tree.rebuild import REOPENED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Hashable, Iterable

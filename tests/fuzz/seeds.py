@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptfix import pickles
-from ckptfix.document import Global, Inert, OrderedMap
-from ckptfix.formats import zips
-from ckptfix.spans import BytesSource
+from ckptfix.bytes.source import BytesSource
+from ckptfix.formats.zip import archive as zips
+from ckptfix.tree.document import Global, Inert, OrderedMap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -24,20 +24,24 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from ckptfix import api, diagnose, pickles, recover, trees
-from ckptfix.document import Storage, Tensor
+from ckptfix import api, pickles
+from ckptfix.bytes.copy import check_crc
+from ckptfix.bytes.source import BytesSource
+from ckptfix.diagnose import document as diagnose
 from ckptfix.errors import CkptfixError, UnsafeError
-from ckptfix.files import check_crc
 from ckptfix.formats import safetensors as safetensors_format
-from ckptfix.formats import script_json, torch_legacy, torch_tar, torch_zip, zips
-from ckptfix.spans import BytesSource
-from ckptfix.trees import walk
+from ckptfix.formats import script_json, torch_legacy, torch_tar, torch_zip
+from ckptfix.formats.zip import archive as zips
+from ckptfix.repair import recover
+from ckptfix.tree import compare
+from ckptfix.tree.document import Storage, Tensor
+from ckptfix.tree.walk import walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ckptfix.document import Document, Node
     from ckptfix.pickles.machine import Persistent
+    from ckptfix.tree.document import Document, Node
 
 # what ckptfix imports late, so that an import seen later is one that the bytes asked for
 _CODECS = ("cp437", "raw-unicode-escape", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be",
@@ -120,7 +124,7 @@ def rewrite_pickle(data: bytes) -> None:
             pass
     again, end = pickles.read(written, storages(), name="fuzz: written")
     assert end == len(written)
-    place = trees.difference(root, again)
+    place = compare.difference(root, again)
     assert place is None, f"reads back differently at {place}"
 
 

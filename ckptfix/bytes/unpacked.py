@@ -1,0 +1,105 @@
+"""Sources whose bytes have to be unpacked before they can be read."""
+
+from __future__ import annotations
+
+import zlib
+from contextlib import suppress
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ckptfix.bytes.source import CHUNK, Source, read_exactly, reason, too_short
+from ckptfix.errors import DamagedError, ReadError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import BinaryIO
+
+    from ckptfix.bytes.span import Span
+
+
+class UnpackedSource(Source):
+    """Bytes that have to be unpacked, into an unnamed file, at the first use."""
+
+    def __init__(self, chunks: Callable[[], Iterator[bytes]], size: int, name: str) -> None:
+        self._chunks = chunks
+        self.name = name
+        self.size = size
+
+    @cached_property
+    def _file(self) -> BinaryIO:
+        import tempfile
+
+        try:
+            unpacked = tempfile.TemporaryFile(prefix="ckptfix-")  # noqa: SIM115
+            try:
+                for chunk in self._chunks():
+                    unpacked.write(chunk)
+                unpacked.flush()
+            except BaseException:
+                with suppress(OSError):
+                    unpacked.close()
+                raise
+        except OSError as error:
+            raise ReadError(
+                f"{self.name}: cannot be unpacked into a temporary file: {reason(error)}",
+                hint='unpack it in this folder instead: export TMPDIR="$PWD"',
+            ) from None
+        return unpacked
+
+    def fileno(self) -> int:
+        """The descriptor of the unpacked bytes."""
+        return self._file.fileno()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` of the unpacked bytes from `offset`."""
+        if offset + length > self.size:
+            raise too_short(self.name, offset, length)
+        return read_exactly(self._file.fileno(), offset, length, self.name)
+
+    def __del__(self) -> None:
+        if "_file" in vars(self):
+            self._file.close()
+
+
+class InflatedSource(UnpackedSource):
+    """A deflated stretch of another source.
+
+    `size` is what the container promises; one byte more or fewer is refused, so a bomb costs no
+    more than it declares.
+    """
+
+    def __init__(self, packed: Span, size: int) -> None:
+        super().__init__(self._inflate, size, packed.source.name)
+        self._packed = packed
+
+    def _inflate(self) -> Iterator[bytes]:
+        made = 0
+        for chunk in inflate(self._packed, -15):
+            made += len(chunk)
+            if made > self.size:
+                break
+            yield chunk
+        if made != self.size:
+            raise DamagedError(f"{self.name}: deflated data does not unpack to {self.size} bytes")
+
+
+def inflate(packed: Span, wbits: int) -> Iterator[bytes]:
+    """What a span unpacks to, in pieces; `wbits` is zlib's: -15 for zip members, 31 for gzip."""
+    engine, started = zlib.decompressobj(wbits), False
+    for pending in packed.chunks():
+        chunk = b""
+        while pending or (len(chunk) == CHUNK and not engine.eof):  # zlib may hold some back
+            if engine.eof:  # gzip files may be joined
+                engine = zlib.decompressobj(wbits)
+            started = True
+            try:
+                chunk = engine.decompress(pending, CHUNK)
+            except zlib.error as error:
+                name = packed.source.name
+                raise DamagedError(f"{name}: compressed data is damaged ({error})") from None
+            yield chunk
+            pending = engine.unused_data if engine.eof else engine.unconsumed_tail
+            if engine.eof and wbits < 0:
+                return
+    if started and not engine.eof:
+        raise DamagedError(f"{packed.source.name}: compressed data is cut short")

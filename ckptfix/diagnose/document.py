@@ -1,0 +1,146 @@
+"""Look at a document and say what is worth knowing, each thing with the command that mends it."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from ckptfix.contents.state_dicts import StateDict, find, of_models
+from ckptfix.edit.compacting import compact
+from ckptfix.findings import Finding
+from ckptfix.formats.containers import EXTENSIONS
+from ckptfix.hints import argument, command, is_sharded
+from ckptfix.keys import wrappers
+from ckptfix.pickles.allowed import is_allowed
+from ckptfix.tree.document import Document, Global, Tensor
+from ckptfix.tree.walk import storages, walk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def diagnose(document: Document) -> list[Finding]:
+    """Everything that ckptfix notices about a document, without a target to hold it against."""
+    states = of_models(find(document.root))
+    findings = [*document.notes, *_containers(document), *_devices(document)]
+    for state in states:
+        findings += [*_prefixes(document, state), *_ties(state)]
+    findings += [*_globals(document), *_bloat(document)]
+    if not states:
+        findings.append(Finding("no-state-dict", "nothing in the file maps names to tensors"))
+    return findings
+
+
+def _containers(document: Document) -> Iterator[Finding]:
+    extension = PurePath(document.name).suffix.lower()
+    is_safetensors = document.container == "safetensors"
+    if is_sharded(document):
+        return
+    if extension in EXTENSIONS and is_safetensors != (extension == ".safetensors"):
+        right = PurePath(document.name).with_suffix(".safetensors" if is_safetensors else ".pt")
+        yield Finding(
+            "wrong-extension",
+            f"named {extension}, but the bytes are {document.container}",
+            command=shlex.join(["mv", argument(PurePath(document.name)), argument(right)]),
+        )
+
+
+def _devices(document: Document) -> Iterator[Finding]:
+    tags = Counter(storage.device for storage in storages(document.root))
+    away = [tag for tag in tags if tag != "cpu"]
+    if away:
+        yield Finding(
+            "device-tag",
+            f"{tags.total() - tags['cpu']} of {tags.total()} storages are tagged "
+            f"{', '.join(away)}: torch.load fails where there is no such device",
+            command=command("to-cpu", document, "cpu"),
+        )
+
+
+def _prefixes(document: Document, state: StateDict) -> Iterator[Finding]:
+    seen = wrappers.detect(state.mapping)
+    select = () if state.path == "/" else ("--select", state.path)
+    strip = command("strip-prefix", document, "stripped", *select) if state.origin is None else ""
+    if seen.collision is not None:
+        first, second = seen.collision
+        yield Finding("key-collision", f"{first!r} and {second!r} would become one", state.path)
+        strip = ""
+    if seen.leading:
+        prefix = ".".join((*seen.leading, ""))
+        names = ", ".join(wrappers.WRAPPERS[part] for part in seen.leading)
+        message = f"all {len(state.mapping)} keys begin with {prefix!r} (added by {names})"
+        yield Finding("prefix-wrapper", message, state.path, strip or None)
+    if seen.layout == "swa":
+        message = "averaged weights: load them into torch.optim.swa_utils.AveragedModel"
+        yield Finding("swa-layout", message, state.path)
+    elif seen.own_child:
+        carrying, lacking = seen.carrying, seen.lacking
+        message = (
+            f"{len(carrying)} of {len(carrying) + len(lacking)} keys begin with 'module.': "
+            f"{carrying[0]!r} does, {lacking[0]!r} does not, so it is left alone"
+        )
+        yield Finding("partial-prefix", message, state.path)
+    for name, count in seen.inside.items():
+        if name in wrappers.ANYWHERE:
+            message = f"{count} keys hold {name!r} (added by {wrappers.WRAPPERS[name]})"
+            yield Finding("wrapper-inside", message, state.path, strip or None)
+
+
+def _ties(state: StateDict) -> Iterator[Finding]:
+    groups = state.ties
+    if groups:
+        shown = " = ".join(groups[0])
+        more = f", and {len(groups) - 1} more" if len(groups) > 1 else ""
+        yield Finding("tied-tensors", f"one tensor, several names: {shown}{more}", state.path)
+
+
+def wasted(document: Document) -> int:
+    """Bytes of storages that no tensor reaches, counting each tensor's elements once."""
+    used: dict[int, dict[object, int]] = {}
+    sizes: dict[int, int] = {}
+    for _, node in walk(document.root):
+        if isinstance(node, Tensor):
+            views = used.setdefault(id(node.storage), {})
+            views[node.view] = _reach(node)
+            sizes[id(node.storage)] = node.storage.nbytes
+    return sum(max(size - sum(used[key].values()), 0) for key, size in sizes.items())
+
+
+def _reach(tensor: Tensor) -> int:
+    """Distinct bytes that a view touches at most: expanded dimensions repeat theirs."""
+    count = tensor.dtype.itemsize
+    for size, stride in zip(tensor.shape, tensor.stride, strict=True):
+        count *= size if stride or not size else 1
+    return count
+
+
+def _bloat(document: Document) -> Iterator[Finding]:
+    waste = wasted(document)
+    if waste > 4096:
+        yield Finding(
+            "view-bloat",
+            f"{waste} bytes belong to storages of which only a part is used",
+            command=command("convert", document, "compact", "--compact")
+            if compact(document)[1]
+            else None,
+        )
+
+
+# --- classes
+
+
+def globals_of(document: Document) -> list[Global]:
+    """Every class and function that the pickle names, apart from torch's own tensors; sorted."""
+    return sorted({node for _, node in walk(document.root) if type(node) is Global})
+
+
+def _globals(document: Document) -> Iterator[Finding]:
+    refused = [name.today for name in globals_of(document) if not is_allowed(name)]
+    if refused:
+        shown = ", ".join(refused[:5]) + (f", and {len(refused) - 5} more" if refused[5:] else "")
+        yield Finding(
+            "blocked-globals",
+            f"torch.load(weights_only=True) refuses {shown}; ckptfix reads without running them",
+        )

@@ -1,0 +1,1 @@
+"""Two checkpoints held against each other: documents, and the values of tensors."""

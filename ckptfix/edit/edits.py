@@ -1,0 +1,136 @@
+"""Edits: a document in, another document over the same bytes out. Nothing is read or written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ckptfix.contents.state_dicts import StateDict, optimizers
+from ckptfix.contents.tensors import DEVICE_TENSORS
+from ckptfix.errors import UnsupportedError
+from ckptfix.tree.document import (
+    Document,
+    Inert,
+    Node,
+    OrderedMap,
+    Storage,
+    Tensor,
+    kind,
+)
+from ckptfix.tree.rebuild import rebuild
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ckptfix.keys.renaming import Renaming
+
+
+def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) -> Document:
+    """The document with the keys of some of its state dicts renamed.
+
+    Order stays. `_metadata` is renamed with the keys. So is an optimizer that is keyed by the
+    names of the parameters (FSDP, `param_names`); one that is keyed by position needs nothing.
+    """
+    renamed: dict[int, Node] = {}
+    names: dict[str, str] = {}
+    for state, renaming in renamings:
+        if state.origin is not None:
+            raise _has_no_keys(document, state)
+        renamed[id(state.mapping)] = _renamed_mapping(state.mapping, renaming)
+        names.update(renaming.changes)
+    for optimizer in optimizers(document.root):
+        if _is_keyed_by_name(optimizer, names):
+            renamed[id(optimizer)] = _renamed_optimizer(optimizer, names)
+    root = rebuild(document.root, lambda node: renamed.get(id(node), node), tensors=False)
+    return replace(document, root=root)
+
+
+def _has_no_keys(document: Document, state: StateDict) -> UnsupportedError:
+    return UnsupportedError(
+        f"{document.name}: {state.path} is a {kind(state.origin)}, not a mapping whose keys "
+        "could be renamed",
+        hint=f"take its tensors first: ckptfix convert {document.name} OUT.safetensors",
+    )
+
+
+def _renamed_mapping(mapping: dict[str, Node], renaming: Renaming) -> dict[str, Node]:
+    items = {renaming.keys.get(key, key): value for key, value in mapping.items()}
+    if not isinstance(mapping, OrderedMap):
+        return items
+    if mapping.metadata is None:
+        return OrderedMap(items, mapping.attributes)
+    versions = OrderedMap(renaming.metadata(mapping.metadata))
+    return OrderedMap(items, {**mapping.attributes, "_metadata": versions})
+
+
+def _is_keyed_by_name(optimizer: dict[str, Node], names: Mapping[str, str]) -> bool:
+    return any(name in names for name in optimizer["state"]) or any(
+        isinstance(group, dict)
+        and any(name in names for row in ("params", "param_names") for name in _strings(group, row))
+        for group in optimizer["param_groups"]
+    )
+
+
+def _strings(group: Mapping[str, Node], row: str) -> list[str]:
+    names = group.get(row)
+    return [name for name in names if type(name) is str] if isinstance(names, list) else []
+
+
+def _renamed_optimizer(optimizer: dict[str, Node], names: Mapping[str, str]) -> dict[str, Node]:
+    state, groups = optimizer["state"], optimizer["param_groups"]
+    new = {
+        **optimizer,
+        "state": type(state)((_new_name(key, names), value) for key, value in state.items()),
+        "param_groups": [_renamed_group(group, names) for group in groups],
+    }
+    return OrderedMap(new, optimizer.attributes) if isinstance(optimizer, OrderedMap) else new
+
+
+def _renamed_group(group: Node, names: Mapping[str, str]) -> Node:
+    if not isinstance(group, dict):
+        return group
+    rows = {
+        row: [_new_name(name, names) for name in group[row]]
+        for row in ("params", "param_names")
+        if _strings(group, row)
+    }
+    return {**group, **rows}
+
+
+def _new_name(name: Node, names: Mapping[str, str]) -> Node:
+    return names.get(name, name) if type(name) is str else name
+
+
+# --- devices
+
+
+def to_cpu(document: Document) -> tuple[Document, Counter[str]]:
+    """The document with every storage tagged `cpu`, and how many storages each other tag had.
+
+    `torch.device` values among hyper-parameters are values like any other, and stay.
+    """
+    moved: dict[int, Storage] = {}
+    tags: Counter[str] = Counter()
+
+    def on_cpu(storage: Storage) -> Storage:
+        if storage.device == "cpu":
+            return storage
+        known = moved.get(id(storage))
+        if known is None:
+            tags[storage.device] += 1
+            known = moved[id(storage)] = replace(storage, device="cpu")
+        return known
+
+    def change(node: Node) -> Node:
+        if isinstance(node, Inert) and node.function in DEVICE_TENSORS and len(node.args) == 4:
+            data, dtype, device, requires_grad = node.args
+            tags[str(device)] += device != "cpu"
+            return replace(node, args=(data, dtype, "cpu", requires_grad))
+        if isinstance(node, Tensor):
+            storage = on_cpu(node.storage)
+            return node if storage is node.storage else replace(node, storage=storage)
+        return on_cpu(node) if isinstance(node, Storage) else node
+
+    root = rebuild(document.root, change)
+    return replace(document, root=root), +tags

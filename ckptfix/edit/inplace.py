@@ -1,0 +1,134 @@
+"""Editing a checkpoint in place: its pickle or header is rewritten inside the file.
+
+The weights are not touched, so a large file takes as long as a small one. The file is changed under
+a rollback journal (see `journal`): killed at any moment or out of disk, it is the old file or the
+edited one, if need be after the next command that opens it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptfix import door
+from ckptfix.bytes import journal
+from ckptfix.bytes.source import FileSource
+from ckptfix.errors import CkptfixError, InPlaceError, VerifyError, WriteError
+from ckptfix.formats import patches
+from ckptfix.tree import compare, walk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ckptfix.bytes.journal import Patch
+    from ckptfix.tree.document import Document, Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """An edit of a file that can be made in place, and is not made yet."""
+
+    document: Document
+    source: FileSource
+    patches: list[Patch]
+    storages: list[Storage]
+    """Those of the document, in the order of the tree."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file that would be overwritten."""
+        return sum(len(patch.new) for patch in self.patches)
+
+
+def prepare(document: Document) -> Edit:
+    """How the file that a document was read from becomes that document; nothing is written.
+
+    Raises:
+        InPlaceError: a copy has to be written instead; the message says why.
+    """
+    if document.container not in patches.CONTAINERS:
+        why = f"that cannot be done to a checkpoint in the form {document.container!r}"
+        raise InPlaceError(document.name, why)
+    storages = list(walk.storages(document.root))
+    source = _source(document, storages)
+    if os.fstat(source.fileno()).st_nlink > 1:
+        raise InPlaceError(document.name, "it has several names (hard links), and all would change")
+    return Edit(document, source, patches.make(document, source, storages), storages)
+
+
+def _source(document: Document, storages: list[Storage]) -> FileSource:
+    """The one file that all bytes of a document lie in."""
+    sources = {span.source for storage in storages for span in storage.spans}
+    sources.update(span.source for span in document.extras.values())
+    files = [source for source in sources if isinstance(source, FileSource)]
+    if len(files) < len(sources):
+        raise InPlaceError(document.name, "its tensors are compressed, or have to be computed")
+    if len(files) != 1:
+        why = "its tensors do not lie in one file" if files else "there is no tensor in it"
+        raise InPlaceError(document.name, why)
+    return files[0]
+
+
+def apply(edit: Edit) -> None:
+    """Make an edit, read the file back, and undo the edit where it is not what was meant.
+
+    Raises:
+        BusyError: another process is changing the file.
+        WriteError: the file cannot be changed, or was changed since it was read; it is as it was.
+        VerifyError: the file did not read back as it should; it was put back as it was.
+    """
+    path = edit.source.name
+    try:
+        with journal.locked(path) as descriptor:
+            _check_unchanged(edit, descriptor)
+            if edit.patches:
+                journal.apply(descriptor, path, edit.patches, lambda: _verify(edit))
+    except OSError as error:
+        raise _error(edit, error) from None
+
+
+def _check_unchanged(edit: Edit, descriptor: int) -> None:
+    """The file is the one that was read, and nobody has changed it before it was locked."""
+    now = (os.fstat(descriptor), os.stat(edit.source.name))
+    if any(edit.source.identity != FileSource.identify(stat) for stat in now):
+        raise WriteError(
+            f"{edit.source.name}: was changed after it was read", hint="try again", code="changed"
+        )
+
+
+def _verify(edit: Edit) -> None:
+    path, document = edit.source.name, edit.document
+    try:
+        found = door.read_source(FileSource(path))
+    except CkptfixError as error:
+        raise VerifyError(f"{path}: does not read back: {error}; it was put back") from error
+    place = compare.difference(document.root, found.root)
+    if place is not None or list(document.extras) != list(found.extras):
+        place = place or "its further records"
+    elif _places(edit.storages) != _places(walk.storages(found.root)):
+        place = "the places of its tensors"
+    if place is not None:
+        raise VerifyError(f"{path}: reads back differently at {place}; it was put back")
+
+
+def _places(storages: Iterable[Storage]) -> list[tuple[int, int]]:
+    return [(span.offset, span.length) for storage in storages for span in storage.spans]
+
+
+def _error(edit: Edit, error: OSError) -> WriteError:
+    path, reason = edit.source.name, (error.strerror or str(error)).lower()
+    hint, folder = None, shlex.quote(os.path.dirname(os.path.realpath(path)))
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = f"see what is free: df -h {folder}"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        hint = (
+            f"the file and its folder have to be writable: chmod u+w {shlex.quote(path)} {folder}"
+        )
+    if os.path.lexists(journal.beside(edit.source.name)):
+        hint = (
+            f"it is put back by the next command that opens it: ckptfix inspect {shlex.quote(path)}"
+        )
+    return WriteError(f"{path}: cannot be changed in place: {reason}", hint=hint)

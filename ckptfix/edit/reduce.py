@@ -1,0 +1,150 @@
+"""A document reduced to what a container can hold: one state dict, or tensors and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from ckptfix.bytes.copy import check_crc
+from ckptfix.bytes.source import ComputedSource
+from ckptfix.bytes.span import Span
+from ckptfix.contents.state_dicts import StateDict, choose, is_special_tensor
+from ckptfix.contents.tensors import as_tensor
+from ckptfix.errors import UnsupportedError
+from ckptfix.formats import containers
+from ckptfix.tree.document import (
+    Document,
+    Inert,
+    Node,
+    OrderedMap,
+    Storage,
+    Tensor,
+    contiguous_stride,
+    kind,
+)
+from ckptfix.tree.walk import children, walk
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Hashable
+
+
+# --- fitting a container
+
+
+class Fitted(NamedTuple):
+    """A document that a container can hold, and what of the original it leaves out."""
+
+    document: Document
+    left_out: list[tuple[str, str]]
+    """Path and kind of each thing that is not in it, such as `("epoch", "int")`."""
+
+
+def only(document: Document, state: StateDict) -> Fitted:
+    """The document reduced to one state dict."""
+    if state.mapping is document.root:
+        return Fitted(document, [])
+    left_out = _beside(document.root, state.node)
+    if isinstance(state.origin, Inert):
+        left_out.append((state.path, f"{state.origin.cls}, apart from its weights"))
+    return Fitted(replace(document, root=state.mapping, extras={}), left_out)
+
+
+def flatten(document: Document, state: StateDict) -> Fitted:
+    """The document as safetensors holds it: one state dict, every value a dense row-major tensor.
+
+    What is no tensor is left out. Tensors of another layout are made row-major when they are
+    written, one at a time. Raises `UnsupportedError` for tensors that safetensors cannot hold: to
+    leave one of those out would be to lose weights.
+    """
+    fitted = only(document, state)
+    left_out = fitted.left_out
+    flat = OrderedMap(attributes=state.metadata and {"_metadata": state.metadata})
+    dense: dict[Hashable, Tensor] = {}  # tied tensors stay one
+    for key, node in state.mapping.items():
+        tensor = as_tensor(node)
+        if tensor is not None:
+            if tensor.view not in dense:
+                dense[tensor.view] = _dense(tensor, key, document)
+            flat[key] = dense[tensor.view]
+        elif is_special_tensor(node):
+            raise cannot_hold(document, key, *_special(node.cls))
+        else:
+            left_out.append((_below(state.path, key), kind(node)))
+    return Fitted(replace(fitted.document, root=flat, extras={}), left_out)
+
+
+def _dense(tensor: Tensor, key: str, document: Document) -> Tensor:
+    if tensor.dtype.safetensors is None:
+        raise cannot_hold(document, key, f"{tensor.dtype} tensor")
+    swapped = document.byteorder != "little" and tensor.dtype.itemsize > 1
+    plain = replace(tensor, requires_grad=False, hooks=None, metadata=None)
+    if tensor.is_contiguous and not swapped and not tensor.metadata:
+        return plain
+    return _computed(tensor, key, document.byteorder)
+
+
+def _computed(tensor: Tensor, key: str, byteorder: str) -> Tensor:
+    """The same tensor over a storage of its own, whose bytes are gathered when they are written."""
+
+    def gather() -> bytes:
+        from ckptfix.torch_bridge.materialize import contiguous_bytes
+
+        for span in tensor.storage.spans:
+            check_crc(span, repr(key))
+        return contiguous_bytes(tensor, byteorder)
+
+    source = ComputedSource(tensor.nbytes, gather, key)
+    span = Span(source, 0, tensor.nbytes)
+    storage = Storage(tensor.dtype, tensor.numel, "cpu", (span,), tensor.storage.key)
+    return Tensor(storage, tensor.dtype, tensor.shape, contiguous_stride(tensor.shape))
+
+
+_SPECIAL = (
+    ("sparse", "sparse tensor", "x.to_dense()"),
+    ("qtensor", "quantized tensor", "x.dequantize()"),
+    ("nested", "nested tensor", "x.to_padded_tensor(0.0)"),
+    ("meta", "meta tensor, without data", ""),
+)
+
+
+def _special(cls: str) -> tuple[str, str]:
+    """What a person would call a tensor that is not dense, and what makes it dense in torch."""
+    found = ((what, dense) for part, what, dense in _SPECIAL if part in cls)
+    return next(found, ("tensor subclass", ""))
+
+
+def cannot_hold(document: Document, key: str, what: str, dense: str = "") -> UnsupportedError:
+    """The refusal of a value that safetensors has no form for; `dense` is code that makes one."""
+    instead = f", or save {dense} of it in torch first" if dense else ""
+    return UnsupportedError(
+        f"{document.name}: {key!r} is a {what}, which safetensors cannot hold",
+        hint=f"write a .pt file instead: give OUT the extension .pt{instead}",
+    )
+
+
+def _below(path: str, key: str) -> str:
+    return key if path == "/" else f"{path}/{key}"
+
+
+def _beside(root: Node, kept: Node) -> list[tuple[str, str]]:
+    """What lies beside the way from the root to `kept`, each whole."""
+    way = next(path for path, node in walk(root) if node is kept)
+    left: list[tuple[str, str]] = []
+    above = "/"
+    for step in way:
+        left += [
+            (_below(above, name), kind(child)) for name, child in children(root) if name != step
+        ]
+        root = dict(children(root)).get(step)
+        above = _below(above, step)
+    return left
+
+
+def fit(document: Document, path: str | os.PathLike[str], select: str | None = None) -> Fitted:
+    """The document as the container of an output path holds it, reduced to `select` if given."""
+    if containers.writable(path).tensors_only:
+        return flatten(document, choose(document, select))
+    fitted = Fitted(document, []) if select is None else only(document, choose(document, select))
+    texts = [(f"__metadata__/{key}", "str") for key in document.metadata if key != "format"]
+    return fitted._replace(left_out=[*fitted.left_out, *texts])

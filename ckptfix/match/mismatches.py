@@ -1,0 +1,133 @@
+"""Why a checkpoint does not fit a target, in one sentence: what differs, and what to do about it.
+
+A head for another number of classes, another vocabulary, other positions, a buffer too many and
+the wrong model altogether look alike in a list of keys; people need to tell them apart.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from typing import TYPE_CHECKING, NamedTuple
+
+from ckptfix.errors import KeyMismatchError
+from ckptfix.hints import command
+from ckptfix.keys.renaming import components_of, joined, prefix_of, unlike
+from ckptfix.report import describe, shape
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ckptfix.report import Difference, Report
+    from ckptfix.tree.document import Document
+
+_SHOWN = 5
+
+
+class Cause(NamedTuple):
+    """What differs, and what to do about it."""
+
+    what: str
+    hint: str
+
+
+def error(document: Document, path: str, report: Report, wanted: str) -> KeyMismatchError:
+    """The refusal of a state dict (at `path` in the checkpoint) that does not fit."""
+    where = document.name if path == "/" else f"{document.name} ({path})"
+    found = cause(document, path, report)
+    message = f"{where} does not match {wanted}: {found.what}"
+    return KeyMismatchError(report, message, hint=found.hint, details=describe(report))
+
+
+def cause(document: Document, path: str, report: Report) -> Cause:
+    """The sentence that says it best, of a report with missing keys or other shapes."""
+    name = document.name
+    if report.missing:
+        return _missing(document, path, report)
+    return _shapes(report.shape_mismatch, name)
+
+
+def _missing(document: Document, path: str, report: Report) -> Cause:
+    what = f"the file lacks {listed(report.missing)}"
+    if not report.matched and not report.shape_mismatch:
+        what = "nothing matches: is this the right model?"
+    for key in report.missing[:_SHOWN]:
+        near = difflib.get_close_matches(key, report.unexpected[:2000], 1, cutoff=0.75)
+        if near:
+            select = () if path == "/" else ("--select", path)
+            sub = ("--sub", *_substitution(near[0], key))
+            rename = command("rename", document, "renamed", *select, *sub)
+            return Cause(what, f"if {near[0]!r} is meant for {key!r}: {rename}")
+    return Cause(what, f"see what it holds: ckptfix inspect --all {shlex.quote(document.name)}")
+
+
+def _substitution(old: str, new: str) -> tuple[str, str]:
+    """What makes one key of another, and where modules differ does so wherever they stand."""
+    found, wanted = unlike(components_of(f"{old}."), components_of(f"{new}."))
+    if not found or not wanted or old.endswith(f".{found[-1]}") or old == ".".join(found):
+        return f"^{re.escape(old)}$", new
+    return rf"(^|\.){re.escape(joined(found))}", rf"\1{joined(wanted)}"
+
+
+def _shapes(rows: Sequence[Difference], name: str) -> Cause:
+    sizes = _only_sizes(rows)
+    shown = f"{rows[0].key} {shape(rows[0].found)} vs {shape(rows[0].wanted)}"
+    if sizes is None:
+        differ = "a shape differs" if len(rows) == 1 else f"{len(rows)} shapes differ, the first"
+        return Cause(
+            f"{differ}: {shown}",
+            f"build the model as it was trained (--init); see: ckptfix inspect --all "
+            f"{shlex.quote(name)}",
+        )
+    found, _ = sizes
+    if any(_says(row.key, _POSITIONS) for row in rows):
+        return Cause(
+            f"only the position embedding differs: {shown}",
+            f"build the model for {found} positions (--init), or interpolate {rows[0].key}",
+        )
+    if any(_says(row.key, _VOCABULARIES) for row in rows):
+        return Cause(
+            f"only the vocabulary differs: {shown}",
+            f"build the model with a vocabulary of {found} (--init), load it, then resize it",
+        )
+    head = rows[0].key.rpartition(".")[0] or rows[0].key
+    return Cause(
+        f"only the classifier head differs: {shown}",
+        f"build the model with {found} classes (--init), load it, then replace {head!r}",
+    )
+
+
+_POSITIONS = ("pos", "wpe")
+_VOCABULARIES = ("emb", "wte", "vocab", "tok", "lm")
+
+
+def _says(key: str, words: tuple[str, ...]) -> bool:
+    """Whether a word of a key begins with one of `words`."""
+    return any(word.startswith(words) for word in re.split("[._]", key.lower()))
+
+
+def _only_sizes(rows: Sequence[Difference]) -> tuple[int, int] | None:
+    """The one pair of sizes in which all shapes differ, each in one dimension; else None.
+
+    That is the first dimension, where what a layer gives is counted; of positions, any.
+    """
+    pairs = set()
+    for row in rows:
+        found, wanted = row.found.shape or (), row.wanted.shape or ()
+        pairs_of = enumerate(zip(found, wanted, strict=False))
+        unlike = [index for index, (one, other) in pairs_of if one != other]
+        if len(found) != len(wanted) or len(unlike) != 1:
+            return None
+        if unlike[0] and not _says(row.key, _POSITIONS):
+            return None
+        pairs.add((found[unlike[0]], wanted[unlike[0]]))
+    modules = {prefix_of(row.key) for row in rows}
+    layers = {prefix_of(row.key) for row in rows if len(row.found.shape or ()) > 1}
+    return pairs.pop() if modules == layers and len(pairs) == 1 else None  # no norm is among them
+
+
+def listed(keys: Sequence[str]) -> str:
+    """The first few of many keys, and how many more there are."""
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return ", ".join(keys[:_SHOWN]) + more

@@ -1,0 +1,242 @@
+"""Targets: what keys are held against. A model, another checkpoint, or a list of keys.
+
+A model is built on torch's meta device, so that it takes no memory however large it is. Building
+one runs its code: that is the user's own code, named by the user, never anything from a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import shlex
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptfix import door
+from ckptfix.contents.specs import specs
+from ckptfix.contents.state_dicts import choose
+from ckptfix.errors import CkptfixError, SelectionError, TargetError
+from ckptfix.report import Spec
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+    from types import ModuleType
+
+    from torch import nn
+
+    from ckptfix.contents.state_dicts import StateDict
+    from ckptfix.tree.document import Document
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a state dict is held against: its keys in order, and what to call it."""
+
+    name: str
+    specs: Mapping[str, Spec]
+    ties: tuple[tuple[str, ...], ...] = ()
+    """Groups of keys that name one tensor, where the target knows."""
+
+    def specs_for(self, state: StateDict) -> Mapping[str, Spec]:
+        """`specs`, but for counters that BatchNorm gives to state dicts from before torch 0.4.1.
+
+        Those have none, and no module of version 2. Source: `_NormBase._load_from_state_dict`.
+        """
+        versions = [entry.get("version") for entry in _dicts(state.metadata or {})]
+        if any(type(version) is int and version > 1 for version in versions):
+            return self.specs
+        if any(key.endswith(_COUNTER) for key in state.mapping):
+            return self.specs
+        return {key: spec for key, spec in self.specs.items() if not key.endswith(_COUNTER)}
+
+
+_COUNTER = "num_batches_tracked"
+
+
+def _dicts(mapping: Mapping[str, Any]) -> list[dict[Any, Any]]:
+    return [value for value in mapping.values() if isinstance(value, dict)]
+
+
+def of_module(module: nn.Module, name: str | None = None) -> Target:
+    """The target that a model is, wherever it lives."""
+    from torch.nn.parameter import is_lazy
+
+    found = {}
+    for key, value in module.state_dict().items():
+        is_tensor = not is_lazy(value) and hasattr(value, "dtype") and hasattr(value, "shape")
+        dtype = str(value.dtype).removeprefix("torch.") if is_tensor else None
+        found[key] = Spec(tuple(value.shape) if is_tensor else None, dtype)
+    return Target(name or type(module).__name__, found, _ties(module))
+
+
+def _ties(module: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of names that a model has for one parameter or buffer."""
+    groups: dict[int, list[str]] = {}
+    for key, value in module.state_dict(keep_vars=True).items():
+        groups.setdefault(id(value), []).append(key)
+    return tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)
+
+
+def of_document(document: Document, select: str | None = None) -> Target:
+    """The target that another checkpoint is."""
+    state = choose(document, select)
+    return Target(document.name, specs(state.mapping), tuple(map(tuple, state.ties)))
+
+
+def of_file(path: str | os.PathLike[str]) -> Target:
+    """The target in a file: a checkpoint, or the JSON of `ckptfix inspect --json`."""
+    listed = _listed_keys(Path(path))
+    if listed is not None:
+        return Target(str(path), listed)
+    try:
+        return of_document(door.read(path))
+    except SelectionError as error:
+        hint = f"take one out of it first: ckptfix convert --select PATH {path} OUT"
+        raise TargetError(f"cannot compare with {error.message}", hint=hint) from None
+    except CkptfixError as error:
+        raise TargetError(f"cannot compare with {error.message}", hint=error.hint) from None
+
+
+def _listed_keys(path: Path) -> dict[str, Spec] | None:
+    """Keys of a JSON report; None where the file is no such report."""
+    try:
+        with path.open("rb") as file:
+            if not file.read(64).lstrip().startswith(b"{"):
+                return None
+        listing = json.loads(path.read_bytes())
+        states = [
+            (state["path"], _listed_specs(state))
+            for state in listing["state_dicts"]
+            if state["role"] != "optimizer"
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if len(states) != 1:
+        listed = ", ".join(str(where) for where, _ in states)
+        raise TargetError(
+            f"{path}: lists {len(states)} state dicts: {listed or 'none'}",
+            hint="inspect a file that holds the one that is meant: ckptfix inspect --json FILE",
+        )
+    return states[0][1]
+
+
+def _listed_specs(state: dict[str, Any]) -> dict[str, Spec]:
+    tensors = {row["key"]: Spec(tuple(row["shape"]), row["dtype"]) for row in state["tensors"]}
+    return tensors | {key: Spec(None, None) for key in state["others"]}
+
+
+def of_reference(reference: str, init: str | None = None) -> Target:
+    """The model that `FILE.py:NAME` or `package.module:NAME` names, built on the meta device.
+
+    `init` is JSON: an object gives keyword arguments, an array positional ones. The current
+    folder can be imported from. `NAME` is an `nn.Module` class, a function that returns a model,
+    or a model. Raises `TargetError`.
+    """
+    where, _, name = reference.rpartition(":")
+    if not where or not name:
+        raise TargetError(
+            f"--model {reference}: is not of the form FILE.py:NAME or package.module:NAME",
+            hint="for example: --model models/foonet.py:FooNet",
+        )
+    arguments, keywords = _arguments(init)
+    found = _attribute(_import(where, reference), name, reference)
+    return of_module(_build(found, arguments, keywords, reference), reference)
+
+
+def _arguments(init: str | None) -> tuple[list[Any], dict[str, Any]]:
+    try:
+        given = json.loads(init) if init else {}
+    except ValueError as error:
+        raise TargetError(
+            f"--init {init}: is no JSON ({error})", hint="for example: --init '{\"layers\": 3}'"
+        ) from None
+    if isinstance(given, dict):
+        return [], given
+    if isinstance(given, list):
+        return given, {}
+    raise TargetError(
+        f"--init {init}: is neither a JSON object nor an array",
+        hint="for example: --init '{\"layers\": 3}'",
+    )
+
+
+def _import(where: str, reference: str) -> ModuleType:
+    for folder in (str(Path.cwd()), str(Path(where).resolve().parent) if _is_file(where) else ""):
+        if folder and folder not in sys.path:
+            sys.path.insert(0, folder)
+    try:
+        with redirect_stdout(sys.stderr):
+            return _import_file(where) if _is_file(where) else importlib.import_module(where)
+    except (Exception, SystemExit) as error:
+        missing = _is_file(where) and not Path(where).is_file()
+        command = ["ls", str(Path(where).parent)] if missing else _try(where)
+        raise TargetError(
+            f"--model {reference}: cannot be imported: {_describe(error)}",
+            hint=f"{'see what is there' if missing else 'try it'}: {shlex.join(command)}",
+        ) from error
+
+
+def _try(where: str) -> list[str]:
+    python = Path(sys.executable).name
+    return [python, where] if _is_file(where) else [python, "-c", f"import {where}"]
+
+
+def _is_file(where: str) -> bool:
+    return where.endswith(".py")
+
+
+def _import_file(where: str) -> ModuleType:
+    path = Path(where)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {where}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{where} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _attribute(module: ModuleType, name: str, reference: str) -> Any:
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        models = [key for key, value in vars(module).items() if _is_model_class(value, module)]
+        hint = f"it defines {', '.join(models) or 'no class'}"
+        raise TargetError(f"--model {reference}: there is no {name!r} in it", hint=hint)
+    return found
+
+
+def _is_model_class(value: Any, module: ModuleType) -> bool:
+    return isinstance(value, type) and value.__module__ == module.__name__
+
+
+def _build(found: Any, arguments: list[Any], keywords: dict[str, Any], reference: str) -> nn.Module:
+    import torch
+
+    try:
+        with torch.device("meta"), redirect_stdout(sys.stderr):
+            model = found if isinstance(found, torch.nn.Module) else found(*arguments, **keywords)
+    except (Exception, SystemExit) as error:
+        raise TargetError(
+            f"--model {reference}: cannot be built: {_describe(error)}",
+            hint="give its arguments as JSON: --init '{\"name\": value}'",
+        ) from error
+    if not isinstance(model, torch.nn.Module):
+        raise TargetError(
+            f"--model {reference}: gives a {type(model).__name__}, not an nn.Module",
+            hint="name an nn.Module class, or a function that returns a model",
+        )
+    return model
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

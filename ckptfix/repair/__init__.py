@@ -1,0 +1,1 @@
+"""Repairs: what makes a checkpoint load, and what can be saved of a damaged one."""

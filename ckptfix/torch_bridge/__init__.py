@@ -1,0 +1,1 @@
+"""torch's side: described tensors made real, and real ones described. Imports torch."""

@@ -1,0 +1,271 @@
+"""Described tensors made into torch tensors, over a private memory map of their file.
+
+Nothing is copied until it is written to: the system fills the map from the file, and a page that
+a program changes becomes its own. Only bytes that lie where their dtype cannot be read (old
+containers do not align them), that are computed, or that are in another byte order, are copied.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.serialization import default_restore_location
+
+from ckptfix.contents.tensors import as_tensor
+from ckptfix.errors import UnsupportedError
+from ckptfix.tree.document import Global, Inert, Node, OrderedMap, Storage, Tensor
+from ckptfix.tree.dtypes import UNTYPED, swap_bytes
+from ckptfix.tree.rebuild import rebuild
+
+if TYPE_CHECKING:
+    from ckptfix.bytes.source import Source
+    from ckptfix.tree.dtypes import DType
+
+
+Place = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
+MapLocation = (
+    str
+    | torch.device
+    | Mapping[str, str]
+    | Callable[[torch.UntypedStorage, str], torch.UntypedStorage | None]
+    | None
+)
+"""As in `torch.load`, and `"auto"`."""
+
+
+class Materializer:
+    """Makes tensors of one document. Tensors that share a storage there share memory here.
+
+    `place` puts a storage from the CPU where it belongs, given the tag it was saved with;
+    `byteorder` is the document's.
+    """
+
+    def __init__(self, place: Place | None = None, byteorder: str = "little") -> None:
+        self._place = place
+        self._swap = byteorder != sys.byteorder
+        self._maps: dict[int, tuple[Source, mmap.mmap]] = {}
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._kept: list[Storage] = []
+
+    def tensor(self, tensor: Tensor, *, stay: bool = False) -> torch.Tensor:
+        """The tensor that `tensor` describes; with `stay` on the CPU, wherever the others go."""
+        dtype: torch.dtype = getattr(torch, tensor.dtype.name)
+        storage = self._storage(tensor.storage, tensor.dtype, stay)
+        made = torch.empty(0, dtype=dtype, device=storage.device)
+        made.set_(storage, tensor.offset, tensor.shape, tensor.stride)
+        bits = tensor.metadata if isinstance(tensor.metadata, dict) else {}
+        if dtype.is_complex and bits.get("conj"):
+            torch._C._set_conj(made, True)
+        if (dtype.is_complex or dtype.is_floating_point) and bits.get("neg"):
+            torch._C._set_neg(made, True)
+        differentiable = dtype.is_complex or dtype.is_floating_point
+        return made.requires_grad_(tensor.requires_grad and differentiable)
+
+    def storage(self, storage: Storage) -> torch.UntypedStorage | torch.TypedStorage:
+        """The storage that `storage` describes, as `torch.load` gives one that is in no tensor."""
+        made = self._storage(storage, storage.dtype, stay=False)
+        if storage.dtype is UNTYPED:
+            return made
+        dtype = getattr(torch, storage.dtype.name)
+        return torch.TypedStorage(wrap_storage=made, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+
+    def _storage(self, storage: Storage, dtype: DType, stay: bool) -> torch.UntypedStorage:
+        known = self._storages.get(id(storage))
+        if known is None:
+            known = self._on_cpu(storage, dtype)
+            if self._place is not None and not stay:
+                known = self._place(known, storage.device)
+            self._storages[id(storage)] = known
+            self._kept.append(storage)
+        return known
+
+    def _on_cpu(self, storage: Storage, dtype: DType) -> torch.UntypedStorage:
+        if not storage.nbytes:
+            return torch.empty(0, dtype=torch.uint8).untyped_storage()
+        span = storage.spans[0]
+        aligned = span.offset % dtype.word == 0
+        if (
+            len(storage.spans) == 1
+            and aligned
+            and not self._swap
+            and span.source.fileno() is not None
+        ):
+            return _flat(self._map(span.source), span.offset, span.length)
+        copied = bytearray(b"".join(part.read() for part in storage.spans))
+        if self._swap:
+            swap_bytes(copied, storage.dtype.word)
+        return _flat(copied, 0, len(copied))
+
+    def _map(self, source: Source) -> mmap.mmap:
+        known = self._maps.get(id(source))
+        if known is None:
+            descriptor = source.fileno()
+            assert descriptor is not None
+            mapped = mmap.mmap(descriptor, source.size, access=mmap.ACCESS_COPY)
+            known = self._maps[id(source)] = (source, mapped)
+        return known[1]
+
+
+def _flat(data: mmap.mmap | bytearray, offset: int, length: int) -> torch.UntypedStorage:
+    flat = torch.frombuffer(data, dtype=torch.uint8, count=length, offset=offset)
+    return flat.untyped_storage()
+
+
+def placement(map_location: MapLocation) -> Place | None:
+    """What `map_location` means, as in `torch.load`; None leaves everything on the CPU."""
+    if map_location == "auto":
+        map_location = _freest_device()
+    if isinstance(map_location, torch.device):
+        map_location = str(map_location)
+    if map_location == "cpu":
+        return None
+
+    def place(storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
+        if callable(map_location):
+            found = map_location(storage, tag)
+            return _restored(storage, tag) if found is None else found
+        where = map_location.get(tag, tag) if isinstance(map_location, Mapping) else map_location
+        return _restored(storage, where or tag)
+
+    return place
+
+
+def _restored(storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
+    """A storage on the device that a tag names; raises RuntimeError where it is not there."""
+    placed: torch.UntypedStorage = default_restore_location(storage, tag)  # type: ignore[no-untyped-call]
+    return placed
+
+
+def _freest_device() -> str:
+    """The visible GPU with the most free memory, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    return f"cuda:{free.index(max(free))}"
+
+
+def contiguous_bytes(tensor: Tensor, byteorder: str = "little") -> bytes:
+    """The elements of a tensor in row-major order, as little-endian bytes."""
+    return _bytes_of(Materializer(byteorder=byteorder).tensor(tensor).detach())
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    if not tensor.numel():
+        return b""
+    data = bytearray(tensor.nbytes)  # MemoryError, where torch raises what it raises for all else
+    dense = torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
+    dense.copy_(tensor)
+    if sys.byteorder != "little":
+        swap_bytes(data, tensor.element_size())
+    return bytes(data)
+
+
+# --- whole trees
+
+
+def tree(root: Node, materializer: Materializer) -> Any:
+    """A tree with its tensors made, and the plain objects that torch checkpoints hold.
+
+    Devices, dtypes, sizes, sets, complex numbers and parameters become what they were; objects of
+    other classes stay `Inert`. RNG states stay on the CPU, where torch wants them.
+    """
+    rng = {id(node.storage) for node in _rng_states(root)}
+
+    def change(node: Node) -> Any:
+        if isinstance(node, Tensor):
+            return materializer.tensor(node, stay=id(node.storage) in rng)
+        if isinstance(node, dict):
+            _check_keys(node)
+            return OrderedDict(node) if isinstance(node, OrderedMap) else node
+        if isinstance(node, Storage):
+            return materializer.storage(node)
+        if isinstance(node, Inert):
+            dense = as_tensor(node)
+            return _revived(node) if dense is None else _parameter(node, materializer.tensor(dense))
+        return _dtype(node) if type(node) is Global else node
+
+    return rebuild(root, change, _keep_metadata)
+
+
+def _check_keys(node: dict[Node, Node]) -> None:
+    """Refuse a set that serves as a key; no pickle that was saved has one."""
+    if any(type(key) is Inert and isinstance(_revived(key), set) for key in node):
+        raise UnsupportedError("a set serves as a key")
+
+
+def _parameter(node: Inert, made: torch.Tensor) -> torch.Tensor:
+    """What a parameter was; of numpy arrays and others that are seen as tensors, the tensor."""
+    if node.function not in _PARAMETERS or not (made.is_floating_point() or made.is_complex()):
+        return made
+    wants_grad = len(node.args) > 1 and node.args[1] is True
+    return torch.nn.Parameter(made.detach(), requires_grad=wants_grad)
+
+
+_PARAMETERS = (
+    Global("torch._utils", "_rebuild_parameter"),
+    Global("torch._utils", "_rebuild_parameter_with_state"),
+)
+
+
+def _keep_metadata(node: Node, made: Any) -> None:
+    if isinstance(node, OrderedMap) and node.metadata is not None:
+        made._metadata = OrderedDict(node.metadata)
+
+
+def _dtype(node: Global) -> Any:
+    found = getattr(torch, node.name, None) if node.module == "torch" else None
+    return found if isinstance(found, torch.dtype) else node
+
+
+_SCALARS = (str, int, float, bool, type(None), bytes)
+
+
+def _revived(node: Inert) -> Any:
+    """What an inert object of a few harmless classes stands for; others as they are."""
+    make = _HARMLESS.get(str(node.function))
+    if make is None or node.has_state or node.items or node.pairs or node.how != "reduce":
+        return node
+    parts = node.args[0] if len(node.args) == 1 else node.args
+    if not all(isinstance(part, _SCALARS) for part in (parts if _is_row(parts) else [parts])):
+        return node
+    try:
+        return make(*node.args)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return node
+
+
+def _is_row(node: Node) -> bool:
+    return isinstance(node, (list, tuple))
+
+
+_HARMLESS: dict[str, Callable[..., Any]] = {
+    "torch.device": torch.device,
+    "torch.Size": torch.Size,
+    **{f"{module}.set": set for module in ("builtins", "__builtin__")},
+    **{f"{module}.frozenset": frozenset for module in ("builtins", "__builtin__")},
+    **{f"{module}.complex": complex for module in ("builtins", "__builtin__")},
+}
+
+
+def _rng_states(root: Node) -> list[Tensor]:
+    """Byte tensors that stand under a key which says `rng`."""
+    found, seen = [], set()
+    pending: list[tuple[bool, Node]] = [(False, root)]
+    while pending:
+        inside, node = pending.pop()
+        if isinstance(node, Tensor) and inside and node.dtype.name == "uint8":
+            found.append(node)
+        if isinstance(node, (dict, list, tuple)) and id(node) not in seen:
+            seen.add(id(node))
+            items = node.items() if isinstance(node, dict) else enumerate(node)
+            pending.extend((inside or _says_rng(key), value) for key, value in items)
+    return found
+
+
+def _says_rng(key: Node) -> bool:
+    return type(key) is str and "rng" in key.lower()

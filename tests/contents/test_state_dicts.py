@@ -1,0 +1,167 @@
+"""Which mappings are state dicts, what each is for, and which is meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ckptfix import door
+from ckptfix.contents.state_dicts import choose, choose_all, find, is_optimizer
+from ckptfix.errors import SelectionError
+from ckptfix.torch_bridge.describe import describe
+from ckptfix.tree.document import Document
+from tests.conftest import FIXTURES
+
+T = torch.ones(2)
+NET = {"fc.weight": T, "fc.bias": T}
+
+
+def document(value: Any) -> Document:
+    return Document(describe(value), "memory", "in.pt")
+
+
+def found(value: Any) -> list[tuple[str, str]]:
+    return [(state.path, state.role) for state in find(describe(value))]
+
+
+def trained() -> dict[str, Any]:
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (NET, [("/", "model")]),
+        ({"model": NET, "epoch": 3}, [("model", "model")]),
+        ({"trainer": {"models": {"student": NET}}}, [("trainer/models/student", "model")]),
+        ([{"state": [NET]}], [("0/state/0", "model")]),
+        ({"model": NET, "rng_state": T}, [("model", "model")]),
+        ({"model": NET, "rng_state": T, "cuda_rng": T}, [("model", "model")]),
+        ({**NET, "more": NET}, [("/", "model")]),
+        ({"state_dict": NET, "state_dict_ema": dict(NET)},
+         [("state_dict", "model"), ("state_dict_ema", "ema")]),
+        ({"ema": NET}, [("ema", "ema")]),
+        ({"module.w": T, "n_averaged": torch.tensor(1)}, [("/", "swa")]),
+        ({"w": T, "n_averaged": torch.tensor(1)}, [("/", "model")]),
+        ({"w": T, "a": 1, "w_extra_state": 3, "b_extra_state": 4}, [("/", "model")]),
+        ({"module": NET}, [("module", "model")]),
+        ({"a/b": NET}, [("a/b", "model")]),
+        ({"epoch": 3, "args": {"lr": 0.1}}, []),
+        ({}, []),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_state_dicts_are_found_where_they_stand(value: Any, expected: list[tuple[str, str]]):
+    assert found(value) == expected
+
+
+def test_an_optimizer_is_found_and_is_no_state_dict_of_a_model():
+    state = trained()
+    assert is_optimizer(describe(state))
+    assert found({"model": NET, "optimizer": state}) == [
+        ("model", "model"),
+        ("optimizer", "optimizer"),
+    ]
+    assert choose(document({"model": NET, "optimizer": state})).path == "model"
+    with_only_an_optimizer = document({"optimizer": state})
+    with pytest.raises(SelectionError, match="holds no state dict") as raised:
+        choose(with_only_an_optimizer)
+    assert raised.value.hint == "see what it holds: ckptfix inspect in.pt"
+
+
+def test_a_mapping_with_keys_that_are_no_names_is_no_state_dict():
+    assert [role for _, role in found({"w": T, "b": T, 0: 1})] == ["loose"]
+
+
+def test_a_mapping_that_stands_in_two_places_is_found_once():
+    assert found({"a": NET, "b": NET}) == [("a", "model")]
+
+
+def test_the_mapping_is_the_node_itself_and_splits_into_tensors_and_others():
+    root = describe({"model": {**NET, "steps": 3, "extra": None, "c": T}})
+    [state] = find(root)
+    assert state.mapping is root["model"]
+    assert list(state.tensors) == ["fc.weight", "fc.bias", "c"]
+    assert state.others == {"steps": 3, "extra": None}
+
+
+def test_choosing_by_path_and_by_being_the_only_one():
+    one = document({"model": NET, "ema": dict(NET)})
+    assert choose(one).path == "model"
+    assert choose(one, "ema").role == "ema"
+    assert choose(one, "/ema/").role == "ema"
+    assert [state.path for state in choose_all(one)] == ["model", "ema"]
+    assert [state.path for state in choose_all(one, ["ema", "model"])] == ["ema", "model"]
+    assert choose(document({"ema": NET, "step": 1})).path == "ema"
+
+
+def test_mappings_of_single_numbers_stand_back_behind_weights():
+    scores = {"/runs/epoch=2_loss=0.12.ckpt": torch.tensor(0.12)}
+    lightning = {"state_dict": NET, "callbacks": {"ModelCheckpoint": {"best_k_models": scores}}}
+    assert choose(document(lightning)).path == "state_dict"
+    normalizer = {"mean": torch.tensor(1.0), "std": torch.tensor(2.0)}
+    assert choose(document({"model": NET, "normalizer": normalizer})).path == "model"
+    assert choose(document({"model": NET, "normalizer": normalizer}), "normalizer").tensors
+    assert choose(document({"normalizer": normalizer})).path == "normalizer"
+    with pytest.raises(SelectionError, match="holds 2 state dicts: a, b"):
+        choose(document({"a": normalizer, "b": scores}))
+
+
+def test_what_is_ambiguous_or_missing_is_refused_and_listed():
+    two = document({"a": NET, "b": dict(NET)})
+    with pytest.raises(SelectionError, match="holds 2 state dicts: a, b") as raised:
+        choose(two)
+    assert (raised.value.slug, raised.value.hint) == (
+        "ambiguous-state-dict",
+        "choose one: add --select a",
+    )
+    with pytest.raises(SelectionError, match="no state dict at 'c'; there is a, b") as raised:
+        choose(two, "c")
+    assert raised.value.slug == "no-such-path"
+
+
+@pytest.mark.parametrize("value", [{1: NET, "1": dict(NET)}, {"a/b": NET, "a": {"b": dict(NET)}}])
+def test_two_state_dicts_at_one_path_are_never_confused(value: Any):
+    clash = document(value)
+    [path] = {state.path for state in find(clash.root)}
+    with pytest.raises(SelectionError, match="2 state dicts"):
+        choose(clash)
+    with pytest.raises(SelectionError, match=f"has 2 state dicts at {path!r}"):
+        choose(clash, path)
+
+
+def test_a_message_lists_no_more_than_a_person_reads():
+    many = document([{"w": T} for _ in range(1000)])
+    with pytest.raises(SelectionError, match="and 980 more") as raised:
+        choose(many)
+    assert len(str(raised.value)) < 200
+
+
+def test_a_file_of_many_small_mappings_costs_no_quadratic_time():
+    tensor = describe(T)
+    root = [{"x": tensor, "y": tensor} for _ in range(100_000)]
+    assert len(find(root)) == 100_000
+    wide = {f"t{i}": tensor for i in range(30_000)} | {
+        f"d{i}": {"x": tensor} for i in range(20_000)
+    }
+    assert len(find(wide)) == 1
+
+
+def test_what_lies_absurdly_deep_is_no_state_dict():
+    root: Any = {"w": describe(T)}
+    for _ in range(50_000):
+        root = [root]
+    assert [state.role for state in find(root)] == ["loose"]
+
+
+def test_ties_are_keys_that_name_one_tensor():
+    state = choose(door.read(FIXTURES / "tied.pt"))
+    assert state.ties == [["embed.weight", "lm_head.weight"]]
+    assert choose(door.read(FIXTURES / "views.pt")).ties == []

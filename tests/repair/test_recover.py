@@ -1,0 +1,174 @@
+"""Damage of every kind: what is whole is saved, what is lost is named, nothing is passed over."""
+
+import gzip
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import ckptfix
+from ckptfix.errors import CkptfixError
+from ckptfix.repair.recover import Recovered, recover
+
+NAMES = [f"layer{index}.weight" for index in range(6)]
+KINDS = ["zip", "ours", "legacy", "safetensors"]
+CHECKED = ["zip", "ours"]
+
+
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(40, 10, generator=generator) for name in NAMES}
+
+
+def write(path: Path, kind: str) -> Path:
+    if kind == "safetensors":
+        safetensors.torch.save_file(weights(), path)
+    elif kind == "ours":
+        ckptfix.save({"model": weights(), "epoch": 3}, path.with_suffix(".pt"))
+        path.with_suffix(".pt").rename(path)
+    else:
+        value = {"model": weights(), "epoch": 3}
+        torch.save(value, path, _use_new_zipfile_serialization=kind == "zip")
+    return path
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+def tensors(found: Recovered, folder: Path) -> dict[str, torch.Tensor]:
+    from ckptfix import door
+
+    door.write(found.document, folder / "saved.pt", force=True)
+    loaded = torch.load(folder / "saved.pt", weights_only=True)
+    return loaded.get("model", loaded)  # type: ignore[no-any-return]
+
+
+def short(lost: list[str]) -> set[str]:
+    return {name.rpartition("/")[2] for name in lost}
+
+
+def test_a_whole_file_is_saved_whole(tmp_path: Path, kind: str) -> None:
+    found = recover(write(tmp_path / "whole", kind))
+    assert (found.lost, found.saved) == ([], len(NAMES))
+    assert all(torch.equal(tensors(found, tmp_path)[name], weights()[name]) for name in NAMES)
+
+
+def test_truncation_keeps_every_tensor_that_is_there(tmp_path: Path, kind: str) -> None:
+    data = write(tmp_path / "whole", kind).read_bytes()
+    ends = {name: data.find(weights()[name].numpy().tobytes()) + 1600 for name in NAMES}
+    saved_once = 0
+    for size in sorted(random.Random(1).sample(range(1, len(data)), 200)):
+        (tmp_path / "cut").write_bytes(data[:size])
+        whole = {name for name in NAMES if ends[name] + (16 if kind == "zip" else 0) <= size}
+        try:
+            found = recover(tmp_path / "cut")
+        except CkptfixError:
+            assert not whole, size
+            continue
+        saved = tensors(found, tmp_path)
+        assert set(saved) == set(NAMES) - short(found.lost)
+        assert whole <= set(saved), size
+        assert all(torch.equal(saved[name], weights()[name]) for name in saved)
+        saved_once += bool(saved)
+    assert saved_once > 50
+
+
+def test_a_flipped_byte_never_passes_in_silence(tmp_path: Path, kind: str) -> None:
+    data = write(tmp_path / "whole", kind).read_bytes()
+    for place in random.Random(2).sample(range(len(data)), 200):
+        flipped = bytearray(data)
+        flipped[place] ^= 0x40
+        (tmp_path / "flip").write_bytes(flipped)
+        try:
+            found = recover(tmp_path / "flip")
+        except CkptfixError:
+            continue
+        saved = tensors(found, tmp_path)
+        wrong = [n for n in saved if n in NAMES and not torch.equal(saved[n], weights()[n])]
+        assert not wrong or (kind not in CHECKED and found.unchecked), place
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ckptfix", "recover", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_names_what_is_lost_and_what_is_missing(tmp_path: Path, kind: str) -> None:
+    whole = write(tmp_path / "whole.pt", kind)
+    (tmp_path / "cut.pt").write_bytes(whole.read_bytes()[:-3000])
+    done = run(tmp_path / "cut.pt", tmp_path / "out.pt", "--like", whole)
+    assert done.returncode == 1, done.stderr
+    assert "saved" in done.stdout
+    assert "): lost" in done.stderr
+    assert "): missing" in done.stderr
+    assert torch.load(tmp_path / "out.pt", weights_only=True)
+
+
+def test_nothing_to_save_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    data = write(tmp_path / "whole", kind).read_bytes()
+    (tmp_path / "cut").write_bytes(data[:100])
+    done = run(tmp_path / "cut", tmp_path / "out.pt")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_folder_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
+    with pytest.raises(CkptfixError, match="is a folder") as caught:
+        recover(tmp_path)
+    assert caught.value.hint == f"recover its files one by one; see what is there: ls {tmp_path}"
+
+
+@pytest.mark.parametrize("packing", ["gzip", "tar"])
+@pytest.mark.parametrize("cut", [0.4, 0.6, 0.9, 1.0])
+def test_what_is_whole_in_a_packed_file_that_is_cut_is_saved(
+    tmp_path: Path, packing: str, cut: float
+) -> None:
+    inner = write(tmp_path / "in.pt", "zip").read_bytes()
+    with tarfile.open(tmp_path / "packed", "w") as archive:
+        archive.add(tmp_path / "in.pt", "in.pt")
+    if packing == "gzip":
+        (tmp_path / "packed").write_bytes(gzip.compress(inner, 0))  # stored: lies there as it is
+    data = (tmp_path / "packed").read_bytes()
+    end = data.rfind(b"PK\5\6")
+    data = data[: int(end * cut)] if cut < 1 else data
+    (tmp_path / "packed").write_bytes(data)
+    whole = {name for name in NAMES if weights()[name].numpy().tobytes() in data}
+    found = recover(tmp_path / "packed")
+    saved = tensors(found, tmp_path)
+    assert saved.keys() | short(found.lost) == set(NAMES)
+    assert saved.keys() >= whole
+    assert all(torch.equal(saved[name], weights()[name]) for name in saved)
+    assert (cut == 1.0) == (not found.lost)
+
+
+def test_a_tensor_is_whole_wherever_a_cut_falls_in_what_follows_it(tmp_path: Path) -> None:
+    data = write(tmp_path / "in.pt", "zip").read_bytes()
+    raw = weights()[NAMES[1]].numpy().tobytes()
+    end = data.find(raw) + len(raw)
+    for cut in range(end - 2, end + 30):
+        (tmp_path / "in.pt").write_bytes(data[:cut])
+        found = recover(tmp_path / "in.pt")
+        saved = tensors(found, tmp_path)
+        assert (NAMES[1] in saved) == (cut >= end)
+        assert all(torch.equal(saved[name], weights()[name]) for name in saved)
+        assert found.unchecked == (end <= cut < end + 16)
+
+
+def test_gzip_whose_checksum_is_wrong_is_said_to_be_damaged(tmp_path: Path) -> None:
+    data = bytearray(gzip.compress(write(tmp_path / "in.pt", "legacy").read_bytes(), 0))
+    (tmp_path / "in.pt").write_bytes(data)
+    assert not any("damaged" in step for step in recover(tmp_path / "in.pt").steps)
+    data[data.find(weights()[NAMES[2]].numpy().tobytes()) + 7] ^= 1
+    (tmp_path / "in.pt").write_bytes(data)
+    found = recover(tmp_path / "in.pt")
+    assert any("damaged" in step for step in found.steps)
+    assert found.unchecked == found.saved
