@@ -48,7 +48,7 @@ class Checkpoint:
 
     @property
     def findings(self) -> list[Finding]:
-        """What is worth knowing about it, each with the command that mends it."""
+        """What is worth knowing about it, each with the command that repairs it."""
         return diagnose(self.document)
 
     def strip_prefix(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shlex
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import PurePath
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes import journal
 from ckptfix.bytes.place import check_output as check_file
@@ -15,7 +15,16 @@ from ckptfix.bytes.source import FileSource, Source
 from ckptfix.errors import CkptfixError, DamagedError, VerifyError
 from ckptfix.findings import Finding
 from ckptfix.formats import torch_zip
-from ckptfix.formats.containers import FOLDER, MAX_SHARD_SIZE, writable
+from ckptfix.formats.containers import (
+    EXTENSIONS,
+    FOLDER,
+    MAX_SHARD_SIZE,
+    SAFETENSORS,
+    TORCH_ZIP,
+    Writable,
+    writable,
+)
+from ckptfix.hints import Hint, command
 from ckptfix.layouts import unpacked
 from ckptfix.limits import DEFAULT, Limits
 
@@ -36,10 +45,10 @@ def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
     try:
         document = _read_file(FileSource(path), limits)
     except DamagedError as error:
-        if error.slug == DamagedError.code:
+        if error.code == DamagedError.code:
             saved = f"{os.path.splitext(path)[0]}.recovered.pt"
-            save = shlex.join(["ckptfix", "recover", os.fspath(path), saved])
-            error.hint = f"{error.hint}; or save what is whole: {save}"
+            save = Hint("save what is whole", command("recover", os.fspath(path), saved))
+            error.suggest(save if error.hint is None else error.hint.otherwise_do(save))
         raise
     if undone is None:
         return document
@@ -85,14 +94,85 @@ def _is_zip(source: Source) -> bool:
     return torch_zip.matches(source.head(len(torch_zip.MAGIC)))
 
 
-def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
-    """Refuse early what could not be written later. Raises `WriteError` and its kin."""
-    if writable(path) is not FOLDER:
-        check_file(path, force=force)
-        return
-    from ckptfix.layouts import shard_writer
+class Output(NamedTuple):
+    """Where a document is to be written, and in which container."""
 
-    shard_writer.check_output(path, force=force)
+    path: str
+    container: Writable
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it becomes a folder of shards."""
+        return self.container is FOLDER
+
+    def check(self, *, force: bool) -> None:
+        """Refuse early what could not be written later. Raises `WriteError` and its kin."""
+        if not self.is_folder:
+            check_file(self.path, force=force)
+            return
+        from ckptfix.layouts import shard_writer
+
+        shard_writer.check_output(self.path, force=force)
+
+    def write(
+        self,
+        document: Document,
+        *,
+        force: bool = False,
+        progress: Progress | None = None,
+        max_shard_size: int = MAX_SHARD_SIZE,
+    ) -> None:
+        """Write a document, whole or not at all, and read it back before it gets its name.
+
+        A folder is written in files of at most `max_shard_size` bytes of tensors each. Raises
+        `WriteError` and its kin, `UnsupportedError` for what the container cannot hold.
+        """
+        if self.is_folder:
+            from ckptfix.layouts import shard_writer
+
+            write_shard = partial(write, force=True, progress=progress)
+            shard_writer.write(
+                document,
+                self.path,
+                _read_shard,
+                write_shard,
+                max_shard_size=max_shard_size,
+                force=force,
+            )
+            return
+        path, container = self.path, self.container
+
+        def verify(written: str) -> None:
+            try:
+                found = read(written)
+            except CkptfixError as error:
+                raise VerifyError(f"does not read back: {error}", where=path) from error
+            place = container.difference(document, found)
+            if place is not None:
+                raise VerifyError(f"reads back differently at {place}", where=path)
+
+        if force:
+            journal.recover(path)  # or a journal of the old file would be left beside the new one
+        with replacing(path, force=force, progress=progress, verify=verify) as sink:
+            container.write(document, sink)
+
+
+def resolve(path: str | os.PathLike[str], to: str | None = None) -> Output:
+    """What an output path means: the container by its extension, or by name in `to`.
+
+    A folder that is there, and a name that ends in a slash, mean a folder of shards. `to` is one of
+    `TO`. Raises `UnsupportedError` where no container has the extension.
+    """
+    return Output(os.fspath(path), writable(path) if to is None else TO[to])
+
+
+TO = {"torch": TORCH_ZIP, "safetensors": SAFETENSORS, "shards": FOLDER}
+"""The containers that can be written, as `--to` calls them."""
+
+
+def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
+    """As `Output.check`, for the container that the path asks for."""
+    resolve(path).check(force=force)
 
 
 def write(
@@ -103,31 +183,27 @@ def write(
     progress: Progress | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
-    """Write a document to a file, whole or not at all, and read it back before it gets its name.
+    """As `Output.write`, in the container that the path asks for."""
+    output = resolve(path)
+    output.write(document, force=force, progress=progress, max_shard_size=max_shard_size)
 
-    A folder is written in files of at most `max_shard_size` bytes of tensors each. Raises
-    `WriteError` and its kin, `UnsupportedError` for what the container cannot hold.
-    """
-    container = writable(path)
-    if container is FOLDER:
-        from ckptfix.layouts import shard_writer
 
-        write_shard = partial(write, force=True, progress=progress)
-        shard_writer.write(
-            document, path, _read_shard, write_shard, max_shard_size=max_shard_size, force=force
-        )
-        return
+def beside(document: Document, suffix: str) -> str:
+    """A name for what is made of a document: beside it, and where it is sharded a folder."""
+    source = PurePath(document.name)
+    if is_sharded(document):
+        folder = source.parent if source.name.endswith(".index.json") else source
+        plain = folder.name.strip(".") != ""
+        named = folder.with_name(f"{folder.name}.{suffix}") if plain else folder / ".." / suffix
+        return f"{named}/"
+    extension = source.suffix if source.suffix.lower() in EXTENSIONS else ".pt"
+    if document.container == SAFETENSORS.name:
+        extension = SAFETENSORS.extensions[0]
+    if not source.name:
+        return str(PurePath("..", f"{suffix}{extension}"))
+    return str(source.with_name(f"{source.stem}.{suffix}{extension}"))
 
-    def verify(written: str) -> None:
-        try:
-            found = read(written)
-        except CkptfixError as error:
-            raise VerifyError(f"{path}: does not read back: {error}") from error
-        place = container.difference(document, found)
-        if place is not None:
-            raise VerifyError(f"{path}: reads back differently at {place}")
 
-    if force:
-        journal.recover(path)  # or a journal of the old file would be left beside the new one
-    with replacing(path, force=force, progress=progress, verify=verify) as sink:
-        container.write(document, sink)
+def is_sharded(document: Document) -> bool:
+    """Whether a document was read from a folder of shards."""
+    return document.container.startswith("sharded")

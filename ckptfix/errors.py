@@ -9,6 +9,7 @@
     ├── WriteError                 the output cannot be written
     │   ├── OutputExistsError
     │   ├── InPlaceError           the edit needs a copy of the file
+    │   ├── BusyError              another process is changing the file
     │   └── VerifyError            what was read back is not what was meant
     ├── SelectionError             the state dict asked for is not there, or more than one is
     ├── RenameError                keys cannot be renamed as asked
@@ -17,14 +18,17 @@
     ├── TargetError                the model or key list to check against cannot be had
     └── KeyMismatchError           the keys do not match the target; carries the report
 
-Each has a `message` (what and where, in one line), `details` (more lines, if any), a `hint` (one
-line, with a command where there is one) and a `code` (a slug that scripts can test). Anything else
-that escapes is a bug in ckptfix.
+An error is data: `where` (a file, a state dict in it, a byte), `what` (one line), `details` (more
+lines, if any), a `hint` and a `code` (a slug that scripts can test). `str()` puts where, what and
+the details together; in a traceback the hint follows, in Python. All of them can be pickled and
+copied. Anything else that escapes is a bug in ckptfix.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ckptfix.hints import Hint, adding, command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,17 +39,63 @@ if TYPE_CHECKING:
 class CkptfixError(Exception):
     """The base of every error that ckptfix raises on purpose."""
 
-    code: ClassVar[str] = "error"
+    code: str = "error"
+    """A slug for scripts; an error may have another one than its class."""
     cure: ClassVar[str | None] = None
     """The hint where none is given."""
-    details: Sequence[str] = ()
-    """Lines that say more than the message, which is one line."""
 
-    def __init__(self, message: str, *, hint: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint or self.cure
-        self.slug = code or self.code
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        hint: Hint | str | None = None,
+        code: str | None = None,
+        details: Sequence[str] = (),
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.details = tuple(details)
+        self.code = code or self.code
+        self.hint: Hint | None = None
+        self.suggest(self.cure if hint is None else hint)
+
+    @property
+    def message(self) -> str:
+        """Where and what, in one line."""
+        return self.what if self.where is None else f"{self.where}: {self.what}"
+
+    def __str__(self) -> str:
+        return "\n".join([self.message, *self.details])
+
+    def within(self, place: object) -> Self:
+        """The same error, which happened inside of `place`."""
+        self.where = str(place) if self.where is None else f"{place}: {self.where}"
+        return self
+
+    def suggest(self, hint: Hint | str | None) -> Self:
+        """The same error with another hint, also in the traceback."""
+        notes = [note for note in getattr(self, "__notes__", ()) if note != _note(self.hint)]
+        self.hint = Hint(hint) if isinstance(hint, str) else hint
+        if self.hint is not None:
+            notes.append(_note(self.hint))
+        self.__notes__ = notes
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__.copy())
+
+
+def _note(hint: Hint | None) -> str:
+    return "" if hint is None else f"hint: {hint.in_python()}"
+
+
+def _restored(cls: type[CkptfixError], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
+    """A pickled or copied error: what it holds is set, whatever its constructor takes."""
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class ReadError(CkptfixError):
@@ -91,16 +141,28 @@ class OutputExistsError(WriteError):
 
     code = "output-exists"
 
+    def __init__(self, what: str = "is there already", *, where: object = None) -> None:
+        super().__init__(what, where=where, hint=adding("replace it", "force"))
+
 
 class InPlaceError(WriteError):
     """The edit cannot be made inside the file, only in a copy."""
 
     code = "in-place"
+    cure = "write a copy of it instead"
 
     def __init__(self, name: str, why: str) -> None:
-        super().__init__(
-            f"{name}: cannot be changed in place: {why}", hint="write a copy of it instead"
-        )
+        super().__init__(f"cannot be changed in place: {why}", where=name)
+
+
+class BusyError(WriteError):
+    """Another process is changing the file."""
+
+    code = "busy"
+    cure = "try again when it is done"
+
+    def __init__(self, name: object) -> None:
+        super().__init__("is being changed by another process", where=name)
 
 
 class VerifyError(WriteError):
@@ -127,9 +189,10 @@ class KeyCollisionError(RenameError):
     code = "key-collision"
 
     def __init__(self, first: str, second: str, new: str) -> None:
+        rename = command("rename", "IN", "OUT", sub=("PATTERN", "REPLACEMENT"))
         super().__init__(
             f"{first!r} and {second!r} would both become {new!r}",
-            hint="rename one of them first: ckptfix rename IN OUT --sub PATTERN REPLACEMENT",
+            hint=Hint("rename one of them first", rename),
         )
         self.first, self.second, self.new = first, second, new
 
@@ -143,7 +206,7 @@ class PartialPrefixError(RenameError):
         super().__init__(
             f"{len(carrying)} of {len(carrying) + len(lacking)} keys begin with {prefix!r}; "
             f"{lacking[0]!r} does not",
-            hint="strip it from the keys that have it: add --partial",
+            hint=adding("strip it from the keys that have it", "partial"),
         )
         self.prefix, self.carrying, self.lacking = prefix, list(carrying), list(lacking)
 
@@ -162,14 +225,11 @@ class KeyMismatchError(CkptfixError):
     def __init__(
         self,
         report: Report,
-        message: str,
+        what: str,
         *,
-        hint: str | None = None,
+        where: object = None,
+        hint: Hint | str | None = None,
         details: Sequence[str] = (),
     ) -> None:
-        super().__init__(message, hint=hint)
+        super().__init__(what, where=where, hint=hint, details=details)
         self.report = report
-        self.details = details
-
-    def __str__(self) -> str:
-        return "\n".join([self.message, *self.details])

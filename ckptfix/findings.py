@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.known_errors import KNOWN
+
+if TYPE_CHECKING:
+    from ckptfix.hints import Command
 
 
 class Severity(StrEnum):
     """How much a finding matters."""
 
     ERROR = "error"
-    """The checkpoint does not load, or not rightly, until it is mended."""
+    """The checkpoint does not load, or not rightly, until it is repaired."""
     WARNING = "warning"
     """It loads somewhere, and fails or misleads elsewhere."""
     NOTE = "note"
@@ -138,12 +141,12 @@ def as_markdown() -> str:
 
 
 class Finding(NamedTuple):
-    """One thing that was noticed: what, where in the checkpoint, and the command that mends it."""
+    """One thing that was noticed: what, where, and the command that repairs it."""
 
     code: str
     message: str
     where: str = "/"
-    command: str | None = None
+    command: Command | None = None
 
     @property
     def severity(self) -> Severity:
@@ -157,5 +160,5 @@ class Finding(NamedTuple):
             "severity": self.severity,
             "where": self.where,
             "message": self.message,
-            "command": self.command,
+            "command": None if self.command is None else str(self.command),
         }

@@ -1,43 +1,146 @@
-"""Commands that can be run as they stand."""
+"""What may help, as data: words, a command, an option; and how both are said.
+
+A hint is said in two tongues. The command line says it for the shell, where each argument is quoted
+(`ckptfix inspect 'my file.pt'`, `add --force`); a program is told the same in Python
+(`ckptfix.open('my file.pt').findings`, `pass force=True`). Nobody else puts a command into words.
+"""
 
 from __future__ import annotations
 
 import shlex
-from pathlib import PurePath
-from typing import TYPE_CHECKING
-
-from ckptfix.formats.containers import EXTENSIONS
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from ckptfix.tree.document import Document
+    from collections.abc import Mapping
+
+Option = str | tuple[str, ...] | bool | None
+"""The value of an option: text, several texts, or True for a flag; None and False leave it out."""
 
 
-def command(verb: str, document: Document, suffix: str, *options: str) -> str:
-    """A command that can be run as it stands: `ckptfix VERB IN OUT`, OUT named after IN."""
-    source = PurePath(document.name)
-    target = argument(_beside(document, suffix)) + ("/" if is_sharded(document) else "")
-    return shlex.join(["ckptfix", verb, *options, argument(source), target])
+class Command(NamedTuple):
+    """A command that can be run as it stands.
+
+    `options` are pairs of a name without dashes and its values; a flag has none.
+    """
+
+    program: str
+    arguments: tuple[str, ...]
+    verb: str | None = None
+    """The verb of ckptfix; None: the program is another one."""
+    options: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def __str__(self) -> str:
+        """The command as a line of shell, quoted."""
+        if self.verb is None:
+            return shlex.join([self.program, *self.arguments])
+        words = [self.program, self.verb, *map(_as_argument, self.arguments)]
+        for name, values in self.options:
+            words += [f"--{name}", *values]
+        return shlex.join(words)
+
+    def in_python(self) -> str:
+        """What a program does to the same end; the line of shell where there is no such thing."""
+        call = _CALLS.get(self.verb or "")
+        if call is None or not self.arguments:
+            return str(self)
+        source, *others = map(repr, self.arguments)
+        told = [_keyword(name, values) for name, values in self.options if name != "sub"]
+        pairs = [", ".join(map(repr, values)) for name, values in self.options if name == "sub"]
+        keywords = ", ".join([*pairs[:1], *told])
+        return call.format(source=source, out=others[0] if others else "", keywords=keywords)
+
+    def filled(self, words: Mapping[str, str]) -> Command:
+        """The same with words in the place of others, such as a path for FILE."""
+        return self._replace(arguments=tuple(words.get(each, each) for each in self.arguments))
 
 
-def _beside(document: Document, suffix: str) -> PurePath:
-    """A path for what is made of a document: beside it, and where it is sharded a folder."""
-    source = PurePath(document.name)
-    if is_sharded(document):
-        folder = source.parent if source.name.endswith(".index.json") else source
-        plain = folder.name.strip(".") != ""
-        return folder.with_name(f"{folder.name}.{suffix}") if plain else folder / ".." / suffix
-    extension = source.suffix if source.suffix.lower() in EXTENSIONS else ".pt"
-    if document.container == "safetensors":
-        extension = ".safetensors"
-    name = f"{source.stem}.{suffix}{extension}"
-    return source.with_name(name) if source.name else PurePath("..", f"{suffix}{extension}")
+_CALLS = {
+    "inspect": "ckptfix.open({source}).findings",
+    "strip-prefix": "ckptfix.open({source}).strip_prefix({keywords}).save({out})",
+    "add-prefix": "ckptfix.open({source}).add_prefix({keywords}).save({out})",
+    "rename": "ckptfix.open({source}).rename({keywords}).save({out})",
+    "to-cpu": "ckptfix.open({source}).to_cpu().save({out})",
+}
+"""The verbs whose work a line of Python does as well."""
 
 
-def is_sharded(document: Document) -> bool:
-    """Whether a document was read from a folder of shards."""
-    return document.container.startswith("sharded")
-
-
-def argument(path: PurePath) -> str:
+def _as_argument(text: str) -> str:
     """A path as an argument: one that begins with a dash would be taken for an option."""
-    return f"./{path}" if str(path).startswith("-") else str(path)
+    return f"./{text}" if text.startswith("-") and text != "-" else text
+
+
+def _keyword(name: str, values: tuple[str, ...]) -> str:
+    value: object = True if not values else values[0] if len(values) == 1 else values
+    return f"{name.replace('-', '_')}={value!r}"
+
+
+def command(verb: str, *arguments: str, **options: Option) -> Command:
+    """A command of ckptfix; underscores in the names of options stand for dashes.
+
+    Example:
+        >>> str(command("strip-prefix", "my file.pt", "out.pt", select="model", partial=True))
+        "ckptfix strip-prefix 'my file.pt' out.pt --select model --partial"
+    """
+    return Command("ckptfix", arguments, verb, _given(options))
+
+
+def shell(program: str, *arguments: str) -> Command:
+    """A command of another program, such as `ls` of a folder."""
+    return Command(program, arguments)
+
+
+def _given(options: dict[str, Option]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    rows = ((name.replace("_", "-"), value) for name, value in options.items())
+    return tuple((name, _values(value)) for name, value in rows if value not in (None, False))
+
+
+def _values(value: Option) -> tuple[str, ...]:
+    if isinstance(value, tuple):
+        return value
+    return () if value is True else (str(value),)
+
+
+class Hint(NamedTuple):
+    """What may help: words, and the command or the option that they speak of."""
+
+    text: str
+    command: Command | None = None
+    option: tuple[str, tuple[str, ...]] | None = None
+    """Name and values of an option, which follows the words; see `adding` and `naming`."""
+    python: str | None = None
+    """The words for a program, where they are others."""
+    otherwise: Hint | None = None
+    """What may be done instead."""
+
+    def __str__(self) -> str:
+        """The hint for the shell: `replace it: add --force`."""
+        said = self.text
+        if self.command is not None:
+            said = f"{said}: {self.command}"
+        if self.option is not None:
+            name, values = self.option
+            said = f"{said} {shlex.join([f'--{name}', *values])}"
+        return said if self.otherwise is None else f"{said}; or {self.otherwise}"
+
+    def in_python(self) -> str:
+        """The hint for a program: `replace it: pass force=True`."""
+        said = self.python or self.text
+        if self.command is not None:
+            said = f"{said}: {self.command.in_python()}"
+        if self.option is not None:
+            said = f"{said} {_keyword(*self.option)}"
+        return said if self.otherwise is None else f"{said}; or {self.otherwise.in_python()}"
+
+    def otherwise_do(self, other: Hint) -> Hint:
+        """This hint, and another thing that may be done instead."""
+        return self._replace(otherwise=other)
+
+
+def adding(text: str, name: str, *values: str) -> Hint:
+    """The hint that an option would help: `adding("replace it", "force")`."""
+    return Hint(f"{text}: add", option=(name, values), python=f"{text}: pass")
+
+
+def naming(text: str, name: str, *values: str) -> Hint:
+    """The hint that an option should have had another value."""
+    return Hint(f"{text}:", option=(name, values))

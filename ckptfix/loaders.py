@@ -19,6 +19,7 @@ from ckptfix.match import mismatches
 from ckptfix.match import target as targets
 from ckptfix.match.choose import match
 from ckptfix.torch_bridge import materialize
+from ckptfix.words import listed
 
 if TYPE_CHECKING:
     import os
@@ -132,14 +133,14 @@ def load_into(
     wanted = targets.of_module(model)
     found = match(document, wanted, select, partly=not strict)
     if found.report.shape_mismatch:
-        raise mismatches.error(document, found.state.path, found.report, wanted.name)
+        raise mismatches.error(document, found.state, found.report, wanted.name)
     model.load_state_dict(_loaded(document, found.mapping(), "cpu", verify), strict=strict)
     return found.report
 
 
 def _left_out(document: Document, model: nn.Module, found: Match) -> str:
     kind = type(model).__name__
-    return f"{document.name}: left out what {kind} does not have: {mismatches.listed(found.unused)}"
+    return f"{document.name}: left out what {kind} does not have: {listed(found.unused)}"
 
 
 def _materializer(document: Document, map_location: MapLocation) -> materialize.Materializer:

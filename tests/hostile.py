@@ -638,7 +638,7 @@ def _library(path: Path) -> Iterator[tuple[str, str | list[float] | None]]:
         try:
             yield name, door()
         except ckptfix.CkptfixError as error:
-            yield name, error.slug
+            yield name, error.code
         except Exception as error:  # noqa: BLE001 - told to the test
             yield name, f"escaped: {error!r}"
 

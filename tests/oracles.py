@@ -64,7 +64,7 @@ def unlike(one: Any, other: Any, where: str = "") -> str | None:
 def has_a_reason(refusal: CkptfixError) -> None:
     """A refusal says what is wrong, and has a code of its own."""
     assert str(refusal)
-    assert refusal.slug != "error"
+    assert refusal.code != "error"
 
 
 def sharing(tree: Any) -> list[tuple[Any, ...]]:

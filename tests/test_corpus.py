@@ -45,7 +45,7 @@ OPENED = {path: opened(path) for path in FILES}
 
 def named(path: Path) -> str:
     found = OPENED[path]
-    how = found.container.replace(" ", "-") if isinstance(found, Document) else found.slug
+    how = found.container.replace(" ", "-") if isinstance(found, Document) else found.code
     return f"{how}-{path.relative_to(CORPUS)}"
 
 

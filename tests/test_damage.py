@@ -123,7 +123,7 @@ def is_silent(path: Path, out: Path) -> bool:
     fixed = told("fix", path, out)
     assert checked in (0, 1, 2)
     if checked:
-        assert not out.exists(), "damage that check saw was called mended"
+        assert not out.exists(), "damage that check saw was called repaired"
         assert fixed == 2
     return not checked
 
@@ -210,8 +210,8 @@ def test_a_changed_byte(kind: str, count: int, tmp_path: Path, tally: Callable[.
         file.write_bytes(changed)
         if is_silent(path, out):
             tally(f"changed, without effect or not seen: {kind}")
-            assert out.exists() or fatal, "a sound file is not mended"
-            seen = loaded(out) if out.exists() else {}  # damaged names may leave nothing to mend
+            assert out.exists() or fatal, "a sound file is not repaired"
+            seen = loaded(out) if out.exists() else {}  # damaged names may leave nothing to repair
             if kind == "zip":
                 assert seen == stripped(ORIGINAL), place
             if not fatal:

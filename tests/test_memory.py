@@ -1,4 +1,4 @@
-"""Memory: a large checkpoint is mended in tens of megabytes, and its weights bypass Python."""
+"""Memory: a large checkpoint is repaired in tens of megabytes, and its weights bypass Python."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def by_ckptfix(path: Path, tally: Callable[..., None]) -> Any:
         return ckptfix.load(path)
     except CkptfixError as refusal:
         has_a_reason(refusal)
-        tally(f"refused by ckptfix: {refusal.slug}")
+        tally(f"refused by ckptfix: {refusal.code}")
         return refusal
 
 
@@ -202,7 +202,7 @@ def agree(path: Path, kind: str, tally: Callable[..., None]) -> bool:
         assert unlike(by_name(ours, theirs) if safe else ours, theirs) is None
         tally("both read it, and the same")
     elif theirs is not REFUSED:
-        tally(f"only the other reads it; ckptfix says: {ours.slug}")
+        tally(f"only the other reads it; ckptfix says: {ours.code}")
     else:
         tally("both refuse" if refused else "only ckptfix reads it")
     return not refused
@@ -232,7 +232,7 @@ def written(path: Path, out: Path, kind: str, tally: Callable[..., None]) -> Non
             ckptfix.open(path).save(copy)
         except CkptfixError as refusal:
             assert not copy.exists()
-            tally(f"not written: {refusal.slug}")
+            tally(f"not written: {refusal.code}")
             continue
         meant = ckptfix.load(path) if suffix == ".pt" else ckptfix.load_state_dict(path)
         theirs = by_torch(copy) if suffix == ".pt" else by_safetensors(copy)

@@ -1,4 +1,4 @@
-"""The situations people are really in, by their numbers in the design, mended and loaded.
+"""The situations people are really in, by their numbers in the design, repaired and loaded.
 
 What `fix` writes is loaded strictly by plain torch, and what the loader gives has the same values;
 what must be refused is refused by both, by name, and leaves no file.
@@ -82,7 +82,9 @@ def planned(model: nn.Module, path: Path | str = "in.pt", **options: Any) -> Pla
     return plan(door.read(path), targets.of_module(model), **options)
 
 
-def mends(value: Any, model: nn.Module, wanted: State, *, dropped: list[str] | None = None) -> Plan:
+def repairs(
+    value: Any, model: nn.Module, wanted: State, *, dropped: list[str] | None = None
+) -> Plan:
     """`value`, once saved, gives `model` the values of `wanted`, through `fix` and the loader."""
     torch.save(value, "in.pt")
     return mends_file("in.pt", model, wanted, dropped=dropped)
@@ -114,18 +116,18 @@ def told(path: Path | str, model: nn.Module, dropped: list[str]) -> State:
 
 def refuses(kind: type[CkptfixError], said: str, model: nn.Module, **options: Any) -> CkptfixError:
     """Both ways refuse `in.pt` alike; the message has `said`, the hint something."""
-    with pytest.raises(kind, match=said) as mended:
+    with pytest.raises(kind, match=said) as repaired:
         planned(model, **options)
     with pytest.raises(kind) as loaded:
         ckptfix.load_state_dict("in.pt", model=model)
-    assert str(loaded.value) == str(mended.value)
-    assert mended.value.hint
-    return mended.value
+    assert str(loaded.value) == str(repaired.value)
+    assert repaired.value.hint
+    return repaired.value
 
 
 def test_1_ddp_keeps_order_and_metadata() -> None:
     net = Net()
-    mends(nn.DataParallel(net).state_dict(), Net(), net.state_dict())
+    repairs(nn.DataParallel(net).state_dict(), Net(), net.state_dict())
     assert list(torch.load("out.pt")) == list(net.state_dict())
     assert torch.load("out.pt")._metadata == net.state_dict()._metadata  # type: ignore[attr-defined]
 
@@ -140,7 +142,7 @@ def test_2_a_child_of_ones_own_called_module_stays() -> None:
 
 def test_3_only_orig_mod_goes_where_the_target_owns_module() -> None:
     owner = like("module.0.weight", "module.0.bias")
-    mends(prefixed("_orig_mod.", owner.state_dict()), owner, owner.state_dict())
+    repairs(prefixed("_orig_mod.", owner.state_dict()), owner, owner.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_3_only_orig_mod_goes_where_the_target_owns_module() -> None:
 )
 def test_4_stacks_of_wrappers_both_ways_round(stack: str) -> None:
     net = Net()
-    mends(prefixed(stack, net.state_dict()), Net(), net.state_dict())
+    repairs(prefixed(stack, net.state_dict()), Net(), net.state_dict())
     without = plan(door.read("in.pt"))
     assert list(without.renamed.values()) == list(net.state_dict())
 
@@ -173,7 +175,7 @@ def test_5_wrappers_inside_go_and_an_inner_module_stays_unless_the_target_says_o
 
 def test_6_only_the_leading_component_goes_and_never_a_part_of_a_name() -> None:
     model = like("sa1.mlp_module.layer0.w", "module_list.0.w", "submodule.w")
-    mends(prefixed("module.", model.state_dict()), model, model.state_dict())
+    repairs(prefixed("module.", model.state_dict()), model, model.state_dict())
 
 
 def test_7_keys_that_would_become_one_are_refused() -> None:
@@ -227,7 +229,7 @@ def test_9_latent_diffusion_keeps_its_averages_beside() -> None:
     model = like("a.weight", "b.weight")
     ema = {"model_ema.aweight": torch.ones(2), "model_ema.bweight": torch.ones(2)}
     value = prefixed("model.", model.state_dict()) | ema
-    mends(value, model, model.state_dict(), dropped=list(ema))
+    repairs(value, model, model.state_dict(), dropped=list(ema))
 
 
 TAGS = ("cuda:3", "mps", "xla:0", "hpu", "npu:0", "privateuseone:0", "cpu:0")
@@ -261,7 +263,7 @@ def training(net: nn.Module) -> State:
 def test_11_12_everything_beside_the_weights_is_carried_or_named() -> None:
     net = Net()
     value = training(net)
-    made = mends(value, Net(), net.state_dict())
+    made = repairs(value, Net(), net.state_dict())
     assert {path for path, _ in made.left_out} == set(value) - {"model"}
     for number, wanted in enumerate((None, targets.of_module(Net()))):
         kept = plan(door.read("in.pt"), wanted, keep_training_state=True)
@@ -420,7 +422,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("saved", ["embed.weight", "lm_head.weight"])
 def test_16_a_tie_that_was_not_saved_is_made(saved: str) -> None:
     weight = torch.rand(5, 2)
-    mends({saved: weight}, Tied(), {"embed.weight": weight, "lm_head.weight": weight})
+    repairs({saved: weight}, Tied(), {"embed.weight": weight, "lm_head.weight": weight})
     for found in (torch.load("out.pt"), ckptfix.load_state_dict("in.pt", model=Tied())):
         assert found["embed.weight"].data_ptr() == found["lm_head.weight"].data_ptr()
     assert ckptfix.load_into(Tied(), "in.pt").identical
@@ -431,7 +433,7 @@ def test_16_tensors_that_are_one_in_the_model_have_to_be_equal_in_the_file(turne
     weight = torch.rand(5, 2)
     copy = weight.t().contiguous().t() if turned else weight.clone()
     both = {"embed.weight": weight, "lm_head.weight": copy}
-    mends(prefixed("module.", both), Tied(), both)
+    repairs(prefixed("module.", both), Tied(), both)
     copy[0, 0] += 1
     torch.save(prefixed("module.", both), "in.pt")
     said = "'embed.weight' and 'lm_head.weight' are one tensor of Tied, and two different ones"
@@ -441,7 +443,7 @@ def test_16_tensors_that_are_one_in_the_model_have_to_be_equal_in_the_file(turne
 def test_16_views_and_turned_tensors_keep_their_values() -> None:
     base = torch.arange(8.0)
     state = {"a": base[:2], "b": base[1:3], "c": torch.rand(2, 2).t()[0]}
-    mends(prefixed("module.", state), like("a", "b", "c"), state)
+    repairs(prefixed("module.", state), like("a", "b", "c"), state)
 
 
 def test_16_extra_state_and_numbers_are_carried() -> None:
@@ -498,12 +500,12 @@ def test_17_what_differs_is_told_apart(
 ) -> None:
     torch.save(nn.DataParallel(found).state_dict(), "in.pt")
     error = refuses(KeyMismatchError, re.escape(said), wanted)
-    assert hint in (error.hint or "")
+    assert hint in str(error.hint)
 
 
 def test_17_a_buffer_too_many_is_dropped_by_name_by_both() -> None:
     net, surplus = Net(), {"embeddings.position_ids": torch.arange(4)}
-    mends({**net.state_dict(), **surplus}, Net(), net.state_dict(), dropped=list(surplus))
+    repairs({**net.state_dict(), **surplus}, Net(), net.state_dict(), dropped=list(surplus))
     for strict in (True, False):
         report = ckptfix.load_into(Net(), "in.pt", strict=strict)
         assert (report.missing, report.unexpected) == ([], list(surplus))
@@ -545,7 +547,7 @@ def test_19_the_input_is_never_the_output(name: str) -> None:
 def test_20_deepspeed_keeps_its_weights_under_module() -> None:
     net = Net()
     value = {"module": prefixed("_forward_module.", net.state_dict()), "ds_version": "0.9"}
-    made = mends(value, Net(), net.state_dict())
+    made = repairs(value, Net(), net.state_dict())
     assert {path for path, _ in made.left_out} == {"ds_version"}
 
 
@@ -562,7 +564,7 @@ def contrastive(query: nn.Module, key: nn.Module) -> tuple[State, list[str]]:
 def test_a_part_of_a_larger_model_is_taken_out_and_the_rest_is_not_unexpected() -> None:
     query, key = Net(), Net(5)
     value, rest = contrastive(query, key)
-    mends(value, Net(), query.state_dict(), dropped=rest)
+    repairs(value, Net(), query.state_dict(), dropped=rest)
     model = Net()
     report = ckptfix.load_into(model, "in.pt")
     assert unlike(model.state_dict(), query.state_dict()) is None
@@ -574,27 +576,27 @@ def test_a_part_of_a_larger_model_is_taken_out_and_the_rest_is_not_unexpected() 
 def test_a_surplus_inside_the_part_is_dropped_too() -> None:
     net, rest = Net(), {"encoder_q.fc.weight": torch.ones(2), "queue": torch.ones(8)}
     value = prefixed("encoder_q.", net.state_dict()) | rest
-    mends(value, Net(), net.state_dict(), dropped=list(rest))
+    repairs(value, Net(), net.state_dict(), dropped=list(rest))
 
 
 def test_a_prefix_that_the_model_has_is_added() -> None:
     net = Net()
     model = nn.ModuleDict({"backbone": net})
-    mends(net.state_dict(), model, model.state_dict())
+    repairs(net.state_dict(), model, model.state_dict())
 
 
 def test_a_prefix_is_exchanged_for_the_one_that_the_model_has_where_nothing_else_fits() -> None:
     net = Net()
     model = nn.ModuleDict({"backbone": net})
-    mends(nn.ModuleDict({"encoder": net}).state_dict(), model, model.state_dict())
+    repairs(nn.ModuleDict({"encoder": net}).state_dict(), model, model.state_dict())
     assert torch.load("out.pt")._metadata["backbone.norm"] == {"version": 2}
     value, rest = contrastive(net, Net())
-    made = mends(value, model, model.state_dict(), dropped=rest)
+    made = repairs(value, model, model.state_dict(), dropped=rest)
     assert made.cures[0].cure == "removed module.encoder_q., added backbone."
     nearer = prefixed("module.backbone.", net.state_dict()) | prefixed(
         "module.aux.", Net().state_dict()
     )
-    mends(nearer, model, model.state_dict(), dropped=list(nearer)[len(nearer) // 2 :])
+    repairs(nearer, model, model.state_dict(), dropped=list(nearer)[len(nearer) // 2 :])
     torch.save(nn.ModuleDict({"fc": nn.Linear(2, 2)}).state_dict(), "in.pt")
     refuses(KeyMismatchError, "nothing matches", nn.ModuleDict({"linear": nn.Linear(2, 2)}))
     torch.save(prefixed("a.", net.state_dict()) | prefixed("b.", Net().state_dict()), "in.pt")
@@ -642,13 +644,13 @@ def test_averages_stand_back_wherever_they_are_and_are_said_to(name: str) -> Non
 @pytest.mark.parametrize("key", ["ema", "state_dict"])
 def test_a_state_dict_with_nothing_beside_it_is_taken_out(key: str) -> None:
     net = Net()
-    made = mends({key: net.state_dict()}, Net(), net.state_dict())
+    made = repairs({key: net.state_dict()}, Net(), net.state_dict())
     assert [(row.code, row.where, row.cure) for row in made.cures] == [("nested", key, "taken out")]
 
 
 def test_numpy_arrays_become_the_tensors_that_load_state_dict_takes() -> None:
     net = Net()
-    mends({"model": {k: v.numpy() for k, v in net.state_dict().items()}}, Net(), net.state_dict())
+    repairs({"model": {k: v.numpy() for k, v in net.state_dict().items()}}, Net(), net.state_dict())
 
 
 def test_one_key_that_is_there_twice_is_the_cause_that_is_named() -> None:
@@ -664,7 +666,7 @@ def test_twins_are_refused_and_the_hint_decides_for_one() -> None:
     twins = [prefixed("student.", student.state_dict()), prefixed("teacher.", teacher.state_dict())]
     torch.save(twins[0] | twins[1], "in.pt")
     error = refuses(RenameError, r"2 ways: removed student\.; removed teacher\.", Net())
-    command = (error.hint or "").removeprefix("choose one: ckptfix ")
+    command = str(error.hint).removeprefix("choose one: ckptfix ")
     assert ckptfix_command(*shlex.split(command)).returncode == 0
     made = planned(Net(), "in.part.pt")
     door.write(made.document, "out.pt")
@@ -707,7 +709,7 @@ def test_a_refusal_is_a_list_with_a_line_for_each_key() -> None:
 def test_the_nearest_name_comes_with_a_command_that_renames(old: str, new: str) -> None:
     torch.save({"model": {old: torch.ones(2), "last": torch.ones(2)}, "epoch": 3}, "in.pt")
     error = refuses(KeyMismatchError, f"lacks {re.escape(new)}", like(new, "last"))
-    said, _, command = (error.hint or "").partition(": ckptfix ")
+    said, _, command = str(error.hint).partition(": ckptfix ")
     assert said == f"if {old!r} is meant for {new!r}"
     assert ckptfix_command(*shlex.split(command)).returncode == 0
     assert ckptfix.load_into(like(new, "last"), "in.renamed.pt").loads
@@ -717,7 +719,7 @@ def test_of_keys_that_are_there_twice_a_command_takes_one() -> None:
     net = Net()
     torch.save({"net": prefixed("module.", Net().state_dict()) | net.state_dict()}, "in.pt")
     error = refuses(KeyCollisionError, "would both become", Net())
-    said, _, command = (error.hint or "").partition(": ckptfix ")
+    said, _, command = str(error.hint).partition(": ckptfix ")
     assert said == "to take 'conv.weight'"
     assert ckptfix_command(*shlex.split(command)).returncode == 0
     model = Net()

@@ -26,7 +26,7 @@ import stat
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.errors import ReadError, WriteError
+from ckptfix.errors import BusyError, ReadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,12 +63,6 @@ class _Place(NamedTuple):
     offset: int
     length: int
     at: int
-
-
-class BusyError(WriteError):
-    """Another process is changing the file."""
-
-    code = "busy"
 
 
 def beside(path: str | os.PathLike[str]) -> str:
@@ -117,9 +111,7 @@ def _lock(descriptor: int, path: str | os.PathLike[str]) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BusyError(
-            f"{path}: is being changed by another process", hint="try again when it is done"
-        ) from None
+        raise BusyError(path) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -234,7 +226,7 @@ def recover(path: str | os.PathLike[str]) -> str | None:
         with locked(path) as descriptor:
             message = _roll_back(descriptor, path, journal)
     except BusyError as error:
-        raise ReadError(error.message, hint=error.hint, code=error.code) from None
+        raise ReadError(error.what, where=error.where, hint=error.hint, code=error.code) from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ReadError(

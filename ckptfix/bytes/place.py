@@ -71,7 +71,7 @@ def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
     if os.path.exists(target) and not os.path.isfile(target):
         raise WriteError(f"{path}: is no regular file")
     if os.path.exists(target) and not force:
-        raise OutputExistsError(f"{path}: is there already", hint="replace it: add --force")
+        raise OutputExistsError(where=path)
 
 
 def check_folder(path: str | os.PathLike[str], folder: str) -> None:
@@ -108,9 +108,7 @@ def _publish(temporary: str, target: str, path: str | os.PathLike[str], force: b
         try:
             os.link(temporary, target)
         except FileExistsError:
-            raise OutputExistsError(
-                f"{path}: is there already", hint="replace it: add --force"
-            ) from None
+            raise OutputExistsError(where=path) from None
         except OSError:  # a file system without hard links
             check_output(path, force=False)
         else:

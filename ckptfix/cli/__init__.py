@@ -21,9 +21,9 @@ from ckptfix.errors import CkptfixError
 COMMANDS = {
     "inspect": "Show what is in a checkpoint, and what is wrong with it.",
     "check": "Say whether a checkpoint is sound, and whether it fits a model.",
-    "fix": "Find what is wrong, and mend it, for a model if you name one.",
+    "fix": "Find what is wrong, and repair it, for a model if you name one.",
     "recover": "Save what can be saved from a damaged checkpoint.",
-    "explain": "Say what an error means, and which command mends it.",
+    "explain": "Say what an error means, and which command repairs it.",
     "strip-prefix": "Remove what DataParallel and other wrappers put before keys.",
     "add-prefix": "Put `module.` or another prefix before keys.",
     "rename": "Rename keys by regular expressions.",
@@ -109,8 +109,8 @@ def main() -> NoReturn:
     try:
         code = group.main(prog_name="ckptfix", standalone_mode=False) or 0
     except CkptfixError as error:
-        hint = error.hint or _usage()
-        code = output.error(error.message, hint, error.slug, details=error.details)
+        hint = output.said(error.hint) or _usage()
+        code = output.error(error.message, hint, error.code, details=error.details)
     except click.exceptions.NoArgsIsHelpError as error:
         code = output.usage(error.format_message())
     except click.UsageError as error:

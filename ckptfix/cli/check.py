@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import door
+from ckptfix import door, hints
 from ckptfix.cli import findings, options, output
 from ckptfix.contents.state_dicts import StateDict, choose
 from ckptfix.diagnose import damage
 from ckptfix.diagnose.document import diagnose
+from ckptfix.door import beside
 from ckptfix.errors import CkptfixError, DamagedError, KeyMismatchError
-from ckptfix.hints import command as fixing_command
+from ckptfix.hints import Hint
 from ckptfix.match import judge, mismatches
 from ckptfix.match.choose import Match, match
 from ckptfix.match.remedy import Remedy, remedy
@@ -87,7 +88,7 @@ def command(
     meant = _match(document, wanted, select)
     state = meant.state if isinstance(meant, Match) else choose(document, select)
     report = judge.report(state, wanted)
-    given = {"--select": select, "--model": model, "--init": init, "--like": like}
+    given = {"select": select, "model": model, "init": init, "like": like}
     cure = None if report.loads else _cure(document, state, wanted, meant, given)
     beside = [finding for finding in found if finding.code not in _ABOUT_NAMES]
 
@@ -101,7 +102,7 @@ def command(
 
 
 def _match(document: Document, wanted: Target, select: str | None) -> Match | CkptfixError:
-    """The state dict that fits once it is mended, or why none does."""
+    """The state dict that fits once it is repaired, or why none does."""
     try:
         return match(document, wanted, select)
     except CkptfixError as error:
@@ -117,13 +118,12 @@ def _cure(
 ) -> Remedy:
     """What makes it load, or the sentence that says why nothing does."""
     if isinstance(meant, CkptfixError):
-        what, hint = meant.message.removeprefix(f"{document.name}: "), meant.hint
+        what, hint = meant.what, meant.hint
         if isinstance(meant, KeyMismatchError):
-            what, hint = mismatches.cause(document, state.path, meant.report)
-        return Remedy("\n".join(filter(None, (what, hint))), None)
-    named = [word for pair in given.items() if pair[1] is not None for word in pair if word]
-    fix = Remedy("This makes a file that loads:", fixing_command("fix", document, "fixed", *named))
-    return remedy(document, state, wanted) or fix
+            what, hint = mismatches.cause(document, state, meant.report)
+        return Remedy(what if hint is None else f"{what}\n{hint}", None)
+    fix = hints.command("fix", document.name, beside(document, "fixed"), **given)
+    return remedy(document, state, wanted) or Remedy("This makes a file that loads:", fix)
 
 
 _ABOUT_NAMES = frozenset(
@@ -132,14 +132,15 @@ _ABOUT_NAMES = frozenset(
 """Findings about which a target knows better."""
 
 
-def _recover(document: Document) -> str:
-    return f"save what is whole: {fixing_command('recover', document, 'recovered')}"
+def _recover(document: Document) -> Hint:
+    out = beside(document, "recovered")
+    return Hint("save what is whole", hints.command("recover", document.name, out))
 
 
 def _say_damaged(
     answer: dict[str, Any], file: str, error: DamagedError, more: Sequence[str] = ()
 ) -> int:
-    problem = {"code": error.slug, "message": error.message, "hint": error.hint}
+    problem = {"code": error.code, "message": error.message, "hint": output.said(error.hint)}
 
     def draw(console: Console) -> None:
         for message in (error.message, *more[: _SHOWN - 1]):
@@ -149,8 +150,8 @@ def _say_damaged(
             console.print(f"{file}: and {len(more) - _SHOWN + 1:,} more (--json has all)")
 
     output.answer({**answer, "sound": False, "problem": problem}, draw)
-    if error.hint:
-        output.hint(error.hint)
+    if error.hint is not None:
+        output.hint(str(error.hint))
     return 1
 
 
@@ -179,7 +180,7 @@ def _data(state: StateDict, wanted: Target, report: Report, cure: Remedy | None)
         "shape_mismatch": rows(report.shape_mismatch),
         "dtype_difference": rows(report.dtype_difference),
         "elements_left_at_random": report.random_numel,
-        "remedy": None if cure is None else cure._asdict(),
+        "remedy": None if cure is None else _remedy_data(cure),
     }
 
 
@@ -206,6 +207,10 @@ def _draw(
         )
 
 
+def _remedy_data(cure: Remedy) -> dict[str, str | None]:
+    return {"message": cure.message, "command": output.said(cure.command)}
+
+
 def _draw_cure(console: Console, cure: Remedy | None) -> None:
     if cure is None:
         return
@@ -213,4 +218,4 @@ def _draw_cure(console: Console, cure: Remedy | None) -> None:
     for line in cure.message.splitlines():
         console.print(output.text(line), soft_wrap=True)
     if cure.command is not None:
-        console.print(output.text("  ", (cure.command, "cyan")), soft_wrap=True)
+        console.print(output.text("  ", (str(cure.command), "cyan")), soft_wrap=True)

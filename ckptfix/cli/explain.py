@@ -31,7 +31,7 @@ class _FileOrText(click.File):
 @click.argument("file", metavar="[FILE|-|TEXT]", default="-", type=_FileOrText(errors="replace"))
 @options.as_json
 def command(file: TextIO) -> int:
-    r"""Say what an error means, and which command mends it.
+    r"""Say what an error means, and which command repairs it.
 
     FILE holds a traceback or a log; or give the text itself, in quotes. Without one, or with -, it
     is read from standard input: paste it, and end with Ctrl-D. The file that the text names is
@@ -58,7 +58,7 @@ def command(file: TextIO) -> int:
             "severity": CODES[row.known.code].severity,
             "excerpt": row.excerpt,
             "cause": row.known.cause,
-            "command": row.command,
+            "command": str(row.command),
         }
         for row in found
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ckptfix.cli.output import text
+from ckptfix.door import beside
 from ckptfix.findings import Severity
 from ckptfix.hints import command
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ckptfix.findings import Finding
+    from ckptfix.hints import Command
     from ckptfix.tree.document import Document
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
@@ -27,23 +29,23 @@ def rows(findings: Sequence[Finding]) -> list[dict[str, Any]]:
 
 
 def draw(console: Console, document: Document, findings: Sequence[Finding]) -> None:
-    """Print findings after an empty line, each with the command that mends it.
+    """Print findings after an empty line, each with the command that repairs it.
 
     Messages are wrapped; commands never are, so that they can be copied.
     """
-    commands: list[str] = []
+    commands: list[Command] = []
     for finding in findings:
         if finding is findings[0]:
             console.print()
         console.print(_entry(finding))
         if finding.command in commands:
-            console.print(text(f"{_INDENT}the same command mends it"))
+            console.print(text(f"{_INDENT}the same command repairs it"))
         elif finding.command is not None:
             commands.append(finding.command)
             _draw_command(console, finding.command)
-    if sum(found.startswith("ckptfix ") for found in commands) > 1:
+    if sum(found.verb is not None for found in commands) > 1:
         console.print(text("all     at once:"))
-        _draw_command(console, command("fix", document, "fixed"))
+        _draw_command(console, command("fix", document.name, beside(document, "fixed")))
 
 
 def _entry(finding: Finding) -> Table:
@@ -56,5 +58,5 @@ def _entry(finding: Finding) -> Table:
     return table
 
 
-def _draw_command(console: Console, line: str) -> None:
-    console.print(text(_INDENT, (line, "cyan")), soft_wrap=True)
+def _draw_command(console: Console, found: Command) -> None:
+    console.print(text(_INDENT, (str(found), "cyan")), soft_wrap=True)

@@ -27,7 +27,7 @@ _SHOWN = 10
 @options.writes
 @options.target
 @options.select
-@click.option("--keep-training-state", is_flag=True, help="Mend the weights where they are.")
+@click.option("--keep-training-state", is_flag=True, help="Repair the weights where they are.")
 def command(
     source: str,
     target: str,
@@ -39,9 +39,9 @@ def command(
     select: str | None,
     keep_training_state: bool,
 ) -> int:
-    r"""Find what is wrong with a checkpoint, and mend it.
+    r"""Find what is wrong with a checkpoint, and repair it.
 
-    Without a model, only what is certain is mended: wrappers that every key carries, device tags,
+    Without a model, only what is certain is repaired: wrappers that every key carries, device tags,
     the container; everything else is carried along. With a model, or a checkpoint that loads, OUT
     is a state dict that load_state_dict takes strictly: prefixes are stripped, added or exchanged,
     the part of a larger model that is meant is taken out, and what the model does not want is
@@ -55,7 +55,7 @@ def command(
     \b
     Exit codes:
       0  OUT was written
-      1  there is nothing to mend; nothing was written
+      1  there is nothing to repair; nothing was written
       2  IN cannot be read, or cannot be made to fit (a key is missing, a shape
          differs, two ways fit, or two keys would become one), or OUT cannot be
          written; nothing was written
@@ -71,9 +71,9 @@ def command(
         tensors_only=containers.writable(target).tensors_only,
     )
     if not dry_run:
-        damage.check_sums(made.document)  # nothing that is damaged is called mended
+        damage.check_sums(made.document)  # nothing that is damaged is called repaired
     if not made.cures and not _is_other_container(document, job):
-        return job.nothing("nothing to mend")
+        return job.nothing("nothing to repair")
     if made.cures:
         output.aside(lambda console: _draw(console, made))
     _say_keys("dropped", made.dropped)

@@ -32,7 +32,7 @@ def command(files: tuple[str, ...], everything: bool, html: str | None, force: b
     r"""Show what is in a checkpoint, and what is wrong with it.
 
     The tree, with each tensor's shape, dtype, bytes and saved device; then what was noticed, each
-    with the command that mends it. Only the structure is read, never the weights, and nothing in
+    with the command that repairs it. Only the structure is read, never the weights, and nothing in
     the file is run.
 
     \b
@@ -87,7 +87,14 @@ def _inspect_all(files: tuple[str, ...], *, everything: bool) -> int:
             _draw(console, document, found, everything)
 
     errors = [
-        {"file": file, "error": {"code": error.slug, "message": error.message, "hint": error.hint}}
+        {
+            "file": file,
+            "error": {
+                "code": error.code,
+                "message": error.message,
+                "hint": output.said(error.hint),
+            },
+        }
         for file, error in unread
     ]
 
@@ -97,7 +104,7 @@ def _inspect_all(files: tuple[str, ...], *, everything: bool) -> int:
 
     output.answer(data, draw)
     for _, problem in unread:
-        output.complain(problem.message, problem.hint)
+        output.complain(problem.message, output.said(problem.hint))
     return 2 if unread else 0
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from ckptfix.hints import Command, Hint
+
 SCHEMA = 1
 _wants_json = False
 
@@ -131,6 +133,11 @@ def _console(drawn: io.StringIO) -> Console:
 
 _UNBROKEN = 1_000_000
 """Columns of a pipe."""
+
+
+def said(part: Hint | Command | None) -> str | None:
+    """A hint or a command as a line of shell; None where there is none."""
+    return None if part is None else str(part)
 
 
 def note(text: str) -> None:

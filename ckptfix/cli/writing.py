@@ -70,8 +70,7 @@ class Job(NamedTuple):
         try:
             yield
         except RenameError as error:
-            error.message = f"{self.source}: {error.message}"
-            raise
+            raise error.within(self.source) from None
 
     def write(
         self,
@@ -128,8 +127,7 @@ class Job(NamedTuple):
             if not self.dry_run:
                 inplace.apply(edit)
         except InPlaceError as error:
-            error.hint = f"write a copy: {self._copy()}"
-            raise
+            raise error.suggest(f"write a copy: {self._copy()}") from None
         verb = "would change" if self.dry_run else "changed"
         answer = {
             "command": self.command,

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Literal
 from ckptfix.contents.modules import is_module, state_dict
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.errors import SelectionError
+from ckptfix.hints import Hint, adding, command, naming
 from ckptfix.tree.document import Global, Inert, Node, OrderedMap, Tensor
 from ckptfix.tree.walk import PATH_DEPTH, Path, has_names, walk
+from ckptfix.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -53,6 +55,11 @@ class StateDict:
     def node(self) -> Node:
         """What stands in the tree: the mapping itself, or what it was made of."""
         return self.mapping if self.origin is None else self.origin
+
+    @property
+    def selection(self) -> str | None:
+        """What `--select` has to say to mean it; None where it is the whole checkpoint."""
+        return None if self.path == "/" else self.path
 
     @property
     def is_average(self) -> bool:
@@ -230,8 +237,9 @@ def choose(document: Document, path: str | None = None) -> StateDict:
     if not candidates:
         raise _none(document)
     raise SelectionError(
-        f"{document.name}: holds {len(states)} state dicts: {_listed(states)}",
-        hint=f"choose one: add --select {states[0].path}",
+        f"holds {len(states)} state dicts: {_listed(states)}",
+        where=document.name,
+        hint=adding("choose one", "select", states[0].path),
         code="ambiguous-state-dict",
     )
 
@@ -253,27 +261,29 @@ def _at(document: Document, states: Sequence[StateDict], path: str) -> StateDict
     found = [state for state in states if state.path == (path.strip("/") or "/")]
     if len(found) > 1:
         raise SelectionError(
-            f"{document.name}: has {len(found)} state dicts at {path!r}",
-            hint=f"see what it holds: ckptfix inspect {document.name}",
+            f"has {len(found)} state dicts at {path!r}",
+            where=document.name,
+            hint=Hint("see what it holds", command("inspect", document.name)),
             code="ambiguous-state-dict",
         )
     if not found:
         raise SelectionError(
-            f"{document.name}: has no state dict at {path!r}; there is {_listed(states)}",
-            hint=f"take one of those: --select {states[0].path}",
+            f"has no state dict at {path!r}; there is {_listed(states)}",
+            where=document.name,
+            hint=naming("take one of those", "select", states[0].path),
             code="no-such-path",
         )
     return found[0]
 
 
-def _listed(states: Sequence[StateDict], limit: int = 20) -> str:
-    more = f", and {len(states) - limit} more" if len(states) > limit else ""
-    return ", ".join(state.path for state in states[:limit]) + more
+def _listed(states: Sequence[StateDict]) -> str:
+    return listed((state.path for state in states), 20)
 
 
 def _none(document: Document) -> SelectionError:
     return SelectionError(
-        f"{document.name}: holds no state dict (nothing maps names to tensors)",
-        hint=f"see what it holds: ckptfix inspect {document.name}",
+        "holds no state dict (nothing maps names to tensors)",
+        where=document.name,
+        hint=Hint("see what it holds", command("inspect", document.name)),
         code="no-state-dict",
     )

@@ -1,17 +1,17 @@
-"""Look at a document and say what is worth knowing, each thing with the command that mends it."""
+"""Look at a document and say what is worth knowing, each thing with the command that repairs it."""
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from ckptfix.contents.state_dicts import StateDict, find, of_models
+from ckptfix.door import beside, is_sharded
 from ckptfix.edit.compacting import compact
 from ckptfix.findings import Finding
 from ckptfix.formats.containers import EXTENSIONS
-from ckptfix.hints import argument, command, is_sharded
+from ckptfix.hints import command, shell
 from ckptfix.keys import wrappers
 from ckptfix.pickles.allowed import is_allowed
 from ckptfix.tree.document import Document, Global, Tensor
@@ -43,8 +43,13 @@ def _containers(document: Document) -> Iterator[Finding]:
         yield Finding(
             "wrong-extension",
             f"named {extension}, but the bytes are {document.container}",
-            command=shlex.join(["mv", argument(PurePath(document.name)), argument(right)]),
+            command=shell("mv", _argument(document.name), _argument(str(right))),
         )
+
+
+def _argument(path: str) -> str:
+    """A path as an argument: one that begins with a dash would be taken for an option."""
+    return f"./{path}" if path.startswith("-") else path
 
 
 def _devices(document: Document) -> Iterator[Finding]:
@@ -55,23 +60,24 @@ def _devices(document: Document) -> Iterator[Finding]:
             "device-tag",
             f"{tags.total() - tags['cpu']} of {tags.total()} storages are tagged "
             f"{', '.join(away)}: torch.load fails where there is no such device",
-            command=command("to-cpu", document, "cpu"),
+            command=command("to-cpu", document.name, beside(document, "cpu")),
         )
 
 
 def _prefixes(document: Document, state: StateDict) -> Iterator[Finding]:
     seen = wrappers.detect(state.mapping)
-    select = () if state.path == "/" else ("--select", state.path)
-    strip = command("strip-prefix", document, "stripped", *select) if state.origin is None else ""
+    strip = None
+    if state.origin is None and seen.collision is None:
+        out = beside(document, "stripped")
+        strip = command("strip-prefix", document.name, out, select=state.selection)
     if seen.collision is not None:
         first, second = seen.collision
         yield Finding("key-collision", f"{first!r} and {second!r} would become one", state.path)
-        strip = ""
     if seen.leading:
         prefix = ".".join((*seen.leading, ""))
         names = ", ".join(wrappers.WRAPPERS[part] for part in seen.leading)
         message = f"all {len(state.mapping)} keys begin with {prefix!r} (added by {names})"
-        yield Finding("prefix-wrapper", message, state.path, strip or None)
+        yield Finding("prefix-wrapper", message, state.path, strip)
     if seen.layout == "swa":
         message = "averaged weights: load them into torch.optim.swa_utils.AveragedModel"
         yield Finding("swa-layout", message, state.path)
@@ -85,7 +91,7 @@ def _prefixes(document: Document, state: StateDict) -> Iterator[Finding]:
     for name, count in seen.inside.items():
         if name in wrappers.ANYWHERE:
             message = f"{count} keys hold {name!r} (added by {wrappers.WRAPPERS[name]})"
-            yield Finding("wrapper-inside", message, state.path, strip or None)
+            yield Finding("wrapper-inside", message, state.path, strip)
 
 
 def _ties(state: StateDict) -> Iterator[Finding]:
@@ -122,7 +128,7 @@ def _bloat(document: Document) -> Iterator[Finding]:
         yield Finding(
             "view-bloat",
             f"{waste} bytes belong to storages of which only a part is used",
-            command=command("convert", document, "compact", "--compact")
+            command=command("convert", document.name, beside(document, "compact"), compact=True)
             if compact(document)[1]
             else None,
         )

@@ -1,13 +1,16 @@
-"""From an error text to what it means, and to the command that mends it."""
+"""From an error text to what it means, and to the command that repairs it."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 from ckptfix.known_errors import KNOWN, Known
+
+if TYPE_CHECKING:
+    from ckptfix.hints import Command
 
 _FILE = re.compile(r"""[\w./\\~+-]+\.(?:pt|pth|bin|ckpt|safetensors|th|pkl|tar)\b""")
 _FROM_ERROR = re.compile(r"^\s*File \".*\", line \d+", re.MULTILINE)
@@ -19,7 +22,7 @@ class Explanation:
 
     known: Known
     excerpt: str
-    command: str
+    command: Command
 
 
 def explain(text: str) -> list[Explanation]:
@@ -44,17 +47,18 @@ def _line(text: str, position: int) -> str:
     return text[start : end if end >= 0 else len(text)].strip()
 
 
-def _filled(known: Known, text: str) -> str:
+def _filled(known: Known, text: str) -> Command:
     """The command with the file that the text names, and an output named after it."""
     file = file_in(text)
     if file is None:
         return known.command
     path = PurePath(file)
-    extension = ".safetensors" if "OUT.safetensors" in known.command else path.suffix
-    out = path.with_name(f"{path.stem}.fixed{extension}")
-    command = known.command.replace("OUT.safetensors", "OUT")
-    words = {"FILE": shlex.quote(file), "OUT": shlex.quote(str(out))}
-    return re.sub(r"\b(FILE|OUT)\b", lambda match: words[match[0]], command)
+    words = {
+        "FILE": file,
+        "OUT": str(path.with_name(f"{path.stem}.fixed{path.suffix}")),
+        "OUT.safetensors": str(path.with_name(f"{path.stem}.fixed.safetensors")),
+    }
+    return known.command.filled(words)
 
 
 def file_in(text: str) -> str | None:
@@ -66,7 +70,7 @@ def file_in(text: str) -> str | None:
 
 def as_markdown() -> str:
     """The table, as `docs/errors.md` has it."""
-    rows = ["| the error says | it means | what mends it |", "|---|---|---|"]
+    rows = ["| the error says | it means | what repairs it |", "|---|---|---|"]
     for known in KNOWN:
         example = known.example.replace("|", "\\|")
         rows.append(f"| `` {example} `` | {known.cause} | `{known.command}` |")

@@ -31,6 +31,7 @@ from ckptfix.formats.containers import MAX_SHARD_SIZE
 from ckptfix.layouts import shards
 from ckptfix.limits import DEFAULT
 from ckptfix.tree.document import OrderedMap
+from ckptfix.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -51,10 +52,7 @@ def check_output(folder: str | os.PathLike[str], *, force: bool) -> None:
     check_folder(folder, folder_of(folder))
     former = sorted(_former(folder))
     if former and not force:
-        raise OutputExistsError(
-            f"{folder}: holds a checkpoint already ({shards.listed(former)})",
-            hint="replace it: add --force",
-        )
+        raise OutputExistsError(f"holds a checkpoint already ({listed(former)})", where=folder)
 
 
 def write(

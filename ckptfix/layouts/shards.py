@@ -33,6 +33,7 @@ from ckptfix.formats import safetensors
 from ckptfix.formats.containers import EXTENSIONS
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.tree.document import Document, Node, OrderedMap, Tensor
+from ckptfix.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -48,7 +49,6 @@ TOTAL_SIZE = "total_size"
 
 _OTHER_INDEXES = (".h5.index.json", ".msgpack.index.json")  # of TensorFlow and Flax
 _NUMBERED = re.compile(r"(?P<stem>.+)-\d+-of-\d+(?P<extension>\.\w+)")
-_SHOWN = 5
 
 
 class Index(NamedTuple):
@@ -126,13 +126,6 @@ def names_in(folder: str | os.PathLike[str]) -> list[str]:
 
 def _quoted(folder: str | os.PathLike[str], name: str) -> str:
     return shlex.quote(os.path.join(folder, name))
-
-
-def listed(names: Iterable[str]) -> str:
-    """A few of the names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 # --- reading

@@ -1,13 +1,13 @@
 """Which state dict of a checkpoint is meant for a target, and under which names.
 
-One answer for everything that mends or loads: all state dicts and all renamings are tried, and the
-only one that gives the target all it wants is taken. Nothing is guessed: two that do are refused.
+One answer for everything that repairs or loads: all state dicts and all renamings are tried, and
+the only one that gives the target all it wants is taken. Nothing is guessed: where two do, both
+are refused.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from ckptfix.contents.state_dicts import StateDict, choose, find, is_average, of_models
 from ckptfix.contents.tensors import as_tensor, without_disguise
 from ckptfix.diffs.values import Side, same_values
+from ckptfix.door import beside
 from ckptfix.errors import KeyCollisionError, KeyMismatchError, RenameError, SelectionError
-from ckptfix.hints import command
+from ckptfix.hints import Command, Hint, adding, command
 from ckptfix.keys import prefixes
 from ckptfix.keys.renaming import components_of, joined, prefix_of, renamed_by, shared_start
 from ckptfix.keys.wrappers import bare_prefix
@@ -102,7 +103,7 @@ def match(
         raise _several(document, found, wanted)
     _check_twice(document, found[0], wanted)
     if not whole and not partly:
-        raise mismatches.error(document, found[0].state.path, found[0].report, wanted.name)
+        raise mismatches.error(document, found[0].state, found[0].report, wanted.name)
     _check_ties(document, found[0], wanted)
     passed_over = [one.place for one in whole if one is not found[0]]
     return found[0]._replace(report=replace(found[0].report, passed_over=passed_over))
@@ -113,10 +114,9 @@ def _check_twice(document: Document, found: Match, wanted: Target) -> None:
     old_of = {new: old for old, new in found.renaming.keys.items()}
     for old, bare in renamed_by(found.unused, bare_prefix).items():
         if bare in wanted.specs and bare in old_of:
-            error = KeyCollisionError(old, old_of[bare], bare)
-            error.message = f"{document.name}: {error.message}"
-            error.hint = f"to take {old_of[bare]!r}: {_putting_aside(document, found, old)}"
-            raise error
+            aside = _putting_aside(document, found, old)
+            error = KeyCollisionError(old, old_of[bare], bare).within(document.name)
+            raise error.suggest(Hint(f"to take {old_of[bare]!r}", aside))
 
 
 def _check_ties(document: Document, meant: Match, wanted: Target) -> None:
@@ -131,8 +131,9 @@ def _check_ties(document: Document, meant: Match, wanted: Target) -> None:
             if not same_values(sides[first], sides[second]):
                 raise KeyMismatchError(
                     meant.report,
-                    f"{document.name}: {first!r} and {second!r} are one tensor of {wanted.name}, "
+                    f"{first!r} and {second!r} are one tensor of {wanted.name}, "
                     "and two different ones in the file",
+                    where=document.name,
                     hint="build the model as it was trained, without that tie (--init)",
                 )
 
@@ -207,31 +208,39 @@ def _several(
     paths = list(dict.fromkeys(one.state.path for one in found))
     if len(paths) > 1:
         return SelectionError(
-            f"{document.name}: {len(paths)} state dicts {verb} {wanted.name}: {', '.join(paths)}",
-            hint=f"choose one: add --select {shlex.quote(paths[0])}",
+            f"{len(paths)} state dicts {verb} {wanted.name}: {', '.join(paths)}",
+            where=document.name,
+            hint=adding("choose one", "select", paths[0]),
             code="ambiguous-state-dict",
         )
     labels = "; ".join(one.renaming.label for one in found)
     return RenameError(
-        f"{document.name}: the keys {verb} {wanted.name} in {len(found)} ways: {labels}",
-        hint=f"choose one: {_stripping(document, found)}",
+        f"the keys {verb} {wanted.name} in {len(found)} ways: {labels}",
+        where=document.name,
+        hint=Hint("choose one", _stripping(document, found)),
         code="ambiguous-prefix",
     )
 
 
-def _putting_aside(document: Document, found: Match, key: str) -> str:
+def _putting_aside(document: Document, found: Match, key: str) -> Command:
     """The command that gives keys which begin as one does another name, which nobody wants."""
-    path = found.state.path
-    select = () if path == "/" else ("--select", path)
     start = prefix_of(key).removesuffix(bare_prefix(prefix_of(key))) or prefix_of(key)
     return command(
-        "rename", document, "renamed", "--sub", f"^{re.escape(start)}", "unused.", *select
+        "rename",
+        document.name,
+        beside(document, "renamed"),
+        sub=(f"^{re.escape(start)}", "unused."),
+        select=found.state.selection,
     )
 
 
-def _stripping(document: Document, found: list[Match]) -> str:
+def _stripping(document: Document, found: list[Match]) -> Command:
     """The command that decides for the first of several ways, where stripping a prefix does."""
-    prefix = next((one.part for one in found if one.part), "PREFIX")
-    path = found[0].state.path
-    select = () if path == "/" else ("--select", path)
-    return command("strip-prefix", document, "part", "--partial", "--prefix", prefix, *select)
+    return command(
+        "strip-prefix",
+        document.name,
+        beside(document, "part"),
+        partial=True,
+        prefix=next((one.part for one in found if one.part), "PREFIX"),
+        select=found[0].state.selection,
+    )

@@ -8,58 +8,65 @@ from __future__ import annotations
 
 import difflib
 import re
-import shlex
 from typing import TYPE_CHECKING, NamedTuple
 
+from ckptfix.door import beside
 from ckptfix.errors import KeyMismatchError
-from ckptfix.hints import command
+from ckptfix.hints import Command, Hint, command
 from ckptfix.keys.renaming import components_of, joined, prefix_of, unlike
 from ckptfix.report import describe, shape
+from ckptfix.words import FEW, listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ckptfix.contents.state_dicts import StateDict
     from ckptfix.report import Difference, Report
     from ckptfix.tree.document import Document
-
-_SHOWN = 5
 
 
 class Cause(NamedTuple):
     """What differs, and what to do about it."""
 
     what: str
-    hint: str
+    hint: Hint
 
 
-def error(document: Document, path: str, report: Report, wanted: str) -> KeyMismatchError:
-    """The refusal of a state dict (at `path` in the checkpoint) that does not fit."""
-    where = document.name if path == "/" else f"{document.name} ({path})"
-    found = cause(document, path, report)
-    message = f"{where} does not match {wanted}: {found.what}"
-    return KeyMismatchError(report, message, hint=found.hint, details=describe(report))
+def error(document: Document, state: StateDict, report: Report, wanted: str) -> KeyMismatchError:
+    """The refusal of a state dict that does not fit."""
+    where = f"{document.name} ({state.path})" if state.selection else document.name
+    found = cause(document, state, report)
+    what = f"does not match {wanted}: {found.what}"
+    return KeyMismatchError(report, what, where=where, hint=found.hint, details=describe(report))
 
 
-def cause(document: Document, path: str, report: Report) -> Cause:
+def cause(document: Document, state: StateDict, report: Report) -> Cause:
     """The sentence that says it best, of a report with missing keys or other shapes."""
-    name = document.name
     if report.missing:
-        return _missing(document, path, report)
-    return _shapes(report.shape_mismatch, name)
+        return _missing(document, state, report)
+    return _shapes(report.shape_mismatch, document.name)
 
 
-def _missing(document: Document, path: str, report: Report) -> Cause:
+def _missing(document: Document, state: StateDict, report: Report) -> Cause:
     what = f"the file lacks {listed(report.missing)}"
     if not report.matched and not report.shape_mismatch:
         what = "nothing matches: is this the right model?"
-    for key in report.missing[:_SHOWN]:
+    for key in report.missing[:FEW]:
         near = difflib.get_close_matches(key, report.unexpected[:2000], 1, cutoff=0.75)
         if near:
-            select = () if path == "/" else ("--select", path)
-            sub = ("--sub", *_substitution(near[0], key))
-            rename = command("rename", document, "renamed", *select, *sub)
-            return Cause(what, f"if {near[0]!r} is meant for {key!r}: {rename}")
-    return Cause(what, f"see what it holds: ckptfix inspect --all {shlex.quote(document.name)}")
+            rename = command(
+                "rename",
+                document.name,
+                beside(document, "renamed"),
+                sub=_substitution(near[0], key),
+                select=state.selection,
+            )
+            return Cause(what, Hint(f"if {near[0]!r} is meant for {key!r}", rename))
+    return Cause(what, Hint("see what it holds", _inspect_all(document.name)))
+
+
+def _inspect_all(name: str) -> Command:
+    return command("inspect", name, all=True)
 
 
 def _substitution(old: str, new: str) -> tuple[str, str]:
@@ -75,27 +82,33 @@ def _shapes(rows: Sequence[Difference], name: str) -> Cause:
     shown = f"{rows[0].key} {shape(rows[0].found)} vs {shape(rows[0].wanted)}"
     if sizes is None:
         differ = "a shape differs" if len(rows) == 1 else f"{len(rows)} shapes differ, the first"
-        return Cause(
-            f"{differ}: {shown}",
-            f"build the model as it was trained (--init); see: ckptfix inspect --all "
-            f"{shlex.quote(name)}",
+        hint = Hint(
+            "build the model as it was trained (--init); see",
+            _inspect_all(name),
+            python="build the model as it was trained; see",
         )
+        return Cause(f"{differ}: {shown}", hint)
     found, _ = sizes
     if any(_says(row.key, _POSITIONS) for row in rows):
         return Cause(
             f"only the position embedding differs: {shown}",
-            f"build the model for {found} positions (--init), or interpolate {rows[0].key}",
+            _building(f"for {found} positions", f", or interpolate {rows[0].key}"),
         )
     if any(_says(row.key, _VOCABULARIES) for row in rows):
         return Cause(
             f"only the vocabulary differs: {shown}",
-            f"build the model with a vocabulary of {found} (--init), load it, then resize it",
+            _building(f"with a vocabulary of {found}", ", load it, then resize it"),
         )
     head = rows[0].key.rpartition(".")[0] or rows[0].key
     return Cause(
         f"only the classifier head differs: {shown}",
-        f"build the model with {found} classes (--init), load it, then replace {head!r}",
+        _building(f"with {found} classes", f", load it, then replace {head!r}"),
     )
+
+
+def _building(how: str, then: str) -> Hint:
+    """The hint to build another model; on the command line `--init` says how."""
+    return Hint(f"build the model {how} (--init){then}", python=f"build the model {how}{then}")
 
 
 _POSITIONS = ("pos", "wpe")
@@ -125,9 +138,3 @@ def _only_sizes(rows: Sequence[Difference]) -> tuple[int, int] | None:
     modules = {prefix_of(row.key) for row in rows}
     layers = {prefix_of(row.key) for row in rows if len(row.found.shape or ()) > 1}
     return pairs.pop() if modules == layers and len(pairs) == 1 else None  # no norm is among them
-
-
-def listed(keys: Sequence[str]) -> str:
-    """The first few of many keys, and how many more there are."""
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return ", ".join(keys[:_SHOWN]) + more

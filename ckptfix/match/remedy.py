@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
+from ckptfix.door import beside
 from ckptfix.errors import RenameError
-from ckptfix.hints import command
+from ckptfix.hints import Command, command
 from ckptfix.keys import prefixes, wrappers
 from ckptfix.match import judge
 
@@ -24,7 +25,7 @@ class Remedy(NamedTuple):
     """What would make a state dict fit a target: in words, and as a command where there is one."""
 
     message: str
-    command: str | None
+    command: Command | None
 
 
 def remedy(document: Document, state: StateDict, wanted: Target) -> Remedy | None:
@@ -35,8 +36,7 @@ def remedy(document: Document, state: StateDict, wanted: Target) -> Remedy | Non
         return Remedy(f"The keys fit in {len(ways)} ways: {listed}.", None)
     if not ways or not judge.report(state, wanted, ways[0]).loads:
         return None
-    select = () if state.path == "/" else ("--select", state.path)
-    found = _command_for(ways[0], document, state, select)
+    found = _command_for(ways[0], document, state)
     if found is None:
         message = (
             f"They match once renamed ({ways[0].label}): ckptfix.load_into(model, path) does it."
@@ -45,16 +45,19 @@ def remedy(document: Document, state: StateDict, wanted: Target) -> Remedy | Non
     return Remedy(f"They match once renamed ({ways[0].label}):", found)
 
 
-def _command_for(
-    way: Renaming, document: Document, state: StateDict, select: tuple[str, ...]
-) -> str | None:
+def _command_for(way: Renaming, document: Document, state: StateDict) -> Command | None:
     """The command that renames exactly as `way` does."""
+
+    def made(verb: str, suffix: str, prefix: str | None = None) -> Command:
+        out, select = beside(document, suffix), state.selection
+        return command(verb, document.name, out, prefix=prefix, select=select)
+
     keys = state.mapping
     with contextlib.suppress(RenameError):
         if wrappers.strip(keys).keys == way.keys:
-            return command("strip-prefix", document, "stripped", *select)
+            return made("strip-prefix", "stripped")
         if way.removed and wrappers.strip(keys, prefix=way.removed).keys == way.keys:
-            return command("strip-prefix", document, "stripped", "--prefix", way.removed, *select)
+            return made("strip-prefix", "stripped", way.removed)
     if way.added and wrappers.add(keys, way.added).keys == way.keys:
-        return command("add-prefix", document, "prefixed", "--prefix", way.added, *select)
+        return made("add-prefix", "prefixed", way.added)
     return None

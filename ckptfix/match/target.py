@@ -21,6 +21,7 @@ from ckptfix import door
 from ckptfix.contents.specs import specs
 from ckptfix.contents.state_dicts import choose
 from ckptfix.errors import CkptfixError, SelectionError, TargetError
+from ckptfix.hints import Hint, command
 from ckptfix.report import Spec
 
 if TYPE_CHECKING:
@@ -97,8 +98,10 @@ def of_file(path: str | os.PathLike[str]) -> Target:
     try:
         return of_document(door.read(path))
     except SelectionError as error:
-        hint = f"take one out of it first: ckptfix convert --select PATH {path} OUT"
-        raise TargetError(f"cannot compare with {error.message}", hint=hint) from None
+        take = command("convert", str(path), "OUT", select="PATH")
+        raise TargetError(
+            f"cannot compare with {error.message}", hint=Hint("take one out of it first", take)
+        ) from None
     except CkptfixError as error:
         raise TargetError(f"cannot compare with {error.message}", hint=error.hint) from None
 

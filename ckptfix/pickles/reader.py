@@ -48,13 +48,12 @@ def read(
     except Stop as stop:
         return stop.root, stop.position
     except CkptfixError as error:
-        error.args = (f"{name}: byte {position}: {error.message}",)
-        error.message = error.args[0]
-        raise
+        raise error.within(f"{name}: byte {position}") from None
     except IndexError:
         what = "the pickle ends too soon" if position >= len(data) - 16 else "stack underflow"
-        raise DamagedError(f"{name}: byte {position}: {what}", hint=RETRY) from None
+        raise DamagedError(what, where=f"{name}: byte {position}", hint=RETRY) from None
     except KeyError as error:
-        raise DamagedError(f"{name}: byte {position}: nothing is memoized as {error}") from None
+        what = f"nothing is memoized as {error}"
+        raise DamagedError(what, where=f"{name}: byte {position}") from None
     except (ValueError, TypeError, struct.error) as error:
-        raise DamagedError(f"{name}: byte {position}: {error}", hint=RETRY) from None
+        raise DamagedError(str(error), where=f"{name}: byte {position}", hint=RETRY) from None

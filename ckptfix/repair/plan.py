@@ -1,7 +1,7 @@
-"""Find what is wrong with a checkpoint, and plan what mends it; nothing is guessed.
+"""Find what is wrong with a checkpoint, and plan what repairs it; nothing is guessed.
 
-Without a target only what is certain is mended: wrappers that every key carries, device tags. Keys
-that are there with a wrapper's name and without are refused.
+Without a target only what is certain is repaired: wrappers that every key carries, device tags.
+Keys that are there with a wrapper's name and without are refused.
 With one (a model, another checkpoint) the state dict that fits is found, renamed as the target has
 it, and reduced to what it wants; what is dropped is named. Where two ways fit, where a key is
 missing or a shape differs, the plan is refused.
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.contents.state_dicts import StateDict, choose, find, is_special_tensor, of_models
 from ckptfix.contents.tensors import as_tensor
+from ckptfix.door import beside
 from ckptfix.edit import edits, reduce
 from ckptfix.errors import KeyCollisionError
-from ckptfix.hints import command
+from ckptfix.hints import Hint, command
 from ckptfix.keys import wrappers
 from ckptfix.match.choose import match
 from ckptfix.tree.document import kind
@@ -63,10 +64,10 @@ def plan(
     keep_training_state: bool = False,
     tensors_only: bool = False,
 ) -> Plan:
-    """What mends a document, for a target if there is one.
+    """What repairs a document, for a target if there is one.
 
-    With `keep_training_state` the weights are mended where they are and everything else stays. With
-    `tensors_only`, for containers that hold nothing else and a tied tensor once, keys that the
+    With `keep_training_state` the weights are repaired where they are, and everything else stays.
+    With `tensors_only`, for containers that hold nothing else and a tied tensor once, keys that the
     target does not tie get tensors of their own.
 
     Raises:
@@ -104,10 +105,10 @@ def _check_collisions(document: Document, states: Iterable[StateDict]) -> None:
         try:
             wrappers.strip(state.mapping, partial=True)
         except KeyCollisionError as error:
-            fix = command("fix", document, "fixed")
-            error.message = f"{document.name}: {error.message}"
-            error.hint = f"say which model it is for: {fix} --model FILE.py:NAME"
-            raise
+            fix = command("fix", document.name, beside(document, "fixed"), model="FILE.py:NAME")
+            raise error.within(document.name).suggest(
+                Hint("say which model it is for", fix)
+            ) from None
 
 
 def _renaming_cure(state: StateDict, renaming: Renaming) -> Cure:

@@ -128,7 +128,7 @@ def test_an_error_of_the_system_leaves_the_old_file(
         else:
             assert is_as_before(folder)
             assert error.message.startswith(f"{folder / 'out'}: cannot be written: ")
-            assert ("df -h" in (error.hint or "")) == (number != errno.EIO)
+            assert ("df -h" in str(error.hint)) == (number != errno.EIO)
 
 
 def error_of_writing(path: Path) -> WriteError | None:
@@ -244,7 +244,7 @@ def test_the_hint_makes_the_folder_that_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "a folder" / "out"
     with pytest.raises(WriteError, match="does not exist") as caught:
         write(path)
-    _, _, command = (caught.value.hint or "").partition(": ")
+    _, _, command = str(caught.value.hint).partition(": ")
     subprocess.run(command, shell=True, check=True)
     write(path)
     assert path.read_bytes() == b"new"

@@ -87,7 +87,7 @@ def test_a_file_cut_short_while_it_is_read_is_damaged(tmp_path: Path) -> None:
 def test_files_that_cannot_be_opened_are_named(tmp_path: Path) -> None:
     with pytest.raises(ReadError, match=r"none\.pt: no such file") as caught:
         FileSource(tmp_path / "none.pt")
-    assert caught.value.hint == f"see what is there: ls {tmp_path}"
+    assert str(caught.value.hint) == f"see what is there: ls {tmp_path}"
 
 
 def test_a_file_is_closed_with_its_source(tmp_path: Path) -> None:

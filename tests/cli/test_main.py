@@ -215,7 +215,7 @@ def test_json_has_the_schema_and_says_what_was_done(here: Path, verb: str) -> No
         (["add-prefix", "cpu.pt", "out.pt", "--prefix", ""], "an empty prefix changes no key"),
         (["rename", "cpu.pt", "out.pt", "--sub", "x", "y"], "no key matches 'x'"),
         (["to-cpu", "cpu.pt", "out.pt"], "every storage is on the CPU already"),
-        (["fix", "cpu.pt", "out.pt"], "nothing to mend"),
+        (["fix", "cpu.pt", "out.pt"], "nothing to repair"),
     ],
 )
 def test_nothing_to_do_is_said_and_is_a_no(here: Path, arguments: list[str], why: str) -> None:

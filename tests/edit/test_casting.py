@@ -67,7 +67,7 @@ def test_aliases_and_torch_dtypes_mean_what_they_say() -> None:
 def test_other_dtypes_are_refused(name: str) -> None:
     with pytest.raises(UnsupportedError) as refused:
         dtype_of(name)
-    assert refused.value.slug == "dtype"
+    assert refused.value.code == "dtype"
     assert "bfloat16" in str(refused.value.hint)
 
 

@@ -286,7 +286,7 @@ def test_substitute_refuses_collisions_and_invalid_expressions() -> None:
     for pattern, replacement in (("(", ""), ("a", r"\1"), ("a", r"\g<name>"), ("a", "\\")):
         with pytest.raises(RenameError) as refused:
             wrappers.substitute(["a"], pattern, replacement)
-        assert refused.value.slug == "bad-pattern"
+        assert refused.value.code == "bad-pattern"
 
 
 # With a target
