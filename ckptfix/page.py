@@ -11,7 +11,7 @@ from collections import Counter
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from ckptfix.bytes.place import replacing
+from ckptfix.bytes.place import Place
 from ckptfix.contents.state_dicts import choose, find, of_models
 from ckptfix.diagnose.document import diagnose
 from ckptfix.report import shape
@@ -86,7 +86,7 @@ def _by(distance: float | None) -> str:
 
 def write(text: str, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write a page to a file, whole or not at all. Raises `WriteError`."""
-    with replacing(path, force=force) as sink:
+    with Place(path).publish(force=force) as sink:
         sink.write(text.encode())
 
 

@@ -118,20 +118,18 @@ class Sink:
     def _copy_in_kernel(self, descriptor: int, span: Span) -> int:
         """Bytes copied before the end of the span, or before the system said it cannot."""
         self.flush()
-        done = 0
+        start, done = span.source.begin + span.offset, 0
         while self._kernel_copy and done < span.length:
             wanted = min(_COPY, span.length - done)
             try:
-                copied = os.copy_file_range(
-                    descriptor, self._descriptor, wanted, span.offset + done
-                )
+                copied = os.copy_file_range(descriptor, self._descriptor, wanted, start + done)
             except OSError as error:
                 if error.errno not in _NO_KERNEL_COPY:
                     raise
                 self._kernel_copy = False
                 break
             if not copied:
-                raise DamagedError(f"{span.source.name}: became shorter while it was read")
+                raise DamagedError("became shorter while it was read", where=span.source.name)
             done += copied
             self._flushed += copied
             self._advance(copied)
@@ -183,7 +181,8 @@ def check_crc(span: Span, label: str) -> None:
 
 def _wrong_sum(label: str, span: Span) -> DamagedError:
     return DamagedError(
-        f"{span.source.name}: the bytes of {label} do not have the checksum on record",
+        f"the bytes of {label} do not have the checksum on record",
+        where=span.source.name,
         hint="the file is damaged: copy or download it again",
         code="crc-mismatch",
     )
@@ -196,15 +195,16 @@ def crc32(span: Span, value: int = 0) -> int:
         for chunk in span.chunks():
             value = isal_zlib.crc32(chunk, value)
         return value
-    start = span.offset - span.offset % mmap.ALLOCATIONGRANULARITY
-    if span.offset + span.length > os.fstat(descriptor).st_size:
-        raise DamagedError(f"{span.source.name}: ends before byte {span.offset + span.length}")
+    begin = span.source.begin + span.offset
+    start = begin - begin % mmap.ALLOCATIONGRANULARITY
+    if begin + span.length > os.fstat(descriptor).st_size:
+        raise DamagedError(f"ends before byte {span.offset + span.length}", where=span.source.name)
     with (
         mmap.mmap(
-            descriptor, span.offset + span.length - start, access=mmap.ACCESS_READ, offset=start
+            descriptor, begin + span.length - start, access=mmap.ACCESS_READ, offset=start
         ) as mapped,
         memoryview(mapped) as view,
-        view[span.offset - start :] as data,
+        view[begin - start :] as data,
     ):
         return isal_zlib.crc32(data, value)
 

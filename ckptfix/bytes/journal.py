@@ -21,21 +21,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shlex
 import stat
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
+from ckptfix.bytes.sync import sync_folder, try_to_sync_folder
 from ckptfix.errors import BusyError, ReadError
+from ckptfix.hints import Hint, shell
+from ckptfix.words import reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import BinaryIO
 
 SUFFIX = ".ckptfix-journal"
-
-listeners: list[Callable[[str], None]] = []
-"""Called with a message after each rollback; the command line prints it."""
 
 _MAGIC = b"ckptfix journal\n"
 _HEAD, _PATCH = struct.Struct("<16s2Q"), struct.Struct("<2Q")
@@ -46,7 +45,6 @@ _PIECE = 1 << 20
 """Bytes of a journal that are held in memory at once."""
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-_NO_FOLDER_SYNC = {errno.EINVAL, errno.EACCES, errno.EBADF, errno.EOPNOTSUPP}
 
 
 class Patch(NamedTuple):
@@ -142,8 +140,7 @@ def apply(
     except BaseException:
         _restore(descriptor, patches, journal)
         raise
-    with contextlib.suppress(OSError):
-        _sync_folder(journal)
+    try_to_sync_folder(os.path.dirname(journal))
 
 
 def _encode(before: os.stat_result, patches: Sequence[Patch]) -> bytes:
@@ -166,7 +163,7 @@ def _create(journal: str, data: bytes, mode: int) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        _sync_folder(journal)
+        sync_folder(os.path.dirname(journal))
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(journal)
@@ -178,19 +175,6 @@ def _write(descriptor: int, offset: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-def _sync_folder(journal: str) -> None:
-    """Make what was done to the names in its folder last, where the system can."""
-    try:
-        descriptor = os.open(os.path.dirname(journal), os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
-            raise
 
 
 def _restore(descriptor: int, patches: Iterable[Patch], journal: str) -> None:
@@ -207,8 +191,7 @@ def _put_back(descriptor: int, patches: Iterable[Patch]) -> None:
 def _remove(journal: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(journal)
-    with contextlib.suppress(OSError):
-        _sync_folder(journal)
+    try_to_sync_folder(os.path.dirname(journal))
 
 
 # --- putting a file back
@@ -224,20 +207,16 @@ def recover(path: str | os.PathLike[str]) -> str | None:
         return None
     try:
         with locked(path) as descriptor:
-            message = _roll_back(descriptor, path, journal)
+            return _roll_back(descriptor, path, journal)
     except BusyError as error:
         raise ReadError(error.what, where=error.where, hint=error.hint, code=error.code) from None
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         raise ReadError(
-            f"{path}: an interrupted edit of it cannot be undone: {reason}",
+            f"an interrupted edit of it cannot be undone: {reason(error)}",
+            where=path,
             hint=f"the old bytes are safe in {journal}: make both writable, and try again",
             code="rollback",
         ) from None
-    if message is not None:
-        for listener in listeners:
-            listener(message)
-    return message
 
 
 def _roll_back(descriptor: int, path: str | os.PathLike[str], journal: str) -> str | None:
@@ -263,8 +242,9 @@ def _open(journal: str) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ReadError(
-            f"{journal}: is no regular file, and no journal",
-            hint=f"if you know what it is, move or remove it: rm {shlex.quote(journal)}",
+            "is not a regular file, and not a journal",
+            where=journal,
+            hint=Hint("if you know what it is, move or remove it", shell("rm", journal)),
             code="rollback",
         )
     return file
@@ -290,9 +270,12 @@ def _checked(descriptor: int, path: str | os.PathLike[str], file: BinaryIO) -> I
     places = _places(file, os.fstat(descriptor).st_size)
     if not places or not all(_fits(descriptor, piece) for piece in _pieces(file, places)):
         raise ReadError(
-            f"{path}: an edit was interrupted, and something else has changed the file since",
-            hint="if the file was replaced, remove what is left of the edit: "
-            f"rm {shlex.quote(beside(path))}",
+            "an edit was interrupted, and something else has changed the file since",
+            where=path,
+            hint=Hint(
+                "if the file was replaced, remove what is left of the edit",
+                shell("rm", beside(path)),
+            ),
             code="rollback",
         )
     return _pieces(file, places)

@@ -1,8 +1,13 @@
-"""A file that is there whole or not at all.
+"""Places: where a checkpoint lies or is to lie. Today all are paths of the local file system.
 
-A new file is written beside its final place under a temporary name, synced, read back by whoever
-wrote it, and then renamed over the old one; the folder is synced last. Until the rename the old
-file is untouched, and whatever goes wrong, the temporary file is removed.
+Above this room nobody asks the system whether a file is there, what a folder holds, or opens one: a
+place says what is there and what is beside it, opens a source of bytes, and publishes an output.
+Another kind of place, such as a URL, would answer the same questions.
+
+A file is published whole or not at all: it is written beside its final place under a temporary
+name, synced, read back by whoever wrote it, and then renamed over the old one; the folder is synced
+last. Until the rename the old file is untouched, and whatever goes wrong, the temporary file is
+removed.
 """
 
 from __future__ import annotations
@@ -10,136 +15,233 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shlex
 import stat
 from typing import TYPE_CHECKING
 
+from ckptfix.bytes import journal
 from ckptfix.bytes.copy import Sink
-from ckptfix.errors import CkptfixError, OutputExistsError, WriteError
+from ckptfix.bytes.source import FileSource
+from ckptfix.bytes.sync import try_to_sync_folder
+from ckptfix.errors import CkptfixError, OutputExistsError, ReadError, WriteError
+from ckptfix.hints import Hint, shell
+from ckptfix.words import reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     Progress = Callable[[int], None]
-    Sum = Callable[[], int]
 
 
-@contextlib.contextmanager
-def replacing(
-    path: str | os.PathLike[str],
-    *,
-    force: bool = False,
-    progress: Progress | None = None,
-    verify: Callable[[str], None] | None = None,
-) -> Iterator[Sink]:
-    """A sink whose contents become `path`, whole or not at all.
+class Place:
+    """A path: `name` is what the user called it, and what messages call it."""
 
-    `verify` is called with the temporary file's path once it is on the disk, and stops everything
-    by raising. A symbolic link is followed. An existing file keeps its mode; without `force` it
-    is an error (`OutputExistsError`), also where it appears in the meantime. Raises `WriteError`.
-    """
-    target = os.path.realpath(path)
-    check_output(path, force=force)
-    descriptor, temporary = _create_beside(target, path)
-    try:
+    def __init__(self, name: str | os.PathLike[str]) -> None:
+        self.name = os.fspath(name)
+
+    def __str__(self) -> str:
+        return self.name
+
+    # --- what is there
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether a folder is there; links are followed."""
+        return os.path.isdir(self.name)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a regular file is there; links are followed."""
+        return os.path.isfile(self.name)
+
+    @property
+    def exists(self) -> bool:
+        """Whether anything is there; links are followed."""
+        return os.path.exists(self.name)
+
+    @property
+    def base(self) -> str:
+        """The last component of its name."""
+        return os.path.basename(self.name)
+
+    @property
+    def folder(self) -> Place:
+        """The folder in which it stands; `.` for a bare name."""
+        return Place(os.path.dirname(_without_slash(self.name)) or ".")
+
+    def below(self, name: str) -> Place:
+        """What has that name in this folder; names of folders in it may lead there."""
+        return Place(os.path.join(self.name, name))
+
+    def names(self) -> list[str]:
+        """What this folder holds, sorted. Raises `ReadError`."""
         try:
-            sink = Sink(descriptor, os.fspath(path), progress)
-            yield sink
-            sink.sync()
-            _copy_mode(target, descriptor)
-        finally:
-            os.close(descriptor)
-        if verify is not None:
-            verify(temporary)
-        _publish(temporary, target, path, force)
-    except OSError as error:
-        raise write_error(path, error) from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-    sync_folder(os.path.dirname(target))
-
-
-def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
-    """Refuse early what could not be written later. Raises `WriteError`."""
-    target = os.path.realpath(path)
-    folder = os.path.dirname(target)
-    if os.path.isdir(target):
-        inside = os.path.join(path, "out.pt")
-        raise WriteError(f"{path}: is a folder", hint=f"give a file name: {inside}")
-    check_folder(path, folder)
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise WriteError(f"{path}: is no regular file")
-    if os.path.exists(target) and not force:
-        raise OutputExistsError(where=path)
-
-
-def check_folder(path: str | os.PathLike[str], folder: str) -> None:
-    """Refuse a path whose folder is not there. Raises `WriteError`."""
-    if not os.path.isdir(folder):
-        raise WriteError(
-            f"{path}: the folder {folder} does not exist",
-            hint=f"make it first: mkdir -p {shlex.quote(folder)}",
-        )
-
-
-def _create_beside(target: str, path: str | os.PathLike[str]) -> tuple[int, str]:
-    folder, name = os.path.split(target)
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    for _ in range(100):
-        temporary = os.path.join(folder, f".{name[:40]}.{os.urandom(4).hex()}.tmp")
-        try:
-            return os.open(temporary, flags, 0o666), temporary
-        except FileExistsError:
-            continue
+            return sorted(os.listdir(self.name))
         except OSError as error:
-            raise write_error(path, error) from None
-    raise WriteError(f"{path}: no name is free for a temporary file beside it")
+            raise ReadError(reason(error), where=self.name) from None
+
+    def files(self) -> Iterator[str]:
+        """Every file in this folder and in those below it, by its path from here, with slashes."""
+        for folder, below, names in os.walk(self.name):
+            below.sort()
+            within = os.path.relpath(folder, self.name)
+            for name in sorted(names):
+                yield (name if within == "." else os.path.join(within, name)).replace(os.sep, "/")
+
+    def is_same(self, other: Place) -> bool:
+        """Whether both are there, and are one file or one folder, whatever they are called."""
+        try:
+            return os.path.samefile(self.name, other.name)
+        except OSError:
+            return False
+
+    def open(self) -> FileSource:
+        """The bytes of this file. Where an edit of it was interrupted, that is undone before.
+
+        Raises `ReadError` where it is not there or is not a regular file.
+        """
+        undone = journal.recover(self.name)
+        return FileSource(self.name, undone)
+
+    # --- what may be put there
+
+    def check_free(self, *, force: bool) -> None:
+        """Refuse early what could not be published later. Raises `WriteError`."""
+        target = Place(os.path.realpath(self.name))
+        if target.is_folder:
+            hint = f"give the name of a file: {os.path.join(self.name, 'out.pt')}"
+            raise WriteError("is a folder", where=self.name, hint=hint)
+        self.check_folder(target.folder)
+        if target.exists and not target.is_file:
+            raise WriteError("is not a regular file", where=self.name)
+        if target.exists and not force:
+            raise OutputExistsError(where=self.name)
+
+    def check_folder(self, folder: Place | None = None) -> None:
+        """Refuse a place whose folder is not there. Raises `WriteError`."""
+        folder = folder or self.folder
+        if not folder.is_folder:
+            raise WriteError(
+                f"the folder {folder} does not exist",
+                where=self.name,
+                hint=Hint("make it first", shell("mkdir", "-p", folder.name)),
+            )
+
+    @contextlib.contextmanager
+    def publish(
+        self,
+        *,
+        force: bool = False,
+        progress: Progress | None = None,
+        verify: Callable[[Place], None] | None = None,
+    ) -> Iterator[Sink]:
+        """A sink whose contents become this file, whole or not at all.
+
+        `verify` is called with the place of the temporary file once it is on the disk, and stops
+        everything by raising. A symbolic link is followed. An existing file keeps its mode; without
+        `force` it is an error (`OutputExistsError`), also where it appears in the meantime. Raises
+        `WriteError`.
+        """
+        target = os.path.realpath(self.name)
+        self.check_free(force=force)
+        if force:
+            journal.recover(self.name)  # or a journal of the old file would lie beside the new one
+        descriptor, temporary = self._create_beside(target)
+        try:
+            try:
+                sink = Sink(descriptor, self.name, progress)
+                yield sink
+                sink.sync()
+                _copy_mode(target, descriptor)
+            finally:
+                os.close(descriptor)
+            if verify is not None:
+                verify(Place(temporary))
+            self._give_name(temporary, target, force)
+        except OSError as error:
+            raise self.error(error) from None
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        try_to_sync_folder(os.path.dirname(target))
+
+    def _create_beside(self, target: str) -> tuple[int, str]:
+        folder, name = os.path.split(target)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        for _ in range(100):
+            temporary = os.path.join(folder, f".{name[:40]}.{os.urandom(4).hex()}.tmp")
+            try:
+                return os.open(temporary, flags, 0o666), temporary
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise self.error(error) from None
+        raise WriteError("no name is free for a temporary file beside it", where=self.name)
+
+    def _give_name(self, temporary: str, target: str, force: bool) -> None:
+        """Give the finished file its name: in place of an old one only where that was asked for."""
+        if not force:
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                raise OutputExistsError(where=self.name) from None
+            except OSError:  # a file system without hard links
+                self.check_free(force=False)
+            else:
+                return
+        os.replace(temporary, target)
+
+    def make_folder(self) -> bool:
+        """Make this folder where it is not there; whether it was made. Raises `WriteError`."""
+        if self.is_folder:
+            return False
+        try:
+            os.mkdir(self.name)
+        except FileExistsError:  # another process was faster
+            return False
+        except OSError as error:
+            raise self.error(error) from None
+        self.folder.sync()
+        return True
+
+    def remove(self) -> None:
+        """Remove this file. Raises `WriteError`."""
+        try:
+            os.unlink(self.name)
+        except OSError as error:
+            raise self.error(error) from None
+
+    def remove_folder(self) -> None:
+        """Remove this folder, which is empty. Raises `WriteError`."""
+        try:
+            os.rmdir(self.name)
+        except OSError as error:
+            raise self.error(error) from None
+
+    def sync(self) -> None:
+        """Make what was done to the names in this folder last, where the system can."""
+        try_to_sync_folder(self.name)
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """No other process that asks for it writes into this folder meanwhile.
+
+        Raises `BusyError` at once where another one does.
+        """
+        return journal.alone_in(self.name)
+
+    def error(self, error: OSError) -> CkptfixError:
+        """What the system says of this place, which cannot be written."""
+        hint = None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shell("df", "-h", self.folder.name)
+            hint = Hint("nothing was written; see what is free", free)
+        return WriteError(f"cannot be written: {reason(error)}", where=self.name, hint=hint)
+
+
+def _without_slash(path: str) -> str:
+    """A path of which the system says what is there, be it a folder or not."""
+    return path.rstrip("/" + os.sep) or "/"
 
 
 def _copy_mode(target: str, descriptor: int) -> None:
     if os.path.exists(target) and hasattr(os, "fchmod"):
         os.fchmod(descriptor, stat.S_IMODE(os.stat(target).st_mode))
-
-
-def _publish(temporary: str, target: str, path: str | os.PathLike[str], force: bool) -> None:
-    """Give the finished file its name: in place of an old one only where that was asked for."""
-    if not force:
-        try:
-            os.link(temporary, target)
-        except FileExistsError:
-            raise OutputExistsError(where=path) from None
-        except OSError:  # a file system without hard links
-            check_output(path, force=False)
-        else:
-            return
-    os.replace(temporary, target)
-
-
-def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make a rename last; systems that cannot sync a folder do without."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def folder_of(path: str | os.PathLike[str]) -> str:
-    """The folder in which a path stands; `.` for a bare name."""
-    return os.path.dirname(without_slash(path)) or "."
-
-
-def without_slash(path: str | os.PathLike[str]) -> str:
-    """A path of which the system says what is there, be it a folder or not."""
-    return os.fspath(path).rstrip("/" + os.sep) or "/"
-
-
-def write_error(path: str | os.PathLike[str], error: OSError) -> CkptfixError:
-    """What the system says of a path that cannot be written."""
-    reason = (error.strerror or str(error)).lower()
-    hint = None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = f"nothing was written; see what is free: df -h {shlex.quote(folder_of(path))}"
-    return WriteError(f"{path}: cannot be written: {reason}", hint=hint)

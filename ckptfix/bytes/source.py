@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import io
 import os
-import shlex
+from _thread import allocate_lock
 from abc import ABC, abstractmethod
+from functools import cached_property
 from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
 
 from ckptfix.errors import DamagedError, ReadError
+from ckptfix.hints import Hint, shell
+from ckptfix.words import reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 CHUNK = 1 << 20
 """Bytes that are held in memory at once where bytes have to pass through it."""
+
+HEAD = 1 << 12
+"""The first bytes of a file, by which its format is recognised."""
 
 _FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe must not stop us
 
@@ -29,18 +35,26 @@ class Source(ABC):
 
     name: str
     size: int
+    _head: bytes | None = None
 
     @abstractmethod
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`; `DamagedError` where the source is shorter."""
 
-    def head(self, length: int = 4096) -> bytes:
-        """The first bytes, which tell what a file is; fewer where the source is shorter."""
-        return self.read(0, min(self.size, length))
+    def head(self, length: int = HEAD) -> bytes:
+        """The first bytes, which tell what a file is: `HEAD` at most, read once."""
+        if self._head is None:
+            self._head = self.read(0, min(self.size, HEAD))
+        return self._head[:length]
 
     def fileno(self) -> int | None:
         """A descriptor that the kernel can copy from, or None."""
         return None
+
+    @property
+    def begin(self) -> int:
+        """Where in what `fileno` opens the bytes of this source begin."""
+        return 0
 
 
 class Reader(io.RawIOBase):
@@ -77,17 +91,23 @@ class Reader(io.RawIOBase):
 
 
 class FileSource(Source):
-    """A regular file, opened at the first use and closed with the object."""
+    """A regular file, looked at when this is made, opened at the first use, closed with the object.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    `undone` says that an interrupted edit of it was undone before, if one was (see `journal`).
+    Raises `ReadError` where there is no such file; `begin` and `read` where it has changed since.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], undone: str | None = None) -> None:
         self.name = os.fspath(path)
+        self.undone = undone
+        self._descriptor: int | None = None
         try:
-            self._descriptor = os.open(self.name, os.O_RDONLY | _FLAGS)
+            stat = os.stat(self.name)
         except OSError as error:
-            raise ReadError(f"{self.name}: {reason(error)}", hint=_hint(self.name)) from None
-        stat = os.fstat(self._descriptor)
+            raise ReadError(reason(error), where=self.name, hint=_hint(self.name)) from None
         if not S_ISREG(stat.st_mode):
-            raise ReadError(f"{self.name}: is no regular file", hint="save it as a file first")
+            hint = "save it as a file first"
+            raise ReadError("is not a regular file", where=self.name, hint=hint)
         self.size = stat.st_size
         self.identity = self.identify(stat)
 
@@ -98,17 +118,35 @@ class FileSource(Source):
 
     def fileno(self) -> int:
         """The descriptor, for copies inside the kernel and for memory maps."""
+        if self._descriptor is None:
+            with _OPENING:  # or of two threads that open it at once one would leave its own open
+                if self._descriptor is None:
+                    self._descriptor = self._open()
         return self._descriptor
+
+    def _open(self) -> int:
+        try:
+            descriptor = os.open(self.name, os.O_RDONLY | _FLAGS)
+        except OSError as error:
+            raise ReadError(reason(error), where=self.name, hint=_hint(self.name)) from None
+        if self.identify(os.fstat(descriptor))[:2] != self.identity[:2]:
+            os.close(descriptor)
+            raise ReadError("was replaced while it was read", where=self.name, hint="try again")
+        return descriptor
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`, without moving a shared file position."""
         if offset + length > self.size:  # before memory is taken for what is not there
             raise too_short(self.name, offset, length)
-        return read_exactly(self._descriptor, offset, length, self.name)
+        return read_exactly(self.fileno(), offset, length, self.name)
 
     def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+        descriptor = getattr(self, "_descriptor", None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+_OPENING = allocate_lock()
 
 
 class BytesSource(Source):
@@ -138,8 +176,44 @@ class ComputedSource(Source):
         """Exactly `length` bytes from `offset`; the whole is computed at each call."""
         data = self._compute()
         if len(data) != self.size:
-            raise DamagedError(f"{self.name}: {len(data)} bytes were made instead of {self.size}")
+            raise DamagedError(
+                f"{len(data)} bytes were made instead of {self.size}", where=self.name
+            )
         return data if length == self.size else data[offset : offset + length]
+
+
+class LazySource(Source):
+    """Bytes of another source, whose place in it is looked up when they are wanted.
+
+    So a record of an archive can be described without opening the archive. `locate` returns the
+    source and the offset of the first byte; it is called once, and may raise `ReadError`.
+    """
+
+    def __init__(self, size: int, locate: Callable[[], tuple[Source, int]], name: str) -> None:
+        self._locate = locate
+        self.name = name
+        self.size = size
+
+    @cached_property
+    def _place(self) -> tuple[Source, int]:
+        return self._locate()
+
+    def fileno(self) -> int | None:
+        """The descriptor of the other source."""
+        return self._place[0].fileno()
+
+    @property
+    def begin(self) -> int:
+        """Where in it these bytes begin."""
+        source, offset = self._place
+        return source.begin + offset
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`."""
+        if offset + length > self.size:
+            raise too_short(self.name, offset, length)
+        source, begin = self._place
+        return source.read(begin + offset, length)
 
 
 class ReadAhead:
@@ -186,24 +260,20 @@ def _pread(descriptor: int, length: int, offset: int, name: str) -> bytes:
         os.lseek(descriptor, offset, os.SEEK_SET)
         return os.read(descriptor, length)
     except OSError as error:
-        raise ReadError(f"{name}: cannot be read: {reason(error)}") from None
+        raise ReadError(f"cannot be read: {reason(error)}", where=name) from None
 
 
 def too_short(name: str, offset: int, length: int) -> DamagedError:
     """The error for a source that ends before the bytes that were asked for."""
     return DamagedError(
-        f"{name}: ends before byte {offset + length} (wanted {length} bytes at {offset})",
+        f"ends before byte {offset + length} (wanted {length} bytes at {offset})",
+        where=name,
         hint="the file is cut short: copy or download it again",
     )
 
 
-def reason(error: OSError) -> str:
-    """What the system says, as the end of a message."""
-    return (error.strerror or str(error)).lower()
-
-
-def _hint(path: str) -> str | None:
+def _hint(path: str) -> Hint | None:
     folder = os.path.dirname(path) or "."
     if not os.path.exists(path) and os.path.isdir(folder):
-        return f"see what is there: ls {shlex.quote(folder)}"
+        return Hint("see what is there", shell("ls", folder))
     return None

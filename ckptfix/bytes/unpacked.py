@@ -7,8 +7,9 @@ from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ckptfix.bytes.source import CHUNK, Source, read_exactly, reason, too_short
+from ckptfix.bytes.source import CHUNK, Source, read_exactly, too_short
 from ckptfix.errors import DamagedError, ReadError
+from ckptfix.words import reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,7 +42,8 @@ class UnpackedSource(Source):
                 raise
         except OSError as error:
             raise ReadError(
-                f"{self.name}: cannot be unpacked into a temporary file: {reason(error)}",
+                f"cannot be unpacked into a temporary file: {reason(error)}",
+                where=self.name,
                 hint='unpack it in this folder instead: export TMPDIR="$PWD"',
             ) from None
         return unpacked
@@ -80,7 +82,9 @@ class InflatedSource(UnpackedSource):
                 break
             yield chunk
         if made != self.size:
-            raise DamagedError(f"{self.name}: deflated data does not unpack to {self.size} bytes")
+            raise DamagedError(
+                f"deflated data does not unpack to {self.size} bytes", where=self.name
+            )
 
 
 def inflate(packed: Span, wbits: int) -> Iterator[bytes]:
@@ -96,10 +100,10 @@ def inflate(packed: Span, wbits: int) -> Iterator[bytes]:
                 chunk = engine.decompress(pending, CHUNK)
             except zlib.error as error:
                 name = packed.source.name
-                raise DamagedError(f"{name}: compressed data is damaged ({error})") from None
+                raise DamagedError(f"compressed data is damaged ({error})", where=name) from None
             yield chunk
             pending = engine.unused_data if engine.eof else engine.unconsumed_tail
             if engine.eof and wbits < 0:
                 return
     if started and not engine.eof:
-        raise DamagedError(f"{packed.source.name}: compressed data is cut short")
+        raise DamagedError("compressed data is cut short", where=packed.source.name)

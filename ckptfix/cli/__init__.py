@@ -14,7 +14,6 @@ from typing import NoReturn
 
 import click
 
-from ckptfix.bytes import journal
 from ckptfix.cli import output
 from ckptfix.errors import CkptfixError
 
@@ -105,7 +104,6 @@ group.help = _as_written(group.help)
 def main() -> NoReturn:
     """Run the command line and exit. Bad input ends in `error:` and `hint:`, not in a traceback."""
     output.start(sys.argv[1:])
-    journal.listeners.append(output.note)
     try:
         code = group.main(prog_name="ckptfix", standalone_mode=False) or 0
     except CkptfixError as error:

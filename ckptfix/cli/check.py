@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import door, hints
-from ckptfix.cli import findings, options, output
+from ckptfix import hints
+from ckptfix.cli import findings, options, output, reading
 from ckptfix.contents.state_dicts import StateDict, choose
 from ckptfix.diagnose import damage
 from ckptfix.diagnose.document import diagnose
@@ -68,17 +68,17 @@ def command(
     wanted = options.wanted(model, init, like)
     answer: dict[str, Any] = {"command": "check", "input": file}
     try:
-        document = door.read(file)
+        document = reading.read(file)
     except DamagedError as error:
         return _say_damaged(answer, file, error)
     found = diagnose(document)
     if read_data:
-        reading = damage.read_data(document)
-        answer["data"] = reading.as_dict()
-        found += damage.findings(reading)
-        if not reading.is_sound:
-            first = DamagedError(reading.damaged[0], hint=_recover(document))
-            return _say_damaged(answer, file, first, reading.damaged[1:])
+        bytes_ = damage.read_data(document)
+        answer["data"] = bytes_.as_dict()
+        found += damage.findings(bytes_)
+        if not bytes_.is_sound:
+            first = DamagedError(bytes_.damaged[0], hint=_recover(document))
+            return _say_damaged(answer, file, first, bytes_.damaged[1:])
     answer |= {"sound": True, "container": document.container, "findings": findings.rows(found)}
     if wanted is None:
         if select is not None:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptfix import door
 from ckptfix.cli import casts, options, output
 from ckptfix.cli.writing import Job
 from ckptfix.contents.state_dicts import choose, choose_all, find, of_models
 from ckptfix.edit import casting, compacting, reduce
 from ckptfix.edit.weights_only import weights_only
-from ckptfix.formats import containers
 
 if TYPE_CHECKING:
     from ckptfix.contents.state_dicts import StateDict
@@ -66,10 +66,9 @@ def command(
     """
     wanted = None if dtype is None else casting.dtype_of(dtype)
     target = target if max_shard_size is None else options.as_folder(target)
-    shard_size = max_shard_size or containers.MAX_SHARD_SIZE
-    job = Job("convert", source, target, force, dry_run, shard_size)
+    job = Job("convert", source, target, force, dry_run, max_shard_size)
     document = job.open()
-    container = containers.writable(target)
+    container = door.resolve(target).container
     data: dict[str, Any] = {"from": document.container, "to": container.name}
     left_out: list[tuple[str, str]] = []
     if bare or (select is not None and not container.tensors_only):

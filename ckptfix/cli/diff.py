@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from ckptfix import door
-from ckptfix.cli import options, output
+from ckptfix.cli import options, output, reading
 from ckptfix.diffs.documents import compare
 from ckptfix.report import Spec, shape
 from ckptfix.tree.walk import nbytes
@@ -69,7 +68,7 @@ def command(
       2  one cannot be read, or there is no such state dict
     """
     paths = _paths(select)
-    one, other = door.read(a), door.read(b)
+    one, other = reading.read(a), reading.read(b)
     with output.progress("comparing", lambda: nbytes(one.root)) as advance:
         found = compare(
             one, other, select=paths, keys_only=keys_only, read_data=read_data, progress=advance

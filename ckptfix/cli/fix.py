@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptfix import door
 from ckptfix.cli import options, output
 from ckptfix.cli.writing import Job
 from ckptfix.diagnose import damage
-from ckptfix.formats import containers
 from ckptfix.repair.plan import Plan, plan
 from ckptfix.tree.document import Tensor
 from ckptfix.tree.walk import walk
@@ -68,7 +68,7 @@ def command(
         wanted,
         select=select,
         keep_training_state=keep_training_state,
-        tensors_only=containers.writable(target).tensors_only,
+        tensors_only=door.resolve(target).container.tensors_only,
     )
     if not dry_run:
         damage.check_sums(made.document)  # nothing that is damaged is called repaired
@@ -100,7 +100,7 @@ def _say_keys(what: str, keys: list[str]) -> None:
 
 
 def _is_other_container(document: Document, job: Job) -> bool:
-    return containers.writable(job.target).name != document.container
+    return door.resolve(job.target).container.name != document.container
 
 
 def _data(made: Plan) -> dict[str, Any]:

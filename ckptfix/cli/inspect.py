@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import door
-from ckptfix.cli import findings, options, output, tree
+from ckptfix.cli import findings, options, output, reading, tree
 from ckptfix.contents.state_dicts import StateDict, find
 from ckptfix.diagnose.document import diagnose, globals_of, wasted
 from ckptfix.errors import CkptfixError
@@ -49,7 +48,7 @@ def command(files: tuple[str, ...], everything: bool, html: str | None, force: b
     if html is not None:
         return _write_page(files, html, force=force)
     if len(files) == 1:
-        document = door.read(files[0])
+        document = reading.read(files[0])
         found = diagnose(document)
         output.answer(
             lambda: {"command": "inspect", **_data(document, found)},
@@ -64,7 +63,7 @@ def _write_page(files: tuple[str, ...], html: str, *, force: bool) -> int:
 
     if len(files) > 1:
         raise click.UsageError("--html: draws one FILE")
-    page.write(page.of_document(door.read(files[0])), html, force=force)
+    page.write(page.of_document(reading.read(files[0])), html, force=force)
     output.answer({"command": "inspect", "file": files[0], "page": html}, f"wrote {html}")
     return 0
 
@@ -75,7 +74,7 @@ def _inspect_all(files: tuple[str, ...], *, everything: bool) -> int:
     unread: list[tuple[str, CkptfixError]] = []
     for file in files:
         try:
-            document = door.read(file)
+            document = reading.read(file)
             read.append((document, diagnose(document)))
         except CkptfixError as error:
             unread.append((file, error))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from ckptfix.formats import containers
+from ckptfix import door
+from ckptfix.formats.table import EXTENSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,9 +147,9 @@ def max_shard_size(function: _Function) -> _Function:
 
 def as_folder(target: str) -> str:
     """An output path as a folder. Raises a usage error where it is named like a file."""
-    if containers.is_folder(target):
+    if door.is_folder(target):
         return target
-    if target.lower().endswith(containers.EXTENSIONS):
+    if target.lower().endswith(EXTENSIONS):
         raise click.BadParameter(
             f"{target} is named like a file, and shards want a folder: give {target}/",
             param_hint="OUT",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ckptfix.cli import options, output
+from ckptfix.cli import options, output, reading
 from ckptfix.cli.writing import Job
 from ckptfix.contents.state_dicts import choose
 from ckptfix.match import judge
@@ -46,6 +46,7 @@ def command(
     wanted = options.wanted(model, init, like)
     job.check()
     found = recover(source)
+    reading.say_notes(found.document)
     missing: list[str] = []
     if wanted is not None:
         missing = judge.report(choose(found.document, select), wanted).missing

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptfix import door
-from ckptfix.cli import output
+from ckptfix.cli import output, reading
 from ckptfix.edit import reduce
 from ckptfix.errors import InPlaceError, RenameError, WriteError
-from ckptfix.formats import containers
+from ckptfix.formats.table import EXTENSIONS
 from ckptfix.tree.walk import nbytes
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Job(NamedTuple):
     target: str
     force: bool
     dry_run: bool
-    max_shard_size: int = containers.MAX_SHARD_SIZE
+    max_shard_size: int | None = None
     in_place: bool = False
     """The source itself is changed, and is the target."""
 
@@ -39,18 +39,18 @@ class Job(NamedTuple):
         """Read the input, once it is sure that the output could be written."""
         if not self.in_place:
             self.check()
-        return door.read(self.source)
+        return reading.read(self.source)
 
     def check(self) -> None:
         """Refuse early what could not be written later. Raises `WriteError`."""
-        containers.writable(self.target)
+        output_ = door.resolve(self.target)
         if _same_file(self.source, self.target):
             raise WriteError(
                 f"{self.target}: is the input itself",
                 hint="give another name for the output",
                 code="same-file",
             )
-        door.check_output(self.target, force=self.force)
+        output_.check(force=self.force)
 
     def nothing(self, why: str) -> int:
         """Say that there was nothing to do; returns the exit code for it."""
@@ -146,7 +146,7 @@ class Job(NamedTuple):
     def _copy(self) -> str:
         """The command that was given, with an output instead of `--in-place`."""
         stem, extension = os.path.splitext(self.source)
-        known = extension.lower() in containers.EXTENSIONS
+        known = extension.lower() in EXTENSIONS
         target = f"{stem}.fixed{extension if known else '.pt'}"
         given = (argument for argument in sys.argv[1:] if argument != "--in-place")
         return shlex.join(["ckptfix", *given, target])

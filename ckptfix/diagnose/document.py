@@ -10,7 +10,7 @@ from ckptfix.contents.state_dicts import StateDict, find, of_models
 from ckptfix.door import beside, is_sharded
 from ckptfix.edit.compacting import compact
 from ckptfix.findings import Finding
-from ckptfix.formats.containers import EXTENSIONS
+from ckptfix.formats.table import EXTENSIONS
 from ckptfix.hints import command, shell
 from ckptfix.keys import wrappers
 from ckptfix.pickles.allowed import is_allowed

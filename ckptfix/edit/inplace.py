@@ -13,11 +13,12 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptfix import door
 from ckptfix.bytes import journal
 from ckptfix.bytes.source import FileSource
 from ckptfix.errors import CkptfixError, InPlaceError, VerifyError, WriteError
 from ckptfix.formats import patches
+from ckptfix.formats.reading import Reading
+from ckptfix.formats.table import read
 from ckptfix.tree import compare, walk
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _check_unchanged(edit: Edit, descriptor: int) -> None:
 def _verify(edit: Edit) -> None:
     path, document = edit.source.name, edit.document
     try:
-        found = door.read_source(FileSource(path))
+        found = read(FileSource(path), Reading())
     except CkptfixError as error:
         raise VerifyError(f"{path}: does not read back: {error}; it was put back") from error
     place = compare.difference(document.root, found.root)

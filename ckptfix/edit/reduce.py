@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from ckptfix import door
 from ckptfix.bytes.copy import check_crc
 from ckptfix.bytes.source import ComputedSource
 from ckptfix.bytes.span import Span
 from ckptfix.contents.state_dicts import StateDict, choose, is_special_tensor
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.errors import UnsupportedError
-from ckptfix.formats import containers
 from ckptfix.tree.document import (
     Document,
     Inert,
@@ -143,7 +143,7 @@ def _beside(root: Node, kept: Node) -> list[tuple[str, str]]:
 
 def fit(document: Document, path: str | os.PathLike[str], select: str | None = None) -> Fitted:
     """The document as the container of an output path holds it, reduced to `select` if given."""
-    if containers.writable(path).tensors_only:
+    if door.resolve(path).container.tensors_only:
         return flatten(document, choose(document, select))
     fitted = Fitted(document, []) if select is None else only(document, choose(document, select))
     texts = [(f"__metadata__/{key}", "str") for key in document.metadata if key != "format"]

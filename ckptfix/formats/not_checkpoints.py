@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import shlex
 from typing import TYPE_CHECKING
 
 from ckptfix.errors import DamagedError, NotACheckpointError, UnsupportedError
+from ckptfix.hints import Hint, shell
 
 if TYPE_CHECKING:
     from ckptfix.bytes.source import Source
@@ -16,12 +16,12 @@ _LFS = b"version https://git-lfs"
 _HTML = re.compile(rb"\s*(<!doctype|<html|<head|<\?xml|<!--)", re.IGNORECASE)
 _JSON = re.compile(rb'\s*([\[{]\s*["\[{\]}]|\{\s*$)')
 _PACKED = {
-    b"\x1f\x8b": ("gzip", "gunzip -k"),
-    b"7z\xbc\xaf\x27\x1c": ("7z", "7z x"),
-    b"BZh": ("bzip2", "bunzip2 -k"),
-    b"\xfd7zXZ\x00": ("xz", "unxz -k"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
-    b"Rar!": ("rar", "unrar x"),
+    b"\x1f\x8b": ("gzip", ("gunzip", "-k")),
+    b"7z\xbc\xaf\x27\x1c": ("7z", ("7z", "x")),
+    b"BZh": ("bzip2", ("bunzip2", "-k")),
+    b"\xfd7zXZ\x00": ("xz", ("unxz", "-k")),
+    b"\x28\xb5\x2f\xfd": ("zstd", ("unzstd",)),
+    b"Rar!": ("rar", ("unrar", "x")),
 }
 _OTHERS = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras or h5py)",
@@ -34,62 +34,66 @@ _OTHERS = {
 }
 
 
-def explain(source: Source, head: bytes) -> ReadError:
-    """The error for a file that no container recognises: what it is, and what to do about it."""
-    name, quoted = source.name, shlex.quote(source.name)
+def explain(source: Source) -> ReadError:
+    """The error for a file that no format recognises: what it is, and what to do about it."""
+    head, name = source.head(), source.name
     if not head:
-        return NotACheckpointError(
-            f"{name}: the file is empty", hint="copy or download it again", code="empty"
-        )
+        return NotACheckpointError("the file is empty", where=name, hint=_AGAIN, code="empty")
     if head.startswith(_LFS):
         return NotACheckpointError(
-            f"{name}: a git-lfs pointer, not the file that it stands for",
-            hint=f"fetch it: git lfs pull --include {quoted}",
+            "a git-lfs pointer, not the file that it stands for",
+            where=name,
+            hint=Hint("fetch it", shell("git", "lfs", "pull", "--include", name)),
             code="lfs-pointer",
         )
     if _HTML.match(head):
         return NotACheckpointError(
-            f"{name}: an HTML page, as a download link gives where it wants a login",
-            hint=f"see what it says: head -c 400 {quoted}",
+            "an HTML page, as a download link gives where it wants a login",
+            where=name,
+            hint=Hint("see what it says", shell("head", "-c", "400", name)),
             code="html",
         )
-    for magic, (kind, command) in _PACKED.items():
+    for magic, (kind, program) in _PACKED.items():
         if head.startswith(magic):
             return UnsupportedError(
-                f"{name}: packed with {kind}",
-                hint=f"unpack it first: {command} {quoted}",
+                f"packed with {kind}",
+                where=name,
+                hint=Hint("unpack it first", shell(*program, name)),
                 code="packed",
             )
+    if head[257:262] == b"ustar":
+        what = "a tar archive in another archive, and not a checkpoint"
+        return NotACheckpointError(
+            what, where=name, hint="unpack both yourself, and give what is inside"
+        )
     for magic, kind in _OTHERS.items():
         if head.startswith(magic):
-            return NotACheckpointError(
-                f"{name}: {kind}, not a checkpoint of PyTorch",
-                hint=f"see what it is: file {quoted}",
-            )
-    return _plain(source, head, quoted)
+            what = f"{kind}, not a checkpoint of PyTorch"
+            return NotACheckpointError(what, where=name, hint=_see(name))
+    return _plain(source, head)
 
 
-def _plain(source: Source, head: bytes, quoted: str) -> ReadError:
+def _plain(source: Source, head: bytes) -> ReadError:
     name = source.name
     if _JSON.match(head):
         return NotACheckpointError(
-            f"{name}: a JSON text, not a checkpoint",
-            hint=f"see what it says: head -c 400 {quoted}",
+            "a JSON text, not a checkpoint",
+            where=name,
+            hint=Hint("see what it says", shell("head", "-c", "400", name)),
             code="json",
         )
     if not head.strip(b"\0"):
-        return DamagedError(
-            f"{name}: begins with {len(head)} zero bytes, as a broken copy or download does",
-            hint="copy or download it again",
-            code="zeros",
-        )
+        what = f"begins with {len(head)} zero bytes, as a broken copy or download does"
+        return DamagedError(what, where=name, hint=_AGAIN, code="zeros")
     if len(head) < 9 or b"PK\x03\x04".startswith(head[:4]):
-        return DamagedError(
-            f"{name}: only {source.size} bytes, too few for a checkpoint",
-            hint="copy or download it again",
-            code="too-short",
-        )
-    return NotACheckpointError(
-        f"{name}: not a checkpoint that ckptfix knows (begins with {head[:8].hex(' ')})",
-        hint=f"see what it is: file {quoted}",
-    )
+        what = f"only {source.size} bytes, too few for a checkpoint"
+        return DamagedError(what, where=name, hint=_AGAIN, code="too-short")
+    what = f"not a checkpoint that ckptfix knows (begins with {head[:8].hex(' ')})"
+    return NotACheckpointError(what, where=name, hint=_see(name))
+
+
+_AGAIN = "copy or download it again"
+
+
+def _see(name: str) -> Hint:
+    return Hint("see what it is", shell("file", name))

@@ -21,7 +21,7 @@ from ckptfix.bytes.journal import Patch
 from ckptfix.bytes.source import FileSource
 from ckptfix.errors import InPlaceError
 from ckptfix.formats import safetensors, torch_zip
-from ckptfix.formats.containers import SAFETENSORS, TORCH_ZIP
+from ckptfix.formats.table import SAFETENSORS, TORCH_ZIP
 from ckptfix.formats.zip import archive as zips
 from ckptfix.formats.zip.layout import CRC_IN_CENTRAL, CRC_IN_LOCAL, STORED
 

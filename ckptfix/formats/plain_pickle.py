@@ -13,13 +13,14 @@ from ckptfix import pickles
 from ckptfix.bytes.source import BytesSource
 from ckptfix.errors import DamagedError, UnsafeError
 from ckptfix.findings import Finding
-from ckptfix.formats import torch_legacy, torch_zip
+from ckptfix.formats import not_checkpoints, torch_legacy, torch_zip
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.pickles.torch_objects import BUILDERS
 from ckptfix.tree.document import Document, Global, Node, Storage
 
 if TYPE_CHECKING:
     from ckptfix.bytes.source import Source
+    from ckptfix.formats.reading import Salvage
     from ckptfix.pickles.torch_objects import Arguments
 
 NAME = "plain pickle"
@@ -28,24 +29,44 @@ _STOP = b"."
 _SCALARS = (int, float, str, bytes, type(None))
 
 
-def matches(source: Source, head: bytes) -> bool:
+def recognises(source: Source) -> bool:
     """Whether a file may be a pickle: it says so, or begins and ends as one of protocol 0 or 1."""
-    if head[:1] == b"\x80":
+    head = source.head()
+    if _says_so(head):
         return len(head) > 2 and 2 <= head[1] <= 5
     return bool(head) and head[0] in _TEXT_STARTS and source.read(source.size - 1, 1) == _STOP
 
 
+def _says_so(head: bytes) -> bool:
+    return head[:1] == b"\x80"
+
+
 def read(source: Source, limits: Limits = DEFAULT) -> Document:
     """The document in a plain pickle. Weights are part of a pickle, and are read with it."""
+    try:
+        return _read(source, limits)
+    except DamagedError:
+        if _says_so(source.head()):
+            raise
+        raise not_checkpoints.explain(source) from None
+
+
+def salvage(source: Source, found: Salvage) -> Document:
+    """As `read`: nothing in a pickle that ends too soon can be believed."""
+    return _read(source, found.limits)
+
+
+def _read(source: Source, limits: Limits) -> Document:
     if source.size > limits.pickle_bytes:
-        raise UnsafeError(f"{source.name}: a pickle of {source.size} bytes")
+        raise UnsafeError(f"a pickle of {source.size} bytes", where=source.name)
     root, end = pickles.read(
         torch_legacy.mapped(source), _refuse, name=source.name, limits=limits, builders=_BUILDERS
     )
     surplus = source.size - end
     if surplus and isinstance(root, _SCALARS):  # as where the magic number of a legacy file is torn
         raise DamagedError(
-            f"{source.name}: holds one {type(root).__name__}, then {surplus} bytes of no pickle",
+            f"holds one {type(root).__name__}, then {surplus} bytes of no pickle",
+            where=source.name,
             hint="the file is damaged: copy or download it again",
         )
     notes = (Finding("trailing-bytes", f"{surplus} bytes follow the end of the pickle"),)
@@ -57,8 +78,7 @@ def _storage(args: Arguments, limits: Limits) -> Storage | None:
     if len(args) != 1 or type(args[0]) is not bytes:
         return None
     inner = BytesSource(args[0], "a storage in the pickle")
-    is_zip = args[0].startswith(torch_zip.MAGIC)
-    found = (torch_zip if is_zip else torch_legacy).read(inner, limits)
+    found = (torch_zip if torch_zip.recognises(inner) else torch_legacy).read(inner, limits)
     return found.root if isinstance(found.root, Storage) else None
 
 

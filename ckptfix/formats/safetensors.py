@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from ckptfix.bytes.span import Span
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
-from ckptfix.formats.containers import SAFETENSORS
+from ckptfix.formats.reading import Reading
+from ckptfix.formats.table import SAFETENSORS
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.tree.document import Document, Node, OrderedMap, Storage, Tensor, contiguous_stride
 from ckptfix.tree.dtypes import BY_SAFETENSORS
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
     from ckptfix.bytes.copy import Sink
     from ckptfix.bytes.source import Source
+    from ckptfix.formats.reading import Salvage
+
+NAME = SAFETENSORS.name
 
 VERSIONS = "ckptfix.module_versions"
 """The key of `__metadata__` under which `_metadata` is kept."""
@@ -45,62 +49,71 @@ _MAX_SIZE = 1 << 63
 _MAX_DIMS = 64  # torch's own
 
 
-def matches(head: bytes) -> bool:
-    """Whether a file that begins with `head` is meant to be safetensors."""
+def recognises(source: Source) -> bool:
+    """Whether a file is meant to be safetensors."""
+    head = source.head(9)
     return len(head) >= 9 and head[8:9] == b"{" and head[7] == 0  # a text holds no zero byte
 
 
-def read(source: Source, limits: Limits = DEFAULT, lost: list[Storage] | None = None) -> Document:
-    """The document in a safetensors file: a mapping of names to tensors. Reads the header only.
+def read(source: Source, limits: Limits = DEFAULT) -> Document:
+    """The document in a safetensors file: a mapping of names to tensors. Reads the header only."""
+    return _read(source, Reading(limits))
 
-    A file that is cut short is refused, unless there is a list that takes the storages it lost.
-    """
-    header, start = _header(source, limits)
+
+def salvage(source: Source, found: Salvage) -> Document:
+    """The same, of a file that may be cut short."""
+    return _read(source, found)
+
+
+def _read(source: Source, reading: Reading) -> Document:
+    header, start = _header(source, reading.limits)
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # null, which the safetensors library reads too
     if not _is_metadata(metadata):
-        raise DamagedError(f"{source.name}: __metadata__ does not map text to text")
+        raise DamagedError("__metadata__ does not map text to text", where=source.name)
     if not _is_unicode((*header, *metadata, *metadata.values())):
-        raise DamagedError(f"{source.name}: the header holds half of a surrogate pair")
+        raise DamagedError("the header holds half of a surrogate pair", where=source.name)
     entries = {name: _entry(name, entry, source) for name, entry in header.items()}
     available = source.size - start
     announced = max((end for _, _, _, end in entries.values()), default=0)
-    _check_layout(entries, available if lost is None else max(available, announced), source.name)
+    size = max(available, announced) if reading.salvages else available
+    _check_layout(entries, size, source.name)
     root = OrderedMap(
         (name, _tensor(name, dtype, shape, Span(source, start + begin, end - begin)))
         for name, (dtype, shape, begin, end) in entries.items()
     )
-    if lost is not None:
-        torn = [name for name, (_, _, _, end) in entries.items() if end > available]
-        lost += [root[name].storage for name in torn]
+    for name, (_, _, _, end) in entries.items():
+        if end > available:
+            reading.lose(root[name].storage, _cut_short(source.name, available, announced))
     root.attributes = attributes(metadata)
     _restore_ties(root, metadata)
     told = {VERSIONS} if root.attributes else set()  # what the tree says now may change with it
     told.update(name for name in root if name not in entries)
     metadata = {key: text for key, text in metadata.items() if key not in told}
-    return Document(root, SAFETENSORS.name, source.name, source.size, metadata=metadata)
+    return Document(root, NAME, source.name, source.size, metadata=metadata)
 
 
 def _header(source: Source, limits: Limits) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(source.read(0, 8), "little")
     if length > limits.header_bytes:
         raise UnsafeError(
-            f"{source.name}: announces a header of {length} bytes; more than "
-            f"{limits.header_bytes} are refused"
+            f"announces a header of {length} bytes; more than {limits.header_bytes} are refused",
+            where=source.name,
         )
     if length > source.size - 8:
         raise DamagedError(
-            f"{source.name}: the header of {length} bytes is cut short at {source.size - 8}",
+            f"the header of {length} bytes is cut short at {source.size - 8}",
+            where=source.name,
             hint="copy or download it again",
         )
     try:
         header = json.loads(source.read(8, length).decode(), object_pairs_hook=_unique)
     except UnsafeError as error:
-        raise UnsafeError(f"{source.name}: {error.message}") from None
+        raise UnsafeError(f"{error.message}", where=source.name) from None
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{source.name}: the header is no JSON ({error})") from None
+        raise DamagedError(f"the header is no JSON ({error})", where=source.name) from None
     if not isinstance(header, dict):
-        raise DamagedError(f"{source.name}: the header is no JSON object")
+        raise DamagedError("the header is no JSON object", where=source.name)
     return header, 8 + length
 
 
@@ -135,12 +148,14 @@ def _entry(name: str, entry: Any, source: Source) -> Entry:
         if not isinstance(shape, list) or len(shape) > _MAX_DIMS:
             raise TypeError
     except (TypeError, KeyError, ValueError):
-        raise DamagedError(f"{source.name}: the header describes {name!r} wrongly") from None
+        raise DamagedError(f"the header describes {name!r} wrongly", where=source.name) from None
     for number in (*shape, begin, end):
         if type(number) is not int or not 0 <= number < _MAX_SIZE:
-            raise DamagedError(f"{source.name}: the header gives {name!r} the number {number!r}")
+            raise DamagedError(
+                f"the header gives {name!r} the number {number!r}", where=source.name
+            )
     if not isinstance(dtype, str) or dtype not in BY_SAFETENSORS:
-        raise UnsupportedError(f"{source.name}: {name!r} has the unknown dtype {dtype!r}")
+        raise UnsupportedError(f"{name!r} has the unknown dtype {dtype!r}", where=source.name)
     return dtype, tuple(shape), begin, end
 
 
@@ -152,15 +167,20 @@ def _check_layout(entries: Mapping[str, Entry], size: int, source: str) -> None:
         _, _, begin, end = entries[name]
         if begin != position:
             how = "overlaps" if begin < position else "leaves a hole after"
-            raise UnsafeError(f"{source}: {name!r} {how} {previous}")
+            raise UnsafeError(f"{name!r} {how} {previous}", where=source)
         position, previous = max(end, begin), repr(name)
     if position > size:
-        raise DamagedError(
-            f"{source}: {size} of {position} bytes of tensors are there",
-            hint="the file is cut short: copy or download it again",
-        )
+        raise _cut_short(source, size, position)
     if position < size:
-        raise UnsafeError(f"{source}: {size - position} bytes follow the last tensor")
+        raise UnsafeError(f"{size - position} bytes follow the last tensor", where=source)
+
+
+def _cut_short(source: str, size: int, announced: int) -> DamagedError:
+    return DamagedError(
+        f"{size} of {announced} bytes of tensors are there",
+        where=source,
+        hint="the file is cut short: copy or download it again",
+    )
 
 
 def _tensor(name: str, dtype_name: str, shape: tuple[int, ...], span: Span) -> Tensor:
@@ -168,14 +188,15 @@ def _tensor(name: str, dtype_name: str, shape: tuple[int, ...], span: Span) -> T
     if dtype.packed > 1:
         if not shape or shape[-1] % dtype.packed:
             raise DamagedError(
-                f"{span.source.name}: {name!r} of {dtype_name} does not fill whole bytes"
+                f"{name!r} of {dtype_name} does not fill whole bytes", where=span.source.name
             )
         shape = (*shape[:-1], shape[-1] // dtype.packed)
     tensor = Tensor(Storage(dtype, 0, "cpu", (span,), name), dtype, shape, contiguous_stride(shape))
     if tensor.nbytes != span.length or prod(size or 1 for size in shape) >= _MAX_SIZE:
         raise DamagedError(
-            f"{span.source.name}: {name!r} of {dtype_name} and shape {list(shape)} has "
-            f"{span.length} bytes instead of {tensor.nbytes}"
+            f"{name!r} of {dtype_name} and shape {list(shape)} has "
+            f"{span.length} bytes instead of {tensor.nbytes}",
+            where=span.source.name,
         )
     tensor.storage.numel = tensor.numel
     return tensor

@@ -57,13 +57,13 @@ def read(
         tensors = [reader.tensor(entry) for entry in described.get("tensors", ())]
         named = dict(_named(described.get("mainModule", {})))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{name}: {model} does not describe a model ({error!r})") from None
+        raise DamagedError(f"{model} does not describe a model ({error!r})", where=name) from None
     known = set(named.values())
     for index in range(len(tensors)):
         if index not in known:
             named[f"tensors.{index}"] = index
     if any(index >= len(tensors) for index in named.values()):
-        raise DamagedError(f"{name}: {model} names a tensor that it does not describe")
+        raise DamagedError(f"{model} names a tensor that it does not describe", where=name)
     root = OrderedMap((key, tensors[index]) for key, index in named.items())
     return Document(root, NAME, name, size)
 

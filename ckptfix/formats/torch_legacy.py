@@ -22,6 +22,7 @@ from ckptfix import pickles
 from ckptfix.bytes.span import Span
 from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedError
 from ckptfix.findings import Finding
+from ckptfix.formats.reading import Reading
 from ckptfix.formats.torch_zip import parse_persistent_id
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.pickles.torch_objects import StorageView
@@ -31,6 +32,7 @@ from ckptfix.tree.walk import walk
 
 if TYPE_CHECKING:
     from ckptfix.bytes.source import Source
+    from ckptfix.formats.reading import Salvage
     from ckptfix.pickles.machine import Data, Persistent
 
 NAME = "torch legacy"
@@ -40,21 +42,27 @@ PROTOCOL_VERSION = 1001
 _COUNT = 8
 
 
-def matches(head: bytes) -> bool:
-    """Whether a file that begins with `head` is one of these: its first pickle is the number."""
+def recognises(source: Source) -> bool:
+    """Whether a file is one of these: its first pickle is the number."""
     try:
-        first, _ = pickles.read(head[:64], _refuse, name="")
+        first, _ = pickles.read(source.head(64), _refuse, name="")
     except CkptfixError:
         return False
     return type(first) is int and first == MAGIC_NUMBER
 
 
-def read(source: Source, limits: Limits = DEFAULT, lost: list[Storage] | None = None) -> Document:
-    """The document in a legacy file. Reads the pickles and the length of each storage.
+def read(source: Source, limits: Limits = DEFAULT) -> Document:
+    """The document in a legacy file. Reads the pickles and the length of each storage."""
+    return _read(source, Reading(limits))
 
-    A file that is cut short is refused, unless there is a list that takes the storages it lost.
-    """
-    data = mapped(source)
+
+def salvage(source: Source, found: Salvage) -> Document:
+    """The same, of a file that may be cut short behind its pickles."""
+    return _read(source, found)
+
+
+def _read(source: Source, reading: Reading) -> Document:
+    data, limits = mapped(source), reading.limits
     storages: dict[str, Storage] = {}
     label, position = source.name, 0
     headers = []
@@ -66,7 +74,7 @@ def read(source: Source, limits: Limits = DEFAULT, lost: list[Storage] | None = 
         data, _loader(storages), name=label, start=position, limits=limits
     )
     keys, position = pickles.read(data, _refuse, name=label, start=position, limits=limits)
-    end = _place(storages, keys, source, position, byteorder, lost)
+    end = _place(storages, keys, source, position, byteorder, reading)
     root = without_views(root)
     surplus = max(source.size - end, 0)
     notes = (Finding("trailing-bytes", f"{surplus} bytes follow the last storage"),)
@@ -88,9 +96,9 @@ def _refuse(_: Node) -> Node:
 def _check_headers(headers: list[Node], name: str) -> Literal["little", "big"]:
     magic, version, system = headers
     if magic != MAGIC_NUMBER:
-        raise DamagedError(f"{name}: does not begin as torch's legacy files do")
+        raise DamagedError("does not begin as torch's legacy files do", where=name)
     if version != PROTOCOL_VERSION:
-        raise UnsupportedError(f"{name}: this version of the legacy format is not known")
+        raise UnsupportedError("this version of the legacy format is not known", where=name)
     little = system.get("little_endian", True) if isinstance(system, dict) else True
     return "little" if little else "big"
 
@@ -143,33 +151,47 @@ def _place(
     source: Source,
     position: int,
     byteorder: Literal["little", "big"],
-    lost: list[Storage] | None,
+    reading: Reading,
 ) -> int:
     """Give each storage its span, in the order of `keys`; returns where the last one ends."""
     known = isinstance(keys, list) and all(type(key) is str for key in keys)
     if not known or sorted(keys) != sorted(storages):
-        raise DamagedError(f"{source.name}: the list of storages does not fit the tree")
+        raise DamagedError("the list of storages does not fit the tree", where=source.name)
     total = sum(_COUNT + storage.nbytes for storage in storages.values())
     fits = position + total == source.size  # then a count that differs is what is damaged
     for key in keys:
         storage = storages[key]
-        if lost is not None and position + _COUNT + storage.nbytes > source.size:
-            lost.append(storage)
-            position += _COUNT + storage.nbytes
-            continue
-        count = int.from_bytes(source.read(position, _COUNT), byteorder, signed=True)
-        if count != storage.numel and (lost is None or not fits):
-            raise UnsafeError(
-                f"{source.name}: storage {key!r} has {count} elements where the tree says "
-                f"{storage.numel}"
-            )
-        position += _COUNT
-        if position + storage.nbytes > source.size:
-            raise DamagedError(
-                f"{source.name}: ends inside storage {key!r}, at byte {source.size} of "
-                f"{position + storage.nbytes} or more",
-                hint="the file is cut short: copy or download it again",
-            )
-        storage.spans = (Span(source, position, storage.nbytes),)
-        position += storage.nbytes
+        end = position + _COUNT + storage.nbytes
+        if position + _COUNT <= source.size and (end <= source.size or not reading.salvages):
+            _check_count(storage, source, position, byteorder, believed=fits and reading.salvages)
+        if end > source.size:
+            reading.lose(storage, _ends_inside(storage, source, end))
+        else:
+            storage.spans = (Span(source, position + _COUNT, storage.nbytes),)
+        position = end
     return position
+
+
+def _check_count(
+    storage: Storage,
+    source: Source,
+    position: int,
+    byteorder: Literal["little", "big"],
+    *,
+    believed: bool,
+) -> None:
+    """What stands before the bytes of a storage says how many elements it has."""
+    count = int.from_bytes(source.read(position, _COUNT), byteorder, signed=True)
+    if count != storage.numel and not believed:
+        raise UnsafeError(
+            f"storage {storage.key!r} has {count} elements where the tree says {storage.numel}",
+            where=source.name,
+        )
+
+
+def _ends_inside(storage: Storage, source: Source, end: int) -> DamagedError:
+    return DamagedError(
+        f"ends inside storage {storage.key!r}, at byte {source.size} of {end} or more",
+        where=source.name,
+        hint="the file is cut short: copy or download it again",
+    )

@@ -24,6 +24,7 @@ from ckptfix.bytes.source import Reader
 from ckptfix.bytes.span import Span
 from ckptfix.errors import DamagedError, NotACheckpointError, UnsupportedError
 from ckptfix.formats import torch_legacy
+from ckptfix.formats.reading import Reading
 from ckptfix.formats.torch_zip import parse_persistent_id
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.pickles import torch_objects
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ckptfix.bytes.source import Source
+    from ckptfix.formats.reading import Salvage
     from ckptfix.pickles.machine import Data
     from ckptfix.pickles.torch_objects import Arguments
 
@@ -43,9 +45,14 @@ _TENSOR_V2 = Global("torch._utils", "_rebuild_tensor_v2")
 _RETRY = "the archive is cut short or damaged: copy or download it again"
 
 
-def matches(head: bytes) -> bool:
-    """Whether a file that begins with `head` is a tar archive."""
-    return head[257:262] == b"ustar"
+def is_archive(source: Source) -> bool:
+    """Whether a file is a tar archive, of whatever."""
+    return source.head()[257:262] == b"ustar"
+
+
+def recognises(source: Source) -> bool:
+    """Whether a file is a tar archive with the members of this format."""
+    return is_archive(source) and is_checkpoint(members_there(source))
 
 
 def members(source: Source) -> Mapping[str, Span]:
@@ -60,7 +67,9 @@ def members(source: Source) -> Mapping[str, Span]:
                 if entry.isreg()
             }
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise DamagedError(f"{source.name}: damaged tar archive ({error})", hint=_RETRY) from None
+        raise DamagedError(
+            f"damaged tar archive ({error})", where=source.name, hint=_RETRY
+        ) from None
 
 
 def members_there(source: Source) -> Mapping[str, Span]:
@@ -81,20 +90,25 @@ def is_checkpoint(found: Mapping[str, Span]) -> bool:
     return "pickle" in found and "storages" in found
 
 
-def read(source: Source, limits: Limits = DEFAULT, lost: list[Storage] | None = None) -> Document:
-    """The document in a tar archive. The members lie in memory only as far as they are pickles.
+def read(source: Source, limits: Limits = DEFAULT) -> Document:
+    """The document in a tar archive. Members are read into memory only as far as pickles go."""
+    return _read(source, members(source), Reading(limits))
 
-    A file that is cut short is refused, unless there is a list that takes the storages it lost.
-    """
-    found = members(source) if lost is None else members_there(source)
+
+def salvage(source: Source, found: Salvage) -> Document:
+    """The same, of a file that may be cut short."""
+    return _read(source, members_there(source), found)
+
+
+def _read(source: Source, found: Mapping[str, Span], reading: Reading) -> Document:
     if not is_checkpoint(found):
-        raise NotACheckpointError(f"{source.name}: a tar archive that is no checkpoint")
-    objects = _Objects(found, limits, lost)
+        raise NotACheckpointError("a tar archive that is not a checkpoint", where=source.name)
+    objects = _Objects(found, reading)
     root, _ = pickles.read(
         found["pickle"].read(),
         objects.load,
         name=f"{source.name}: pickle",
-        limits=limits,
+        limits=reading.limits,
         builders={**BUILDERS, _TENSOR_V2: objects.tensor},
     )
     return Document(torch_legacy.without_views(root), NAME, source.name, source.size)
@@ -103,11 +117,9 @@ def read(source: Source, limits: Limits = DEFAULT, lost: list[Storage] | None = 
 class _Objects:
     """The storages and tensors of an archive, by key."""
 
-    def __init__(
-        self, found: Mapping[str, Span], limits: Limits, lost: list[Storage] | None
-    ) -> None:
-        self._limits = limits
-        self._lost = lost
+    def __init__(self, found: Mapping[str, Span], reading: Reading) -> None:
+        self._limits = reading.limits
+        self._reading = reading
         self._storages: dict[str, Storage | StorageView] = {}
         self._tensors: dict[str, Tensor] = {}
         self._read_storages(found["storages"])
@@ -136,7 +148,7 @@ class _Objects:
         try:
             self._read_each_storage(span, _Pickles(span, self._limits))
         except DamagedError:
-            if self._lost is None:
+            if not self._reading.salvages:
                 raise
 
     def _read_each_storage(self, span: Span, reader: _Pickles) -> None:
@@ -144,12 +156,14 @@ class _Objects:
             key, device, cls = reader.row(3)
             dtype = BY_STORAGE.get(cls.name) if type(cls) is Global else None
             if dtype is None or type(device) is not str:
-                raise UnsupportedError(f"{span.source.name}: the class of a storage is not known")
+                raise UnsupportedError(
+                    "the class of a storage is not known", where=span.source.name
+                )
             (numel,) = reader.numbers("<q")
             storage = Storage(dtype, numel, device, key=_key(key))
             self._storages[storage.key] = storage
-            if self._lost is not None and storage.nbytes > reader.remaining:
-                self._lost.append(storage)
+            if storage.nbytes > reader.remaining:
+                self._reading.lose(storage, reader.too_short())
                 return  # nothing follows what is cut off
             storage.spans = (reader.skip(storage.nbytes),)
         for view in reader.rest():
@@ -165,26 +179,27 @@ class _Objects:
             key, storage, _ = reader.row(3)
             dimensions, _ = reader.numbers("<2i")
             if not 0 <= dimensions <= 64:
-                raise DamagedError(f"{span.source.name}: a tensor of {dimensions} dimensions")
+                raise DamagedError(f"a tensor of {dimensions} dimensions", where=span.source.name)
             shape = reader.numbers(f"<{dimensions}q")
             stride = reader.numbers(f"<{dimensions}q")
             (offset,) = reader.numbers("<q")
             layout = (offset, shape, stride)
             whole = self._storages.get(_key(storage))
-            if whole is None and self._lost is not None:
-                whole = self._absent(shape, stride, offset)
+            if whole is None and self._reading.salvages:
+                whole = self._absent(_key(storage), shape, stride, offset)
             made = torch_objects.tensor(whole, None, layout, self._limits)
             if made is None:
-                raise DamagedError(f"{span.source.name}: tensor {_key(key)!r} has no storage")
+                raise DamagedError(f"tensor {_key(key)!r} has no storage", where=span.source.name)
             self._tensors[_key(key)] = made
 
-    def _absent(self, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Storage:
+    def _absent(
+        self, key: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
+    ) -> Storage:
         """What stands for a storage of which not even the description is there."""
         steps = zip(shape, stride, strict=True)
         last = offset + sum(max(size - 1, 0) * step for size, step in steps)
         storage = Storage(BY_STORAGE["ByteStorage"], max(last + 1, 0), "cpu")
-        if self._lost is not None:
-            self._lost.append(storage)
+        self._reading.lose(storage, DamagedError(f"storage {key!r} is not described"))
         return storage
 
 
@@ -212,7 +227,7 @@ class _Pickles:
         found = self._next()
         if type(found) is not int or not 0 <= found <= len(self._data):
             raise DamagedError(
-                f"{self._span.source.name}: a count is no number that fits", hint=_RETRY
+                "a count is no number that fits", where=self._span.source.name, hint=_RETRY
             )
         return found
 
@@ -221,7 +236,7 @@ class _Pickles:
         found = self._next()
         if type(found) is not tuple or len(found) != length:
             raise DamagedError(
-                f"{self._span.source.name}: a row does not have {length} values", hint=_RETRY
+                f"a row does not have {length} values", where=self._span.source.name, hint=_RETRY
             )
         return found
 
@@ -230,14 +245,14 @@ class _Pickles:
         found = self._next() if self._position < len(self._data) else []
         rows: list[Node] = found if isinstance(found, list) else [None]
         if not all(type(row) is tuple and len(row) == 4 for row in rows):
-            raise DamagedError(f"{self._span.source.name}: views are described wrongly")
+            raise DamagedError("views are described wrongly", where=self._span.source.name)
         return rows
 
     def numbers(self, layout: str) -> tuple[int, ...]:
         """Raw numbers."""
         size = struct.calcsize(layout)
         if self._position + size > len(self._data):
-            raise DamagedError(f"{self._span.source.name}: ends too soon", hint=_RETRY)
+            raise DamagedError("ends too soon", where=self._span.source.name, hint=_RETRY)
         found = struct.unpack_from(layout, self._data, self._position)
         self._position += size
         return found
@@ -247,10 +262,14 @@ class _Pickles:
         """Bytes that are still to come."""
         return len(self._data) - self._position
 
+    def too_short(self) -> DamagedError:
+        """The error for bytes that go beyond the end."""
+        return DamagedError("ends inside a storage", where=self._span.source.name, hint=_RETRY)
+
     def skip(self, length: int) -> Span:
         """The next bytes, as a span of the archive."""
         if not 0 <= length <= len(self._data) - self._position:
-            raise DamagedError(f"{self._span.source.name}: ends inside a storage", hint=_RETRY)
+            raise self.too_short()
         span = self._span.slice(self._position, length)
         self._position += length
         return span

@@ -32,9 +32,12 @@ from ckptfix.errors import (
     UnsupportedError,
 )
 from ckptfix.findings import Finding
-from ckptfix.formats.containers import TORCH_ZIP
+from ckptfix.formats.reading import Reading
+from ckptfix.formats.table import TORCH_ZIP
 from ckptfix.formats.zip import archive as zips
 from ckptfix.formats.zip import writer as zip_writer
+from ckptfix.formats.zip.layout import LOCAL_MAGIC
+from ckptfix.hints import Hint, shell
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.tree import compare
 from ckptfix.tree.document import Document, Global, Node, Storage
@@ -46,9 +49,10 @@ if TYPE_CHECKING:
     from ckptfix.bytes.copy import Sink
     from ckptfix.bytes.source import Source
     from ckptfix.bytes.span import Span
+    from ckptfix.formats.reading import Salvage
     from ckptfix.tree.dtypes import DType
 
-MAGIC = b"PK\x03\x04"
+NAME = TORCH_ZIP.name
 
 OWN = {
     "data.pkl", "byteorder", "version", ".format_version", ".storage_alignment",
@@ -59,9 +63,9 @@ _RATIO = 200
 """How many times the size of its file a pickle may have, where it is deflated."""
 
 
-def matches(head: bytes) -> bool:
-    """Whether a file that begins with `head` is a zip archive."""
-    return head.startswith(MAGIC)
+def recognises(source: Source) -> bool:
+    """Whether a file is a zip archive."""
+    return source.head(len(LOCAL_MAGIC)) == LOCAL_MAGIC
 
 
 def read(source: Source, limits: Limits = DEFAULT) -> Document:
@@ -75,38 +79,52 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
     if source.size > archive.end:
         surplus = source.size - archive.end
         notes.append(Finding("trailing-bytes", f"{surplus} bytes follow the end of the archive"))
-    if not any(name.endswith("data.pkl") for name in records):
-        from ckptfix.formats import script_json
+    return from_records(records, source.name, source.size, Reading(limits), tuple(notes))
 
-        model = script_json.model_in(records)
-        if model is not None:
-            return script_json.read(records, model, source.name, source.size, limits)
-    return from_records(records, source.name, source.size, tuple(notes), limits)
+
+def salvage(source: Source, found: Salvage) -> Document:
+    """The document in what is whole of a damaged torch zip: `zip.recovery` finds the records."""
+    from ckptfix.formats.zip import recovery
+
+    records = recovery.records(source, found)
+    if not any(name.rpartition("/")[2] in ("data.pkl", "model.json") for name in records):
+        raise DamagedError(
+            "the record that names the tensors (data.pkl) is lost",
+            where=source.name,
+            hint="nothing can be recovered from it; look for another copy",
+        )
+    return from_records(records, source.name, source.size, found)
 
 
 def from_records(
     records: Mapping[str, Span],
     name: str,
     size: int,
+    reading: Reading,
     notes: tuple[Finding, ...] = (),
-    limits: Limits = DEFAULT,
-    lost: list[Storage] | None = None,
 ) -> Document:
-    """The document in the records of an archive.
+    """The document in the records of an archive of `size` bytes.
 
-    A storage whose record is absent or short is refused, unless there is a list that takes it.
+    A storage whose record is absent or short is for `reading` to refuse or to note.
     """
+    if not any(record.endswith("data.pkl") for record in records):
+        from ckptfix.formats import script_json
+
+        model = script_json.model_in(records)
+        if model is not None:
+            return script_json.read(records, model, name, size, reading.limits)
     folder = _folder(records, name)
     pickle = records[f"{folder}data.pkl"]
+    limits = reading.limits
     if pickle.length > limits.pickle_bytes:
-        raise UnsafeError(f"{name}: its pickle has {pickle.length} bytes")
+        raise UnsafeError(f"its pickle has {pickle.length} bytes", where=name)
     if pickle.length > _RATIO * size:  # each byte of it may cost hundreds
-        raise UnsafeError(f"{name}: {size} bytes unpack to a pickle of {pickle.length}")
+        raise UnsafeError(f"{size} bytes unpack to a pickle of {pickle.length}", where=name)
     check_crc(pickle, f"{folder}data.pkl")
     outside = [record for record in records if not record.startswith(folder)]
     if any(f"{folder}{record}" in records for record in outside):
-        raise UnsafeError(f"{name}: holds a record of one name inside {folder!r} and outside")
-    storages = _Storages(records, folder, lost)
+        raise UnsafeError(f"holds a record of one name inside {folder!r} and outside", where=name)
+    storages = _Storages(records, folder, reading)
     label = f"{name}: {folder}data.pkl"
     root, _ = pickles.read(pickle.read(), storages.load, name=label, limits=limits)
     others = {
@@ -121,7 +139,7 @@ def from_records(
         notes = (*notes, Finding("unused-records", message))
     return Document(
         root,
-        "TorchScript zip" if "constants.pkl" in extras else TORCH_ZIP.name,
+        "TorchScript zip" if "constants.pkl" in extras else NAME,
         name,
         size,
         _byteorder(records, folder, name),
@@ -140,8 +158,9 @@ def _folder(records: Mapping[str, Span], name: str) -> str:
     found = [record for record in records if re.fullmatch(r"([^/]+/)?data\.pkl", record)]
     if len(found) != 1:
         raise NotACheckpointError(
-            f"{name}: a zip archive without a checkpoint (no data.pkl in it)",
-            hint=f"see what it holds: unzip -l {name}",
+            "a zip archive without a checkpoint (no data.pkl in it)",
+            where=name,
+            hint=Hint("see what it holds", shell("unzip", "-l", name)),
         )
     return found[0].removesuffix("data.pkl")
 
@@ -151,17 +170,15 @@ def _byteorder(records: Mapping[str, Span], folder: str, name: str) -> Literal["
         return "little"
     order = records[f"{folder}byteorder"].read()
     if order not in (b"little", b"big"):
-        raise UnsupportedError(f"{name}: byte order {order[:20]!r} is not known")
+        raise UnsupportedError(f"byte order {order[:20]!r} is not known", where=name)
     return "little" if order == b"little" else "big"
 
 
 class _Storages:
     """Turns persistent ids into storages over the records of an archive, one for each key."""
 
-    def __init__(
-        self, records: Mapping[str, Span], folder: str, lost: list[Storage] | None
-    ) -> None:
-        self._lost = lost
+    def __init__(self, records: Mapping[str, Span], folder: str, reading: Reading) -> None:
+        self._reading = reading
         self._data = f"{folder}data/"
         self._known: dict[str, Storage] = {}
         self.unclaimed = dict(records)
@@ -178,17 +195,15 @@ class _Storages:
             return known
         name = self._data + key
         span, nbytes = self.unclaimed.get(name), storage.numel * storage.dtype.itemsize
-        if span is not None and self._lost is not None:
-            from ckptfix.formats.zip import recovery as zip_recovery
+        if span is not None and self._reading.salvages:
+            from ckptfix.formats.zip import recovery
 
-            span = zip_recovery.without_descriptor(span, nbytes)
+            span = recovery.without_descriptor(span, nbytes)
         if span is not None and span.length == nbytes:
             storage.spans = (span,)
             del self.unclaimed[name]
-        elif self._lost is not None:
-            self._lost.append(storage)
         else:
-            raise self._error(storage, name, span)
+            self._reading.lose(storage, self._error(storage, name, span))
         return storage
 
     def _error(self, storage: Storage, name: str, span: Span | None) -> ReadError:

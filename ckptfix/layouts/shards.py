@@ -2,9 +2,7 @@
 
     model-00001-of-00002.safetensors   the tensors that the index puts there, and no others
     model-00002-of-00002.safetensors   …
-    model.safetensors.index.json       the index, a JSON object:
-        {"metadata": {"total_size": 24, "dropped name": "kept name", …},
-         "weight_map": {"key": "model-00001-of-00002.safetensors", …}}
+    model.safetensors.index.json       the index (see `formats.shard_index`)
 
 Beside `pytorch_model.bin.index.json` the shards are torch's own containers. `total_size` counts the
 bytes of tensors; text beside it says what a safetensors file would say in `__metadata__`: the
@@ -14,35 +12,35 @@ take each key from the shard that the map names. A checkpoint that fits into one
 `model.safetensors` and has no index. Source: huggingface_hub's `serialization/_torch.py` and
 `_base.py` (0.30).
 
-This module reads; `sharding` writes.
+This module reads; `shard_writer` writes.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptfix.bytes import journal
+from ckptfix.bytes.place import Place
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.errors import DamagedError, ReadError, UnsafeError, UnsupportedError
 from ckptfix.findings import Finding
-from ckptfix.formats import safetensors
-from ckptfix.formats.containers import EXTENSIONS
-from ckptfix.limits import DEFAULT, Limits
+from ckptfix.formats import safetensors, shard_index, table
+from ckptfix.formats.reading import Salvage
+from ckptfix.formats.table import EXTENSIONS
+from ckptfix.hints import Hint, command, shell
 from ckptfix.tree.document import Document, Node, OrderedMap, Tensor
 from ckptfix.words import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
-    from ckptfix.bytes.source import Source
+    from ckptfix.formats.reading import Reading
+    from ckptfix.hints import Command
 
-    ReadShard = Callable[[str, Limits], Document]
+NAME = "sharded"
+"""What the containers of such documents begin with."""
 
-SUFFIX = ".index.json"
 WHOLE = "model.safetensors"
 """The file of a checkpoint that fits into one."""
 TOTAL_SIZE = "total_size"
@@ -54,7 +52,7 @@ _NUMBERED = re.compile(r"(?P<stem>.+)-\d+-of-\d+(?P<extension>\.\w+)")
 class Index(NamedTuple):
     """What an index says. `name` is what messages call it, `shards` are in order."""
 
-    folder: str
+    folder: Place
     name: str
     size: int
     metadata: Mapping[str, str]
@@ -65,95 +63,117 @@ class Index(NamedTuple):
 # --- finding the index
 
 
-def matches(source: Source) -> bool:
-    """Whether a file is meant to be an index: JSON, and named like one or with a `weight_map`."""
-    head = source.head().lstrip()
-    named = source.name.endswith(SUFFIX)
-    return head.startswith(b"{") and (named or b'"weight_map"' in head)
+def of_folder(folder: Place, reading: Reading) -> Document | None:
+    """The document in a folder with an index, or with a whole `model.safetensors`; None for others.
+
+    Raises `ReadError` and its kin where there are several indexes, and as `of_file`.
+    """
+    if isinstance(reading, Salvage):
+        return _salvaged(folder, _weight_map(folder, reading), reading)
+    place = locate(folder)
+    if place is None:
+        return None
+    document = table.read_place(place, reading)
+    found = of_file(document, place, reading)
+    return document if found is None else replace(found, name=folder.name)
 
 
-def locate(folder: str | os.PathLike[str]) -> str | None:
+def of_file(document: Document, place: Place, reading: Reading) -> Document | None:
+    """The document of which `place` is the index, in the order of the weight map; None for others.
+
+    Raises `ReadError` and its kin where the folder does not hold exactly what the index says.
+    """
+    if document.container != shard_index.NAME:
+        return None
+    if isinstance(reading, Salvage):
+        return _salvaged(place.folder, document.root["weight_map"], reading)
+    return read(index_of(document, place.folder), reading)
+
+
+def index_of(document: Document, folder: Place) -> Index:
+    """What the document of an index says of the files in a folder."""
+    weight_map = document.root["weight_map"]
+    return Index(
+        folder,
+        document.name,
+        document.nbytes,
+        document.root["metadata"],
+        weight_map,
+        tuple(dict.fromkeys(weight_map.values())),
+    )
+
+
+def locate(folder: Place) -> Place | None:
     """The file that stands for a folder: its index, or a whole `model.safetensors`; or None.
 
     Raises `ReadError` where there are several indexes.
     """
-    names = names_in(folder)
-    found = [name for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
+    names = folder.names()
+    found = [name for name in names if name.endswith(shard_index.SUFFIX) and name[0] != "."]
     indexes = [name for name in found if not name.endswith(_OTHER_INDEXES)]
     if len(indexes) > 1:
         raise ReadError(
-            f"{folder}: holds {len(indexes)} indexes: {', '.join(indexes)}",
-            hint=f"give one of them: ckptfix inspect {_quoted(folder, indexes[0])}",
+            f"holds {len(indexes)} indexes: {', '.join(indexes)}",
+            where=folder,
+            hint=Hint("give one of them", _inspect(folder, indexes[0])),
             code="several-indexes",
         )
     stands = indexes or [name for name in names if name == WHOLE]
-    return os.path.join(folder, stands[0]) if stands else None
+    return folder.below(stands[0]) if stands else None
 
 
-def missing(folder: str | os.PathLike[str]) -> ReadError:
+def missing(folder: Place, reading: Reading) -> ReadError:
     """The error for a folder in which no checkpoint is found: what could be meant instead."""
-    found = [name for name in names_in(folder) if name.lower().endswith(EXTENSIONS)]
-    if len(found) == 1:
-        return ReadError(
-            f"{folder}: is a folder without an index",
-            hint=f"give the checkpoint in it: ckptfix inspect {_quoted(folder, found[0])}",
+    if reading.salvages:
+        return UnsupportedError(
+            "is a folder in which no shard can be read",
+            where=folder,
+            hint=Hint("recover its files one by one; see what is there", shell("ls", folder.name)),
         )
+    found = [name for name in folder.names() if name.lower().endswith(EXTENSIONS)]
+    if len(found) == 1:
+        hint = Hint("give the checkpoint in it", _inspect(folder, found[0]))
+        return ReadError("is a folder without an index", where=folder, hint=hint)
     shards = [name for name in found if _NUMBERED.fullmatch(name)]
     if shards:
-        index = _stem(shards[0]) + SUFFIX
+        index = _stem(shards[0]) + shard_index.SUFFIX
         return DamagedError(
-            f"{folder}: holds {len(shards)} shards, but no index ({index}) that says what is where",
-            hint=f"copy or download it too, or look at one shard: "
-            f"ckptfix inspect {_quoted(folder, shards[0])}",
+            f"holds {len(shards)} shards, but no index ({index}) that says what is where",
+            where=folder,
+            hint=Hint("copy or download it too, or look at one shard", _inspect(folder, shards[0])),
             code="no-index",
         )
     if found:
         return ReadError(
-            f"{folder}: is a folder without an index; it holds {listed(found)}",
-            hint=f"give one of them: ckptfix inspect {_quoted(folder, found[0])}",
+            f"is a folder without an index; it holds {listed(found)}",
+            where=folder,
+            hint=Hint("give one of them", _inspect(folder, found[0])),
         )
-    hint = f"see what is there: ls {shlex.quote(os.fspath(folder))}"
-    return ReadError(f"{folder}: is a folder without a checkpoint", hint=hint)
+    hint = Hint("see what is there", shell("ls", folder.name))
+    return ReadError("is a folder without a checkpoint", where=folder, hint=hint)
 
 
-def names_in(folder: str | os.PathLike[str]) -> list[str]:
-    """What a folder holds, sorted. Raises `ReadError`."""
-    try:
-        return sorted(os.listdir(folder))
-    except OSError as error:
-        raise ReadError(f"{folder}: {(error.strerror or str(error)).lower()}") from None
-
-
-def _quoted(folder: str | os.PathLike[str], name: str) -> str:
-    return shlex.quote(os.path.join(folder, name))
+def _inspect(folder: Place, name: str) -> Command:
+    return command("inspect", folder.below(name).name)
 
 
 # --- reading
 
 
-def read(
-    source: Source, read_shard: ReadShard, limits: Limits = DEFAULT, name: str | None = None
-) -> Document:
-    """The document in a folder, given its index: one mapping, in the order of the weight map.
-
-    `read_shard` reads the structure of one file. Raises `ReadError` and its kin where the folder
-    does not hold exactly what the index says.
-    """
-    index = parse(source, limits)
+def read(index: Index, reading: Reading) -> Document:
+    """The document in the files of an index: one mapping, in the order of the weight map."""
     _check_present(index)
-    shards = {
-        shard: _open(os.path.join(index.folder, shard), read_shard, limits)
-        for shard in index.shards
-    }
+    shards = {shard: _open(index.folder.below(shard), reading) for shard in index.shards}
     orders = {document.byteorder for document in shards.values()}
     if len(orders) > 1:
-        raise UnsupportedError(f"{index.name}: its shards differ in byte order")
+        raise UnsupportedError("its shards differ in byte order", where=index.name)
     notes = dict.fromkeys(note for document in shards.values() for note in document.notes)
     root = _assemble(index, shards)
+    containers = sorted({document.container for document in shards.values()})
     return Document(
         root,
-        "sharded " + " and ".join(sorted({document.container for document in shards.values()})),
-        name or index.name,
+        f"{NAME} {' and '.join(containers)}",
+        index.name,
         index.size + sum(document.nbytes for document in shards.values()),
         orders.pop(),
         metadata=_metadata(index, shards.values(), root),
@@ -161,95 +181,28 @@ def read(
     )
 
 
-def parse(source: Source, limits: Limits) -> Index:
-    """What an index says. Raises `DamagedError`, or `UnsafeError` for names outside its folder."""
-    name = source.name
-    if source.size > limits.header_bytes:
-        raise UnsafeError(
-            f"{name}: an index of {source.size} bytes; more than {limits.header_bytes} are refused"
-        )
-
-    content = _json(source)
-    weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise DamagedError(f"{name}: the index names no shards", hint=_ASK_AGAIN, code="no-shards")
-    _check_names(weight_map, name)
-    metadata = content.get("metadata")
-    texts = metadata.items() if isinstance(metadata, dict) else ()
-    return Index(
-        os.path.dirname(name),
-        name,
-        source.size,
-        {key: text for key, text in texts if isinstance(text, str)},
-        weight_map,
-        tuple(dict.fromkeys(weight_map.values())),
-    )
-
-
-def _json(source: Source) -> dict[str, Any]:
-    """The object in a JSON file, none of whose keys stands twice: readers disagree on those."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise UnsafeError(f"{source.name}: names {key!r} twice", hint=_ASK_AGAIN)
-            found[key] = value
-        return found
-
-    try:
-        content = json.loads(source.read(0, source.size), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        message = f"{source.name}: the index is no JSON ({error})"
-        raise DamagedError(message, hint=_ASK_AGAIN) from None
-    return content if isinstance(content, dict) else {}
-
-
-def _check_names(weight_map: Mapping[str, Node], name: str) -> None:
-    for key, shard in weight_map.items():
-        if not _is_plain(shard):
-            raise UnsafeError(
-                f"{name}: puts {key!r} in {shard!r}, which is not a name of a shard beside it",
-                hint="a shard is named like model-00001-of-00002.safetensors, without a path",
-                code="shard-name",
-            )
-
-
-_ASK_AGAIN = "copy or download the index again"
-
-
-def _is_plain(shard: Node) -> bool:
-    """Whether a name stays in its folder on every system, and is the name of a checkpoint.
-
-    Folders below it are let be; Windows drops dots and spaces at the end of each part.
-    """
-    if not isinstance(shard, str) or not shard.lower().endswith(EXTENSIONS):
-        return False
-    parts = shard.split("/")
-    return shard.isprintable() and all(
-        part and part == part.rstrip(". ") and not set(part) & set('\\:*?"<>|') for part in parts
-    )
-
-
 def _check_present(index: Index) -> None:
-    absent = [s for s in index.shards if not os.path.isfile(os.path.join(index.folder, s))]
+    absent = [shard for shard in index.shards if not index.folder.below(shard).is_file]
     if absent:
         raise DamagedError(
-            f"{index.name}: {len(absent)} of {len(index.shards)} shards are not there: "
-            f"{listed(absent)}",
-            hint=f"copy or download them too; see what is there: ls "
-            f"{shlex.quote(index.folder or '.')}",
+            f"{len(absent)} of {len(index.shards)} shards are not there: {listed(absent)}",
+            where=index.name,
+            hint=Hint(
+                "copy or download them too; see what is there", shell("ls", index.folder.name)
+            ),
             code="shard-absent",
         )
 
 
-def _open(path: str, read_shard: ReadShard, limits: Limits) -> Document:
-    journal.recover(path)
-    document = read_shard(path, limits)
+def _open(place: Place, reading: Reading) -> Document:
+    document = table.read_place(place, reading)
+    if document.container == shard_index.NAME:
+        raise UnsafeError("is an index in JSON, and an index names it as a shard", where=place)
     if not isinstance(document.root, dict):
         raise UnsupportedError(
-            f"{path}: a shard that maps no names to tensors",
-            hint=f"see what it holds: ckptfix inspect {shlex.quote(path)}",
+            "a shard that does not map names to tensors",
+            where=place,
+            hint=Hint("see what it holds", command("inspect", place.name)),
         )
     return document
 
@@ -280,8 +233,9 @@ def _lacking(index: Index, key: str, roots: Mapping[str, dict[Any, Node]]) -> Re
     holders = [other for other, root in roots.items() if key in root]
     instead = f" ({', '.join(holders)} does)" if holders else ""
     return DamagedError(
-        f"{index.name}: puts {key!r} in {shard}, which does not hold it{instead}",
-        hint=f"see what is in it: ckptfix inspect {_quoted(index.folder, shard)}",
+        f"puts {key!r} in {shard}, which does not hold it{instead}",
+        where=index.name,
+        hint=Hint("see what is in it", _inspect(index.folder, shard)),
         code="shard-lacks-key",
     )
 
@@ -304,13 +258,13 @@ def _ties_beside(index: Index, shard: str, roots: Mapping[str, dict[Any, Node]])
 
 
 def _surplus_key(index: Index, key: Node, shard: str) -> ReadError:
-    hint = f"see what is in it: ckptfix inspect {_quoted(index.folder, shard)}"
+    hint = Hint("see what is in it", _inspect(index.folder, shard))
     other = index.weight_map.get(key)
     if other is not None:
-        message = f"{index.name}: {key!r} is in two shards, {other} and {shard}"
-        return UnsafeError(message, hint=hint, code="key-in-two-shards")
-    message = f"{index.name}: {shard} holds {key!r}, which the index does not name"
-    return UnsafeError(message, hint=hint, code="key-not-in-index")
+        what = f"{key!r} is in two shards, {other} and {shard}"
+        return UnsafeError(what, where=index.name, hint=hint, code="key-in-two-shards")
+    what = f"{shard} holds {key!r}, which the index does not name"
+    return UnsafeError(what, where=index.name, hint=hint, code="key-not-in-index")
 
 
 def _attributes(index: Index, roots: Iterable[dict[Any, Node]]) -> Node:
@@ -334,8 +288,8 @@ def _metadata(index: Index, shards: Iterable[Document], root: OrderedMap) -> dic
 def _surplus_files(index: Index) -> list[Finding]:
     """A note on files beside the index that look as if they belonged to it."""
     stems = {_stem(shard) for shard in index.shards}
-    names = [name for name in names_in(index.folder or ".") if name not in index.shards]
-    whole = os.path.basename(index.name).removesuffix(SUFFIX)
+    names = [name for name in index.folder.names() if name not in index.shards]
+    whole = Place(index.name).base.removesuffix(shard_index.SUFFIX)
     found = [n for n in names if n == whole or (_NUMBERED.fullmatch(n) and _stem(n) in stems)]
     if not found:
         return []
@@ -345,3 +299,43 @@ def _surplus_files(index: Index) -> list[Finding]:
 
 def _stem(shard: str) -> str:
     return _NUMBERED.sub(r"\g<stem>\g<extension>", shard)
+
+
+# --- what is whole of it
+
+
+def _weight_map(folder: Place, found: Salvage) -> Mapping[str, str]:
+    """Key to shard as the index of a folder has it; empty where that cannot be read."""
+    try:
+        place = locate(folder)
+        if place is None or place.base == WHOLE:
+            return {}
+        document = table.read_place(place, found)
+    except ReadError as error:
+        found.skip("the index cannot be read", error)
+        return {}
+    return document.root["weight_map"] if document.container == shard_index.NAME else {}
+
+
+def _salvaged(folder: Place, weight_map: Mapping[str, str], found: Salvage) -> Document | None:
+    """What the shards in a folder hold, as far as they can be read; None where there are none."""
+    names = list(dict.fromkeys(weight_map.values()))
+    names = names or [name for name in folder.names() if name.endswith(EXTENSIONS)]
+    shards = [one for name in names if (one := _whole(folder.below(name), found)) is not None]
+    if not shards:
+        return None
+    every = {key: node for document in shards for key, node in document.root.items()}
+    order = [key for key in weight_map if key in every]
+    found.absent += [key for key in weight_map if key not in every]
+    root = OrderedMap({**{key: every[key] for key in order}, **every})
+    return replace(shards[0], root=root, name=folder.name)
+
+
+def _whole(place: Place, found: Salvage) -> Document | None:
+    try:
+        document = table.read_place(place, found)
+    except ReadError as error:
+        found.skip("a shard is lost", error)
+        return None
+    named = document.container != shard_index.NAME and isinstance(document.root, dict)
+    return document if named else None

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptfix.bytes.copy import crc32
-from ckptfix.bytes.place import replacing
+from ckptfix.bytes.place import Place
 from ckptfix.bytes.source import CHUNK, BytesSource, ComputedSource, FileSource
 from ckptfix.bytes.span import Span
 from ckptfix.errors import CkptfixError, DamagedError, OutputExistsError, ReadError, WriteError
@@ -51,7 +51,7 @@ def is_as_before(folder: Path) -> bool:
 
 
 def write(path: Path, data: bytes = b"new", **options: Any) -> None:
-    with replacing(path, **options) as sink:
+    with Place(path).publish(**options) as sink:
         sink.write(data)
 
 
@@ -59,7 +59,7 @@ def write(path: Path, data: bytes = b"new", **options: Any) -> None:
 
 
 def test_the_old_file_stands_until_the_new_one_is_whole(folder: Path) -> None:
-    with replacing(folder / "out", force=True) as sink:
+    with Place(folder / "out").publish(force=True) as sink:
         sink.write(b"new")
         sink.flush()
         assert (folder / "out").read_bytes() == b"old"
@@ -77,14 +77,14 @@ def test_an_error_while_writing_leaves_the_old_file(
 
 
 def write_and_stop(path: Path, error: BaseException) -> None:
-    with replacing(path, force=True) as sink:
+    with Place(path).publish(force=True) as sink:
         sink.write(DATA)
         raise error
 
 
 def test_verify_sees_the_whole_new_file_and_can_stop_it(folder: Path) -> None:
-    def verify(path: str) -> None:
-        seen.append(read_file(path))
+    def verify(place: Place) -> None:
+        seen.append(read_file(place.name))
         raise DamagedError("no")
 
     seen: list[bytes] = []
@@ -133,7 +133,7 @@ def test_an_error_of_the_system_leaves_the_old_file(
 
 def error_of_writing(path: Path) -> WriteError | None:
     try:
-        with replacing(path, force=True) as sink:
+        with Place(path).publish(force=True) as sink:
             sink.write(DATA)
             sink.patch(5, b"patch")
     except WriteError as error:
@@ -226,7 +226,7 @@ def a_pipe(folder: Path) -> Path:
         (lambda folder: folder, "is a folder"),
         (lambda folder: folder / "no" / "out", "does not exist"),
         (lambda folder: folder / ("n" * 256), "cannot be written"),
-        (a_pipe, "is no regular file"),
+        (a_pipe, "is not a regular file"),
     ],
 )
 def test_places_that_cannot_be_written_are_refused(
@@ -256,7 +256,7 @@ def test_the_longest_name_that_a_file_can_have_is_written(tmp_path: Path) -> Non
 
 
 def test_a_pipe_is_no_checkpoint_and_stops_nobody(tmp_path: Path) -> None:
-    with pytest.raises(ReadError, match="no regular file"):
+    with pytest.raises(ReadError, match="not a regular file"):
         FileSource(a_pipe(tmp_path))
 
 
@@ -314,7 +314,7 @@ def test_every_way_of_copying_gives_the_same_bytes(source: FileSource, tmp_path:
         Span(source, len(DATA) - 3, 3),
     ]
     counts: list[int] = []
-    with replacing(tmp_path / "out", progress=counts.append) as sink:
+    with Place(tmp_path / "out").publish(progress=counts.append) as sink:
         for part in parts:
             sink.copy(part)
         copied = sink.position
@@ -333,7 +333,10 @@ def test_a_source_that_became_shorter_is_an_error(tmp_path: Path) -> None:
     span = Span(FileSource(tmp_path / "source"), 0, len(DATA))
     os.truncate(tmp_path / "source", CHUNK + 5)
     for act in (copy, copy_summed):
-        with pytest.raises(CkptfixError, match="source: "), replacing(tmp_path / "out") as sink:
+        with (
+            pytest.raises(CkptfixError, match="source: "),
+            Place(tmp_path / "out").publish() as sink,
+        ):
             act(sink, span)
     assert names(tmp_path) == ["source"]
 
@@ -354,7 +357,7 @@ def test_an_error_while_copying_in_the_kernel_is_no_reason_to_go_on(
     monkeypatch.setattr(os, "copy_file_range", fails_with(errno.ENOSPC))
     with (
         pytest.raises(WriteError, match="no space left"),
-        replacing(folder / "out", force=True) as sink,
+        Place(folder / "out").publish(force=True) as sink,
     ):
         sink.copy(Span(source, 0, len(DATA)))
     assert is_as_before(folder)
@@ -363,7 +366,7 @@ def test_an_error_while_copying_in_the_kernel_is_no_reason_to_go_on(
 def test_patching_goes_over_what_is_there_and_writing_goes_on_at_the_end(
     source: FileSource, tmp_path: Path
 ) -> None:
-    with replacing(tmp_path / "out") as sink:
+    with Place(tmp_path / "out").publish() as sink:
         sink.write(b"0123456789")
         sink.patch(2, b"ab")
         sink.copy(Span(source, 0, 5))
@@ -397,12 +400,12 @@ def test_a_checked_span_with_another_checksum_leaves_nothing(
     source: FileSource, length: int, tmp_path: Path
 ) -> None:
     right = zlib.crc32(DATA[:length])
-    with replacing(tmp_path / "right") as sink:
+    with Place(tmp_path / "right").publish() as sink:
         sink.check(Span(source, 0, length, right), "w")
         sink.check(Span(source, 0, length), "without one")
     with (
         pytest.raises(DamagedError, match="the bytes of w do not have the checksum on record"),
-        replacing(tmp_path / "wrong") as sink,
+        Place(tmp_path / "wrong").publish() as sink,
     ):
         sink.check(Span(source, 0, length, right ^ 1), "w")
     assert names(tmp_path) == ["right"]
@@ -414,7 +417,7 @@ def test_small_spans_of_several_files_are_copied_in_order(folder: Path) -> None:
         (folder / name).write_bytes(os.urandom(50_000))
         sources.append(FileSource(folder / name))
     spans = [Span(source, at, 100) for at in range(0, 49_900, 777) for source in sources]
-    with replacing(folder / "new") as sink:
+    with Place(folder / "new").publish() as sink:
         for span in spans:
             sink.copy(span)
     assert (folder / "new").read_bytes() == b"".join(span.read() for span in spans)
@@ -426,7 +429,34 @@ def test_names_of_temporary_files_that_are_taken_are_passed_over(
     taken = tmp_path / ".out.pt.00000000.tmp"
     taken.write_bytes(b"someone else's")
     monkeypatch.setattr(os, "urandom", lambda count: bytes(count))
-    with pytest.raises(WriteError, match="no name is free"), replacing(tmp_path / "out.pt"):
+    with pytest.raises(WriteError, match="no name is free"), Place(tmp_path / "out.pt").publish():
         pass
     assert [path.name for path in tmp_path.iterdir()] == [taken.name]
     assert taken.read_bytes() == b"someone else's"
+
+
+# --- what is there
+
+
+def test_a_place_says_what_is_there_and_what_is_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name in ("b/y", "b/x", "a"):
+        (tmp_path / name).write_bytes(name.encode())
+    folder = Place(tmp_path)
+    assert folder.is_folder
+    assert folder.names() == ["a", "b"]
+    assert list(folder.files()) == ["a", "b/x", "b/y"]
+    assert folder.below("a").folder.names() == ["a", "b"]
+    assert folder.below("a").open().read(0, 1) == b"a"
+    assert not folder.below("none").exists
+    assert (Place("a").folder.name, Place("d/").folder.name) == (".", ".")
+    with pytest.raises(ReadError, match="none: no such file"):
+        folder.below("none").names()
+
+
+def test_two_names_of_one_file_are_the_same_place(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"")
+    os.link(tmp_path / "a", tmp_path / "b")
+    a, b = Place(tmp_path / "a"), Place(tmp_path / "b")
+    assert a.is_same(b)
+    assert not a.is_same(Place(tmp_path / "none"))

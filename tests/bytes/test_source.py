@@ -5,16 +5,20 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import sys
 import zlib
 from typing import TYPE_CHECKING
 
 import pytest
 
+from ckptfix.bytes.copy import crc32
+from ckptfix.bytes.place import Place
 from ckptfix.bytes.source import (
     CHUNK,
     BytesSource,
     ComputedSource,
     FileSource,
+    LazySource,
     ReadAhead,
     Reader,
     Source,
@@ -201,3 +205,52 @@ def test_reading_ahead_gives_the_same_bytes_in_any_order(size: int) -> None:
 def test_reading_ahead_stops_where_the_source_does() -> None:
     with pytest.raises(DamagedError):
         ReadAhead(BytesSource(DATA), 64).read(len(DATA) - 3, 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_file_is_opened_when_its_bytes_are_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    before = open_files()
+    source = FileSource(path)
+    assert open_files() == before
+    assert source.read(1, 2) == b"bc"
+    assert open_files() == before + 1
+    del source
+    assert open_files() == before
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_file_that_was_replaced_before_it_was_opened_is_refused(tmp_path: Path) -> None:
+    path, other = tmp_path / "a", tmp_path / "b"
+    path.write_bytes(b"abc")
+    other.write_bytes(b"xyz")
+    source = FileSource(path)
+    other.replace(path)
+    with pytest.raises(ReadError, match="was replaced while it was read"):
+        source.read(0, 3)
+
+
+def test_a_record_is_looked_up_when_its_bytes_are_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(DATA)
+    looked: list[int] = []
+
+    def locate() -> tuple[Source, int]:
+        looked.append(1)
+        return FileSource(path), 100
+
+    source = LazySource(50, locate, "record")
+    span = Span(source, 10, 20)
+    assert not looked
+    assert span.read() == DATA[110:130]
+    assert crc32(span) == zlib.crc32(DATA[110:130])
+    with Place(tmp_path / "out").publish() as sink:
+        sink.copy(Span(LazySource(len(DATA) - 100, locate, "record"), 5, len(DATA) - 105))
+    assert (tmp_path / "out").read_bytes() == DATA[105:]
+    assert looked == [1, 1]
+    with pytest.raises(DamagedError, match="record: ends before byte 51"):
+        source.read(0, 51)

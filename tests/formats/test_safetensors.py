@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from ckptfix import api, door
 from ckptfix.bytes.source import BytesSource
 from ckptfix.errors import DamagedError, ReadError, UnsafeError, UnsupportedError
+from ckptfix.formats import table
+from ckptfix.formats.reading import Reading
 from ckptfix.formats.safetensors import difference, module_versions, without_ties
 from ckptfix.limits import Limits
 from ckptfix.tree.document import OrderedMap
@@ -38,7 +40,7 @@ def container(header: Any, data: bytes = b"") -> bytes:
 
 
 def read(data: bytes, limits: Limits | None = None) -> Any:
-    return door.read_source(BytesSource(data, "x.safetensors"), limits or Limits())
+    return table.read(BytesSource(data, "x.safetensors"), Reading(limits or Limits()))
 
 
 def accepted_by_the_library(data: bytes) -> bool:

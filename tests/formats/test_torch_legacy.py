@@ -15,7 +15,8 @@ import torch
 from ckptfix import door
 from ckptfix.bytes.source import BytesSource
 from ckptfix.errors import DamagedError, ReadError, UnsafeError, UnsupportedError
-from ckptfix.formats import torch_legacy
+from ckptfix.formats import table, torch_legacy
+from ckptfix.formats.reading import Reading
 from ckptfix.formats.torch_legacy import MAGIC_NUMBER
 from ckptfix.tree.document import Storage, Tensor
 from ckptfix.tree.dtypes import BY_NAME
@@ -33,7 +34,7 @@ def saved(value: Any, **options: Any) -> bytes:
 
 
 def read(data: bytes) -> Any:
-    return door.read_source(BytesSource(data, "x.pt"))
+    return table.read(BytesSource(data, "x.pt"), Reading())
 
 
 def rewritten(data: bytes, folder: Path) -> Path:

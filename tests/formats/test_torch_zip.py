@@ -25,7 +25,8 @@ from ckptfix.errors import (
     UnsafeError,
     UnsupportedError,
 )
-from ckptfix.formats import torch_zip
+from ckptfix.formats import table, torch_zip
+from ckptfix.formats.reading import Reading
 from ckptfix.formats.zip import archive as zips
 from ckptfix.limits import Limits
 from ckptfix.tree import compare
@@ -359,14 +360,14 @@ def test_cut_anywhere_it_is_refused(tmp_path: Path) -> None:
     data = saved(tmp_path / "x.pt").read_bytes()
     for length in [*range(0, len(data), 7), len(data) - 1]:
         with pytest.raises(ReadError) as caught:
-            door.read_source(BytesSource(data[:length], "x.pt"))
+            table.read(BytesSource(data[:length], "x.pt"), Reading())
         assert caught.value.message.startswith("x.pt: ")
 
 
 def test_one_damaged_byte_never_changes_the_tree(tmp_path: Path) -> None:
     """Outside the data of storages, which nobody reads: refused, or read as before."""
     data = saved(tmp_path / "x.pt").read_bytes()
-    before = door.read_source(BytesSource(data, "x.pt"))
+    before = table.read(BytesSource(data, "x.pt"), Reading())
     archive = zips.read(BytesSource(data))
     weights = [span for name, span in archive.spans.items() if "/data/" in name]
     inside = {at for span in weights for at in range(span.offset, span.offset + span.length)}
@@ -374,7 +375,7 @@ def test_one_damaged_byte_never_changes_the_tree(tmp_path: Path) -> None:
     for place in sorted(set(range(len(data))) - inside):
         try:
             flipped = damaged(data, place, 1 << chance.randrange(8))
-            found = door.read_source(BytesSource(flipped, "x.pt"))
+            found = table.read(BytesSource(flipped, "x.pt"), Reading())
         except ReadError:
             refused += 1
         else:

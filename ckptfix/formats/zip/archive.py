@@ -95,7 +95,7 @@ def read(source: Source, limits: Limits = DEFAULT) -> Archive:
     """
     place, size, count, end = find_directory(source)
     if count > limits.records or size > source.size:
-        raise UnsafeError(f"{source.name}: the archive announces {count} records")
+        raise UnsafeError(f"the archive announces {count} records", where=source.name)
     entries = read_directory(source.read(place, size), count, source.name)
     spans = _spans(entries, place, source)
     _check_names([entry.name for entry in entries], source.name)
@@ -118,7 +118,7 @@ def find_directory(source: Source) -> tuple[int, int, int, int]:
             if located is not None:
                 return (*located, place + END.size + fields[7])
         found = tail.rfind(END_MAGIC, 0, found)
-    raise DamagedError(f"{source.name}: the zip archive has no end record", hint=_RETRY)
+    raise DamagedError("the zip archive has no end record", where=source.name, hint=_RETRY)
 
 
 def _locate(source: Source, place: int, fields: tuple[int, ...]) -> tuple[int, int, int] | None:
@@ -136,16 +136,17 @@ def _locate(source: Source, place: int, fields: tuple[int, ...]) -> tuple[int, i
             (offset, offset64, MAX32),
         ):
             if narrow not in (full, top):
-                raise UnsafeError(f"{source.name}: the two end records of the archive disagree")
+                raise UnsafeError("the two end records of the archive disagree", where=source.name)
         here = count = count64
         size, offset = size64, offset64
     if disk or start_disk or here != count:
-        raise UnsupportedError(f"{source.name}: the archive is one part of several")
+        raise UnsupportedError("the archive is one part of several", where=source.name)
     if offset + size > limit:
-        raise DamagedError(f"{source.name}: the directory lies outside the archive", hint=_RETRY)
+        raise DamagedError("the directory lies outside the archive", where=source.name, hint=_RETRY)
     if offset + size < limit:
         raise UnsafeError(
-            f"{source.name}: {limit - offset - size} bytes lie before the archive or inside it",
+            f"{limit - offset - size} bytes lie before the archive or inside it",
+            where=source.name,
             hint="unpack it and pack it again, or save the checkpoint anew",
         )
     return offset, size, count
@@ -159,12 +160,12 @@ def _end64(source: Source, place: int) -> tuple[int, tuple[int, int, int]] | Non
     if magic != LOCATOR_MAGIC:
         return None
     if disk or disks > 1:
-        raise UnsupportedError(f"{source.name}: the archive is one part of several")
+        raise UnsupportedError("the archive is one part of several", where=source.name)
     if offset + END64.size > place:
-        raise DamagedError(f"{source.name}: the archive's end record is damaged", hint=_RETRY)
+        raise DamagedError("the archive's end record is damaged", where=source.name, hint=_RETRY)
     fields = END64.unpack(source.read(offset, END64.size))
     if fields[0] != END64_MAGIC or offset + 12 + fields[1] + LOCATOR.size != place:
-        raise DamagedError(f"{source.name}: the archive's end record is damaged", hint=_RETRY)
+        raise DamagedError("the archive's end record is damaged", where=source.name, hint=_RETRY)
     return offset, (fields[7], fields[8], fields[9])
 
 
@@ -178,7 +179,7 @@ def read_directory(directory: bytes, count: int, name: str) -> list[Entry]:
                 directory, place
             )
             if magic != CENTRAL_MAGIC:
-                raise DamagedError(f"{name}: the archive's directory is damaged", hint=_RETRY)
+                raise DamagedError("the archive's directory is damaged", where=name, hint=_RETRY)
             start = place + CENTRAL.size
             end = start + named
             label = directory[start:end]
@@ -190,29 +191,36 @@ def read_directory(directory: bytes, count: int, name: str) -> list[Entry]:
             if method or disk or packed != size or flags & ENCRYPTED:
                 _check_method(entry, disk, name)
             if named > _MAX_NAME or "\0" in text:  # readers end a name at a zero byte, or do not
-                raise UnsafeError(f"{name}: a record's name is too long, or holds a zero byte")
+                raise UnsafeError("a record's name is too long, or holds a zero byte", where=name)
             entries.append(entry)
             place = end + extra + comment
     except struct.error:
-        raise DamagedError(f"{name}: the archive's directory is cut short", hint=_RETRY) from None
+        raise DamagedError(
+            "the archive's directory is cut short", where=name, hint=_RETRY
+        ) from None
     if place > len(directory):
-        raise DamagedError(f"{name}: the archive's directory is cut short", hint=_RETRY)
+        raise DamagedError("the archive's directory is cut short", where=name, hint=_RETRY)
     if place < len(directory):
-        raise UnsafeError(f"{name}: the archive's directory holds more than its {count} records")
+        raise UnsafeError(
+            f"the archive's directory holds more than its {count} records", where=name
+        )
     entries.sort()
     return entries
 
 
 def _check_method(entry: Entry, disk: int, name: str) -> None:
     if entry.flags & ENCRYPTED:
-        raise UnsupportedError(f"{name}: {entry.name!r} is encrypted")
+        raise UnsupportedError(f"{entry.name!r} is encrypted", where=name)
     if disk and disk != MAX16:
-        raise UnsupportedError(f"{name}: {entry.name!r} lies in another part of a divided archive")
+        raise UnsupportedError(
+            f"{entry.name!r} lies in another part of a divided archive", where=name
+        )
     if entry.method not in (STORED, DEFLATED):
-        raise UnsupportedError(f"{name}: {entry.name!r} is packed with method {entry.method}")
+        raise UnsupportedError(f"{entry.name!r} is packed with method {entry.method}", where=name)
     if entry.method == STORED and entry.packed != entry.size:
         raise UnsafeError(
-            f"{name}: {entry.name!r} is stored, and has two sizes: {entry.packed} and {entry.size}"
+            f"{entry.name!r} is stored, and has two sizes: {entry.packed} and {entry.size}",
+            where=name,
         )
 
 
@@ -301,7 +309,7 @@ def _data(entry: Entry, following: int, directory: int, source: Source) -> int:
 
 
 def _outside(entry: Entry, source: Source) -> DamagedError:
-    return DamagedError(f"{source.name}: {entry.name!r} lies outside the archive", hint=_RETRY)
+    return DamagedError(f"{entry.name!r} lies outside the archive", where=source.name, hint=_RETRY)
 
 
 def _read_header(entry: Entry, directory: int, source: Source) -> tuple[int, int, bool]:
@@ -309,7 +317,7 @@ def _read_header(entry: Entry, directory: int, source: Source) -> tuple[int, int
     piece = source.read(entry.header, min(LOCAL.size + 256, directory - entry.header))
     magic, flags, method, crc, packed, size, named, extra = _LOCAL.unpack_from(piece)
     if magic != LOCAL_MAGIC:
-        raise DamagedError(f"{source.name}: {entry.name!r} has no header", hint=_RETRY)
+        raise DamagedError(f"{entry.name!r} has no header", where=source.name, hint=_RETRY)
     length = LOCAL.size + named + extra
     if length > len(piece):
         piece = source.read(entry.header, length)
@@ -322,7 +330,7 @@ def _read_header(entry: Entry, directory: int, source: Source) -> tuple[int, int
         same = same and _decode(label, flags) == entry.name
     if not same or method != entry.method or flags & ENCRYPTED:
         raise UnsafeError(
-            f"{source.name}: header and directory of the archive disagree about {entry.name!r}"
+            f"header and directory of the archive disagree about {entry.name!r}", where=source.name
         )
     return entry.header + length, flags, bool(described and entry.packed)
 
@@ -331,19 +339,20 @@ def _check_descriptor(entry: Entry, flags: int, end: int, gap: int, source: Sour
     """What follows the data repeats the CRC and both sizes; or a header led to the wrong place."""
     if gap not in _DESCRIPTORS or not flags & DESCRIBED:
         _check_gap(gap, repr(entry.name), source)
-        raise UnsafeError(f"{source.name}: {entry.name!r} lacks the descriptor it announces")
+        raise UnsafeError(f"{entry.name!r} lacks the descriptor it announces", where=source.name)
     magic, layout = _DESCRIPTORS[gap]
     if source.read(end, gap) != magic + layout.pack(entry.crc, entry.packed, entry.size):
         raise UnsafeError(
-            f"{source.name}: descriptor and directory of the archive disagree about {entry.name!r}"
+            f"descriptor and directory of the archive disagree about {entry.name!r}",
+            where=source.name,
         )
 
 
 def _check_gap(gap: int, earlier: str, source: Source) -> None:
     if gap < 0:
-        raise UnsafeError(f"{source.name}: a record of the archive overlaps {earlier}")
+        raise UnsafeError(f"a record of the archive overlaps {earlier}", where=source.name)
     if gap:
-        raise UnsafeError(f"{source.name}: {gap} bytes after {earlier} belong to no record")
+        raise UnsafeError(f"{gap} bytes after {earlier} belong to no record", where=source.name)
 
 
 def _check_names(names: list[str], name: str) -> None:
@@ -354,4 +363,4 @@ def _check_names(names: list[str], name: str) -> None:
         first = seen.setdefault(label.casefold(), label)
         if first is not label:
             how = "twice" if first == label else f"beside {first!r}"
-            raise UnsafeError(f"{name}: the archive holds {label!r} {how}")
+            raise UnsafeError(f"the archive holds {label!r} {how}", where=name)

@@ -25,24 +25,26 @@ from ckptfix.formats.zip.layout import DESCRIBED, DESCRIPTOR_MAGIC, LOCAL, LOCAL
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ckptfix.bytes.source import FileSource
-    from ckptfix.bytes.unpacked import UnpackedSource
+    from ckptfix.bytes.source import Source
+    from ckptfix.formats.reading import Salvage
+
 
 _DESCRIPTOR_SIZES = (16, 24)
 
 
-def scan(source: FileSource | UnpackedSource) -> dict[str, Span]:
+def scan(source: Source) -> dict[str, Span]:
     """Every stored record that is all there, by name, with the CRC that is recorded for it.
 
     And without one, the storage that ends where the file does.
     """
-    if not source.size:
+    descriptor = source.fileno()
+    if not source.size or descriptor is None:
         return {}
-    with mmap.mmap(source.fileno(), source.size, access=mmap.ACCESS_READ) as data:
+    with mmap.mmap(descriptor, source.size, access=mmap.ACCESS_READ) as data:
         return dict(_records(data, source))
 
 
-def _records(data: mmap.mmap, source: FileSource | UnpackedSource) -> Iterator[tuple[str, Span]]:
+def _records(data: mmap.mmap, source: Source) -> Iterator[tuple[str, Span]]:
     place = data.find(LOCAL_MAGIC)
     while 0 <= place <= len(data) - LOCAL.size:
         _, _, flags, method, _, _, crc, packed, _, named, extra = LOCAL.unpack_from(data, place)
@@ -87,7 +89,7 @@ def _wide_size(extra: bytes) -> int:
     return struct.unpack_from("<Q", extra, 4)[0] if kind == 1 and length >= 8 <= len(extra) else -1
 
 
-def listed(source: FileSource | UnpackedSource) -> dict[str, Span]:
+def listed(source: Source) -> dict[str, Span]:
     """Every stored record that the directory names, where its bytes are found; none without one."""
     try:
         directory, size, count, _ = zips.find_directory(source)
@@ -105,7 +107,7 @@ def listed(source: FileSource | UnpackedSource) -> dict[str, Span]:
     return found
 
 
-def _begins(source: FileSource | UnpackedSource, entry: zips.Entry, end: int) -> Iterator[int]:
+def _begins(source: Source, entry: zips.Entry, end: int) -> Iterator[int]:
     """Where the data of a record may begin: by what follows it, and by its own header."""
     yield from (end - descriptor - entry.packed for descriptor in _DESCRIPTOR_SIZES)
     if entry.header + LOCAL.size <= source.size:
@@ -134,3 +136,45 @@ def is_right(span: Span) -> bool:
     except ReadError:
         return False
     return True
+
+
+def records(source: Source, found: Salvage) -> dict[str, Span]:
+    """The whole records of an archive, by name.
+
+    An archive says where its records are, and what their checksums are, twice: in front of or
+    behind each of them, and in its directory. The one that fits the bytes counts.
+    """
+    try:
+        ours = zips.read(source).spans
+    except ReadError as error:
+        found.skip("the archive cannot be read as it is", error)
+        ours = {}
+    else:
+        if _has_sums(ours) and all(map(is_right, ours.values())):
+            return ours
+    known = [listed(source), scan(source), ours]
+    whole = _longest([one if _has_sums(one) else _unchecked(one) for one in known])
+    found.steps.append(f"found {len(whole)} whole records")
+    return whole
+
+
+def _has_sums(found: dict[str, Span]) -> bool:
+    """Whether an archive has checksums; one that has none may look as if it had one by damage."""
+    filled = [span.crc for span in found.values() if span.length]
+    return sum(bool(crc) for crc in filled) * 2 > len(filled)
+
+
+def _unchecked(found: dict[str, Span]) -> dict[str, Span]:
+    return {name: span.unchecked() for name, span in found.items()}
+
+
+def _longest(known: list[dict[str, Span]]) -> dict[str, Span]:
+    """Of the readings of each record the first that is right; a length of 0 may be damage."""
+    found: dict[str, Span] = {}
+    for one in known:
+        for name, span in one.items():
+            earlier = found.get(name)
+            better = earlier is None or not earlier.length
+            if better and is_right(span):
+                found[name] = span
+    return found

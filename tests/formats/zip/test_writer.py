@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptfix.bytes.copy import Sink
-from ckptfix.bytes.place import replacing
+from ckptfix.bytes.place import Place
 from ckptfix.bytes.source import FileSource
 from ckptfix.bytes.span import Span
 from ckptfix.formats.zip import archive as zips
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def written(path: Path, records: dict[str, list[Span | bytes]]) -> Path:
-    with replacing(path) as sink:
+    with Place(path).publish() as sink:
         writer = zip_writer.Writer(sink)
         for name, parts in records.items():
             writer.add(name, parts)
