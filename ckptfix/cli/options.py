@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from ckptfix import door
+from ckptfix.cli import reading
 from ckptfix.formats.table import EXTENSIONS
 
 if TYPE_CHECKING:
@@ -77,7 +78,11 @@ def wanted(model: str | None, init: str | None, like: str | None) -> Target | No
 
     if model is not None:
         return targets.of_reference(model, init)
-    return targets.of_file(like) if like is not None else None
+    if like is None:
+        return None
+    found = targets.of_file(like)
+    reading.say_notes(found.notes)
+    return found
 
 
 _DRY_RUN = click.option(

@@ -46,7 +46,7 @@ def command(
     wanted = options.wanted(model, init, like)
     job.check()
     found = recover(source)
-    reading.say_notes(found.document)
+    reading.say_notes(found.document.notes)
     missing: list[str] = []
     if wanted is not None:
         missing = judge.report(choose(found.document, select), wanted).missing

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ckptfix.contents.state_dicts import StateDict
+    from ckptfix.findings import Finding
     from ckptfix.tree.document import Document
 
 
@@ -43,6 +44,8 @@ class Target:
     specs: Mapping[str, Spec]
     ties: tuple[tuple[str, ...], ...] = ()
     """Groups of keys that name one tensor, where the target knows."""
+    notes: tuple[Finding, ...] = ()
+    """What was noticed while it was read, where it is a checkpoint."""
 
     def specs_for(self, state: StateDict) -> Mapping[str, Spec]:
         """`specs`, but for counters that BatchNorm gives to state dicts from before torch 0.4.1.
@@ -87,7 +90,8 @@ def _ties(module: nn.Module) -> tuple[tuple[str, ...], ...]:
 def of_document(document: Document, select: str | None = None) -> Target:
     """The target that another checkpoint is."""
     state = choose(document, select)
-    return Target(document.name, specs(state.mapping), tuple(map(tuple, state.ties)))
+    ties = tuple(map(tuple, state.ties))
+    return Target(document.name, specs(state.mapping), ties, document.notes)
 
 
 def of_file(path: str | os.PathLike[str]) -> Target:
