@@ -24,9 +24,9 @@ from ckptfix.keys.renaming import (
     first_collision,
     joined,
     prefix_of,
-    rename,
     renamed_by,
     shared_start,
+    unchanged,
     without_collisions,
 )
 from ckptfix.keys.wrappers import WRAPPERS, bare_prefix, without_names
@@ -43,7 +43,7 @@ def fits(keys: Iterable[str], target_keys: Iterable[str]) -> list[Renaming]:
     """
     keys, target = list(keys), dict.fromkeys(target_keys)
     if target.keys() == set(keys):
-        return [rename(keys, Shift())]
+        return [unchanged(keys)]
     candidates = _candidates(keys, target, _shifts)
     found = (c for c in candidates if set(c.keys.values()) == target.keys())
     return _distinct(found, lambda renaming: tuple(renaming.keys.values()))
@@ -57,11 +57,10 @@ def closest(keys: Iterable[str], target_keys: Iterable[str]) -> Renaming:
 def nearest(keys: Iterable[str], target_keys: Iterable[str]) -> list[Renaming]:
     """Like `closest`, with every other choice that matches as many keys of the target."""
     target = dict.fromkeys(target_keys)
-    unchanged, *others = ways(keys, target)
-    scored = [(len(_matched(way, target)), way) for way in (unchanged, *others)]
+    scored = [(len(_matched(way, target)), way) for way in ways(keys, target)]
     best = max(score for score, _ in scored)
     if scored[0][0] == best:
-        return [unchanged]
+        return [scored[0][1]]  # keys as they are
     return [way for score, way in scored if score == best]
 
 
@@ -75,11 +74,10 @@ def ways(
     two.
     """
     keys, target = list(keys), dict.fromkeys(target_keys)
-    unchanged = rename(keys, Shift())
     if target.keys() == set(keys):
-        return [unchanged]
+        return [unchanged(keys)]
     candidates = _candidates(keys, target, _exchanges if exchange else _shifts)
-    found = (unchanged, *candidates)
+    found = (unchanged(keys), *candidates)
     return _distinct(found, lambda way: frozenset(_matched(way, target).items()))
 
 

@@ -99,6 +99,11 @@ def rename(keys: Iterable[str], rule: Rule) -> Renaming:
     return Renaming(without_collisions(renamed_by(keys, rule)), rule)
 
 
+def unchanged(keys: Iterable[str]) -> Renaming:
+    """The renaming that leaves every key and every module as it is."""
+    return Renaming({key: key for key in keys}, str)
+
+
 def renamed_by(keys: Iterable[str], rule: Rule) -> dict[str, str]:
     """Old keys to new, two of which may be equal; the rule is asked once for each prefix."""
     known: dict[str, str] = {}
