@@ -8,7 +8,6 @@ what it holds may be a part of more, which a layout recognises by the document a
 from __future__ import annotations
 
 import os
-from pathlib import PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.place import Place
@@ -158,6 +157,8 @@ def is_folder(path: str) -> bool:
 
 def beside(document: Document, suffix: str) -> str:
     """A name for what is made of a document: beside it, and where it is sharded a folder."""
+    from pathlib import PurePath  # which takes 3 ms, and most commands need no other name
+
     source = PurePath(document.name)
     if is_sharded(document):
         folder = source.parent if source.name.endswith(".index.json") else source

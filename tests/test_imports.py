@@ -194,3 +194,8 @@ def test_edits_of_a_torch_zip_import_no_other_container(name: str, tmp_path: Pat
     found = {name for name in loaded_by_command(name, tmp_path) if "ckptfix.formats." in name}
     used = {"reading", "table", "torch_zip", "zip", "zip.archive", "zip.layout", "zip.writer"}
     assert found == {f"ckptfix.formats.{name}" for name in used}
+
+
+@pytest.mark.parametrize("name", ["strip-prefix", "to-cpu"])
+def test_the_usual_path_imports_no_pathlib_and_no_json(name: str, tmp_path: Path) -> None:
+    assert not loaded_by_command(name, tmp_path) & {"pathlib", "json"}

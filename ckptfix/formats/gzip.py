@@ -33,7 +33,9 @@ def unpack(source: Source, reading: Reading) -> Source:
     reading.narrow(_RATIO * source.size)  # a pickle in it may be packed twice over
     found = _salvaged(source, reading) if isinstance(reading, Salvage) else _unzipped(source)
     if recognises(found):  # a few bytes could ask for any amount
-        raise UnsafeError("gzip inside gzip", where=source.name, hint=_yourself(source))
+        raise UnsafeError(
+            "is packed twice: gzip inside gzip", where=source.name, hint=_yourself(source)
+        )
     return found
 
 

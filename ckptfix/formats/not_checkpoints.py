@@ -41,14 +41,14 @@ def explain(source: Source) -> ReadError:
         return NotACheckpointError("the file is empty", where=name, hint=_AGAIN, code="empty")
     if head.startswith(_LFS):
         return NotACheckpointError(
-            "a git-lfs pointer, not the file that it stands for",
+            "is a git-lfs pointer, not the file that it stands for",
             where=name,
             hint=Hint("fetch it", shell("git", "lfs", "pull", "--include", name)),
             code="lfs-pointer",
         )
     if _HTML.match(head):
         return NotACheckpointError(
-            "an HTML page, as a download link gives where it wants a login",
+            "is an HTML page, as a download link gives where it wants a login",
             where=name,
             hint=Hint("see what it says", shell("head", "-c", "400", name)),
             code="html",
@@ -56,19 +56,19 @@ def explain(source: Source) -> ReadError:
     for magic, (kind, program) in _PACKED.items():
         if head.startswith(magic):
             return UnsupportedError(
-                f"packed with {kind}",
+                f"is packed with {kind}",
                 where=name,
                 hint=Hint("unpack it first", shell(*program, name)),
                 code="packed",
             )
     if head[257:262] == b"ustar":
-        what = "a tar archive in another archive, and not a checkpoint"
+        what = "is a tar archive in another archive, and not a checkpoint"
         return NotACheckpointError(
             what, where=name, hint="unpack both yourself, and give what is inside"
         )
     for magic, kind in _OTHERS.items():
         if head.startswith(magic):
-            what = f"{kind}, not a checkpoint of PyTorch"
+            what = f"is {kind}, not a checkpoint of PyTorch"
             return NotACheckpointError(what, where=name, hint=_see(name))
     return _plain(source, head)
 
@@ -77,7 +77,7 @@ def _plain(source: Source, head: bytes) -> ReadError:
     name = source.name
     if _JSON.match(head):
         return NotACheckpointError(
-            "a JSON text, not a checkpoint",
+            "is a JSON text, not a checkpoint",
             where=name,
             hint=Hint("see what it says", shell("head", "-c", "400", name)),
             code="json",
@@ -86,9 +86,9 @@ def _plain(source: Source, head: bytes) -> ReadError:
         what = f"begins with {len(head)} zero bytes, as a broken copy or download does"
         return DamagedError(what, where=name, hint=_AGAIN, code="zeros")
     if len(head) < 9 or b"PK\x03\x04".startswith(head[:4]):
-        what = f"only {source.size} bytes, too few for a checkpoint"
+        what = f"has only {source.size} bytes, too few for a checkpoint"
         return DamagedError(what, where=name, hint=_AGAIN, code="too-short")
-    what = f"not a checkpoint that ckptfix knows (begins with {head[:8].hex(' ')})"
+    what = f"is not a checkpoint that ckptfix knows (begins with {head[:8].hex(' ')})"
     return NotACheckpointError(what, where=name, hint=_see(name))
 
 

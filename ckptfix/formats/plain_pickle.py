@@ -58,14 +58,16 @@ def salvage(source: Source, found: Salvage) -> Document:
 
 def _read(source: Source, limits: Limits) -> Document:
     if source.size > limits.pickle_bytes:
-        raise UnsafeError(f"a pickle of {source.size} bytes", where=source.name)
+        raise UnsafeError(
+            f"is a pickle of {source.size} bytes, more than are read", where=source.name
+        )
     root, end = pickles.read(
         torch_legacy.mapped(source), _refuse, name=source.name, limits=limits, builders=_BUILDERS
     )
     surplus = source.size - end
     if surplus and isinstance(root, _SCALARS):  # as where the magic number of a legacy file is torn
         raise DamagedError(
-            f"holds one {type(root).__name__}, then {surplus} bytes of no pickle",
+            f"holds one {type(root).__name__}, then {surplus} bytes that are not a pickle",
             where=source.name,
             hint="the file is damaged: copy or download it again",
         )

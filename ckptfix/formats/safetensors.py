@@ -109,11 +109,11 @@ def _header(source: Source, limits: Limits) -> tuple[dict[str, Any], int]:
     try:
         header = json.loads(source.read(8, length).decode(), object_pairs_hook=_unique)
     except UnsafeError as error:
-        raise UnsafeError(f"{error.message}", where=source.name) from None
+        raise error.within(source.name) from None
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"the header is no JSON ({error})", where=source.name) from None
+        raise DamagedError(f"the header is not JSON ({error})", where=source.name) from None
     if not isinstance(header, dict):
-        raise DamagedError("the header is no JSON object", where=source.name)
+        raise DamagedError("the header is not a JSON object", where=source.name)
     return header, 8 + length
 
 
@@ -273,7 +273,7 @@ def without_ties(root: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str,
     for name, node in root.items():
         tensor = as_tensor(node)
         if tensor is None:
-            raise UnsupportedError(f"{name!r} is no tensor, and safetensors holds nothing else")
+            raise UnsupportedError(f"{name!r} is not a tensor, and safetensors holds nothing else")
         if type(name) is not str or name == "__metadata__" or not _is_unicode([name]):
             raise UnsupportedError(f"{name!r} cannot be the name of a tensor in safetensors")
         alone = not tensor.numel or name in _RESERVED

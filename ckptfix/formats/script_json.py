@@ -53,7 +53,7 @@ def read(
     """
     try:
         described = json.loads(records[model].read())
-        reader = _Reader(records, model.removesuffix(_MODEL), limits)
+        reader = _Reader(records, model.removesuffix(_MODEL), name, limits)
         tensors = [reader.tensor(entry) for entry in described.get("tensors", ())]
         named = dict(_named(described.get("mainModule", {})))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -82,9 +82,10 @@ def _named(module: dict[str, Any]) -> Iterator[tuple[str, int]]:
 class _Reader:
     """Makes tensors of their descriptions; those of one record share a storage."""
 
-    def __init__(self, records: Mapping[str, Span], folder: str, limits: Limits) -> None:
+    def __init__(self, records: Mapping[str, Span], folder: str, name: str, limits: Limits) -> None:
         self._records = records
         self._folder = folder
+        self._name = name
         self._limits = limits
         self._storages: dict[str, Storage] = {}
 
@@ -93,7 +94,8 @@ class _Reader:
         stride = tuple(int(step) for step in entry.get("strides", ()))
         dtype = BY_NAME.get(_DTYPES.get(entry["dataType"], ""))
         if dtype is None:
-            raise UnsupportedError(f"a tensor of {entry['dataType']} is not known")
+            what = f"a tensor of {entry['dataType']} is not known"
+            raise UnsupportedError(what, where=self._name)
         storage = self._storage(entry["data"]["key"], dtype, entry.get("device", "cpu"))
         layout = (int(entry.get("offset", 0)), shape, stride)
         made = torch_objects.tensor(storage, dtype, layout, self._limits)

@@ -44,7 +44,7 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
     """
     if source.size > limits.header_bytes:
         raise UnsafeError(
-            f"an index of {source.size} bytes; more than {limits.header_bytes} are refused",
+            f"is an index of {source.size} bytes; more than {limits.header_bytes} are refused",
             where=source.name,
         )
     content = _json(source)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import importlib
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ckptfix.errors import CkptfixError, UnsupportedError, VerifyError
 from ckptfix.findings import Finding
@@ -32,12 +32,37 @@ from ckptfix.hints import Hint, command
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Protocol
 
     from ckptfix.bytes.copy import Sink
     from ckptfix.bytes.place import Place, Progress
     from ckptfix.bytes.source import Source
     from ckptfix.limits import Limits
     from ckptfix.tree.document import Document
+
+    class Format(Protocol):
+        """What a module of a format offers."""
+
+        NAME: str
+
+        def recognises(self, source: Source) -> bool:
+            """Whether a file is meant to be in this format."""
+
+        def read(self, source: Source, limits: Limits) -> Document:
+            """The document in a file."""
+
+        def salvage(self, source: Source, found: Salvage) -> Document:
+            """The document in a damaged file."""
+
+        def unpack(self, source: Source, reading: Reading) -> Source:
+            """The file inside of this one."""
+
+        def write(self, document: Document, sink: Sink) -> None:
+            """Write a document to a file of its own."""
+
+        def difference(self, document: Document, found: Document) -> str | None:
+            """Where what was read back differs from what was written, or None."""
+
 
 ORDER = (
     "torch_zip",
@@ -56,30 +81,6 @@ WRAPPINGS = frozenset({"gzip", "tar"})
 
 ALONE = frozenset({"shard_index"})
 """Those that mean nothing inside another file, since they speak of what lies beside them."""
-
-
-class Format(Protocol):
-    """What a module of a format offers."""
-
-    NAME: str
-
-    def recognises(self, source: Source) -> bool:
-        """Whether a file is meant to be in this format."""
-
-    def read(self, source: Source, limits: Limits) -> Document:
-        """The document in a file."""
-
-    def salvage(self, source: Source, found: Salvage) -> Document:
-        """The document in a damaged file."""
-
-    def unpack(self, source: Source, reading: Reading) -> Source:
-        """The file inside of this one."""
-
-    def write(self, document: Document, sink: Sink) -> None:
-        """Write a document to a file of its own."""
-
-    def difference(self, document: Document, found: Document) -> str | None:
-        """Where what was read back differs from what was written, or None."""
 
 
 def _module(name: str) -> Format:

@@ -34,7 +34,7 @@ def unpack(source: Source, reading: Reading) -> Source:
     if not found or (len(found) > 1 and not reading.salvages):
         names = listed(found) or "none of them a checkpoint"
         raise NotACheckpointError(
-            f"a tar archive of several files ({names})",
+            f"is a tar archive of several files ({names})",
             where=source.name,
             hint=Hint("unpack it, and give one of them", shell("tar", "xf", source.name)),
         )

@@ -68,7 +68,7 @@ def members(source: Source) -> Mapping[str, Span]:
             }
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise DamagedError(
-            f"damaged tar archive ({error})", where=source.name, hint=_RETRY
+            f"is a damaged tar archive ({error})", where=source.name, hint=_RETRY
         ) from None
 
 
@@ -102,7 +102,7 @@ def salvage(source: Source, found: Salvage) -> Document:
 
 def _read(source: Source, found: Mapping[str, Span], reading: Reading) -> Document:
     if not is_checkpoint(found):
-        raise NotACheckpointError("a tar archive that is not a checkpoint", where=source.name)
+        raise NotACheckpointError("is a tar archive, and not a checkpoint", where=source.name)
     objects = _Objects(found, reading)
     root, _ = pickles.read(
         found["pickle"].read(),
@@ -227,7 +227,7 @@ class _Pickles:
         found = self._next()
         if type(found) is not int or not 0 <= found <= len(self._data):
             raise DamagedError(
-                "a count is no number that fits", where=self._span.source.name, hint=_RETRY
+                "a count is not a number that fits", where=self._span.source.name, hint=_RETRY
             )
         return found
 

@@ -158,7 +158,7 @@ def _folder(records: Mapping[str, Span], name: str) -> str:
     found = [record for record in records if re.fullmatch(r"([^/]+/)?data\.pkl", record)]
     if len(found) != 1:
         raise NotACheckpointError(
-            "a zip archive without a checkpoint (no data.pkl in it)",
+            "is a zip archive without a checkpoint (no data.pkl in it)",
             where=name,
             hint=Hint("see what it holds", shell("unzip", "-l", name)),
         )

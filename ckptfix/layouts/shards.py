@@ -200,7 +200,7 @@ def _open(place: Place, reading: Reading) -> Document:
         raise UnsafeError("is an index in JSON, and an index names it as a shard", where=place)
     if not isinstance(document.root, dict):
         raise UnsupportedError(
-            "a shard that does not map names to tensors",
+            "is a shard that does not map names to tensors",
             where=place,
             hint=Hint("see what it holds", command("inspect", place.name)),
         )

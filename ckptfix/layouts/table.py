@@ -7,28 +7,30 @@ be a part of, and those look at its neighbours. A module is imported when it is 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from ckptfix.bytes.place import Place
     from ckptfix.formats.reading import Reading
     from ckptfix.tree.document import Document
+
+    class Layout(Protocol):
+        """What a module of a layout offers."""
+
+        def of_folder(self, folder: Place, reading: Reading) -> Document | None:
+            """The document in a folder; None where it is not of this layout."""
+
+        def of_file(self, document: Document, place: Place, reading: Reading) -> Document | None:
+            """The document of which the one at `place` is a part; None where it is of none."""
+
 
 FOLDERS = ("shards", "unpacked")
 """The modules that read folders, in the order in which they are asked."""
 
 FILES = {"shard index": ("shards",)}
 """By the container of a document: the modules of which it may be a part."""
-
-
-class Layout(Protocol):
-    """What a module of a layout offers."""
-
-    def of_folder(self, folder: Place, reading: Reading) -> Document | None:
-        """The document in a folder; None where it is not of this layout."""
-
-    def of_file(self, document: Document, place: Place, reading: Reading) -> Document | None:
-        """The document of which the one at `place` is a part; None where it is of none."""
 
 
 def _module(name: str) -> Layout:

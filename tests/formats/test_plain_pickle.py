@@ -71,7 +71,7 @@ def test_one_value_and_bytes_of_no_pickle_are_no_checkpoint(tmp_path: Path, valu
     path = dump(tmp_path / "value.pkl", value, 2)
     door.read(path)
     path.write_bytes(path.read_bytes() + b"\x80\x02K\x01.")
-    with pytest.raises(DamagedError, match="then 5 bytes of no pickle"):
+    with pytest.raises(DamagedError, match="then 5 bytes that are not a pickle"):
         door.read(path)
 
 

@@ -373,18 +373,18 @@ MALFORMED: dict[str, tuple[Any, type[ReadError], str]] = {
     ),
     "metadata as text": ({"__metadata__": "pt", **entry()}, DamagedError, "map text to text"),
     "metadata of numbers": ({"__metadata__": {"a": 1}, **entry()}, DamagedError, "text to text"),
-    "not JSON": ('{"w": ', DamagedError, "the header is no JSON"),
-    "JSON and more": (json.dumps(entry()) + "{}", DamagedError, "the header is no JSON"),
-    "zeros after JSON": (json.dumps(entry()) + "\0\0", DamagedError, "the header is no JSON"),
+    "not JSON": ('{"w": ', DamagedError, "the header is not JSON"),
+    "JSON and more": (json.dumps(entry()) + "{}", DamagedError, "the header is not JSON"),
+    "zeros after JSON": (json.dumps(entry()) + "\0\0", DamagedError, "the header is not JSON"),
     "NaN": ('{"w": NaN}', DamagedError, "'w'"),
-    "deep JSON": ('{"a":' * 100_000, DamagedError, "the header is no JSON"),
-    "UTF-16": (json.dumps(entry()).encode("utf-16-le"), DamagedError, "the header is no JSON"),
-    "not UTF-8": (b'{"\xff": {}}', DamagedError, "the header is no JSON"),
+    "deep JSON": ('{"a":' * 100_000, DamagedError, "the header is not JSON"),
+    "UTF-16": (json.dumps(entry()).encode("utf-16-le"), DamagedError, "the header is not JSON"),
+    "not UTF-8": (b'{"\xff": {}}', DamagedError, "the header is not JSON"),
     "half a surrogate pair": (
         '{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
         DamagedError, "surrogate",
     ),
-    "a number of 5000 digits": ('{"w": ' + "9" * 5000 + "}", DamagedError, "no JSON"),
+    "a number of 5000 digits": ('{"w": ' + "9" * 5000 + "}", DamagedError, "not JSON"),
 }  # fmt: skip
 
 
@@ -468,7 +468,7 @@ def test_what_reads_back_otherwise_is_named() -> None:
 
 
 def test_only_tensors_and_plain_versions_are_kept() -> None:
-    with pytest.raises(UnsupportedError, match="'epoch' is no tensor"):
+    with pytest.raises(UnsupportedError, match="'epoch' is not a tensor"):
         without_ties({"epoch": 3})
     versions = OrderedMap()
     versions.attributes = {"_metadata": {"": {"version": b"bytes"}}}

@@ -137,8 +137,8 @@ VALUE = struct.pack("<qf", 1, 2.0)
 @pytest.mark.parametrize(
     ("members", "what"),
     [
-        ({"storages": described("one")}, "a count is no number"),
-        ({"storages": described(-1)}, "a count is no number"),
+        ({"storages": described("one")}, "a count is not a number"),
+        ({"storages": described(-1)}, "a count is not a number"),
         ({"storages": described(1, ROW[:2])}, "does not have 3 values"),
         ({"storages": described(1, (STORAGE_KEY, "cpu", list))}, "class of a storage"),
         ({"storages": described(1, (1.5, *ROW[1:]), numbers=VALUE)}, "neither text nor a number"),

@@ -761,7 +761,7 @@ def sharded_folder(folder: Path) -> None:
 def test_a_shard_that_maps_no_names_is_refused(tmp_path: Path) -> None:
     sharded_folder(tmp_path)
     torch.save([torch.ones(2)], tmp_path / "b.bin")
-    with pytest.raises(UnsupportedError, match=r"b\.bin: a shard that does not map names"):
+    with pytest.raises(UnsupportedError, match=r"b\.bin: is a shard that does not map names"):
         door.read(tmp_path)
 
 

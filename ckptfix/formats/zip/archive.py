@@ -172,7 +172,7 @@ def _end64(source: Source, place: int) -> tuple[int, tuple[int, int, int]] | Non
 def read_directory(directory: bytes, count: int, name: str) -> list[Entry]:
     """The entries of a directory, by where their records lie; those are not looked at here."""
     entries, place = [], 0
-    unpack, new = _CENTRAL.unpack_from, tuple.__new__  # it is a loop of many thousands
+    unpack = _CENTRAL.unpack_from
     try:
         for _ in range(count):
             magic, flags, method, crc, packed, size, named, extra, comment, disk, header = unpack(
@@ -187,7 +187,7 @@ def read_directory(directory: bytes, count: int, name: str) -> list[Entry]:
             if size == MAX32 or packed == MAX32 or header == MAX32:
                 wide = _zip64_values(directory[end : end + extra])
                 size, packed, header = _widened(wide, size, packed, header)
-            entry = new(Entry, (header, text, label, flags, method, crc, packed, size, place))
+            entry = Entry(header, text, label, flags, method, crc, packed, size, place)
             if method or disk or packed != size or flags & ENCRYPTED:
                 _check_method(entry, disk, name)
             if named > _MAX_NAME or "\0" in text:  # readers end a name at a zero byte, or do not
@@ -255,7 +255,6 @@ def _spans(entries: list[Entry], directory: int, source: Source) -> dict[str, Sp
     _check_gap(ends.pop(0), "the beginning", source)
     spans: dict[str, Span] = {}
     ahead = ReadAhead(source, _PIECE)
-    new = tuple.__new__  # it is a loop of many thousands
     for entry, end in zip(entries, ends, strict=True):
         header, name, _, _, method, crc, packed, size, _ = entry
         room, length = end - header, 0
@@ -263,7 +262,7 @@ def _spans(entries: list[Entry], directory: int, source: Source) -> dict[str, Sp
             at = ahead.seek(header, room)
             length = _usual_header(entry, ahead.piece, at, at + room)
         data = header + length if length else _data(entry, end, directory, source)
-        span = new(Span, (source, data, packed, crc))
+        span = Span(source, data, packed, crc)
         if method != STORED:
             span = Span(InflatedSource(span, size), 0, size, crc)
         if name[-1:] != "/":
