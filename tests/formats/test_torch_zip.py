@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+import ckptfix
 from ckptfix import door
 from ckptfix.bytes.source import BytesSource, FileSource
 from ckptfix.bytes.span import Span
@@ -32,6 +33,7 @@ from ckptfix.limits import Limits
 from ckptfix.tree import compare
 from ckptfix.tree.document import Document, OrderedMap, Storage, Tensor, contiguous_stride
 from ckptfix.tree.dtypes import BY_NAME
+from tests.conftest import FIXTURES
 from tests.formats.zip.test_writer import HoleSink
 from tests.oracles import unlike
 
@@ -425,3 +427,30 @@ def test_records_that_are_lost_are_a_difference(tmp_path: Path) -> None:
     more = replace(document, extras={"notes": Span(BytesSource(b"text"), 0, 4)})
     assert torch_zip.difference(document, document) is None
     assert torch_zip.difference(more, document) == "its further records"
+
+
+# --- archives that someone packed
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("top", ["cpu/", "other/", ""])
+def test_a_zip_that_was_packed_again(tmp_path: Path, top: str, method: int) -> None:
+    path = tmp_path / "again.pt"
+    wanted = torch.load(FIXTURES / "cpu.pt")["linears.0.weight"]
+    with zipfile.ZipFile(FIXTURES / "cpu.pt") as old, zipfile.ZipFile(path, "w", method) as new:
+        for folder in filter(None, (top, f"{top}data/")):
+            new.writestr(folder, b"")
+        for name in old.namelist():
+            new.writestr(top + name.removeprefix("cpu/"), old.read(name))
+    assert torch.equal(ckptfix.load_state_dict(path)["linears.0.weight"], wanted)
+    ckptfix.open(path).save(tmp_path / "out.pt")
+    assert torch.equal(torch.load(tmp_path / "out.pt", mmap=True)["linears.0.weight"], wanted)
+
+
+def test_a_plain_zip_is_no_checkpoint(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("readme.txt", b"hello")
+    (tmp_path / "x.zip").write_bytes(buffer.getvalue())
+    with pytest.raises(NotACheckpointError, match=r"no data\.pkl"):
+        door.read(tmp_path / "x.zip")
