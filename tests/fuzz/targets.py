@@ -19,6 +19,7 @@ import tempfile
 import threading
 import zipfile
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,9 @@ from ckptfix.bytes.source import BytesSource
 from ckptfix.diagnose import document as diagnose
 from ckptfix.errors import CkptfixError, UnsafeError
 from ckptfix.formats import safetensors as safetensors_format
-from ckptfix.formats import script_json, torch_legacy, torch_tar, torch_zip
+from ckptfix.formats import script_json, table, torch_legacy, torch_tar, torch_zip
 from ckptfix.formats.zip import archive as zips
+from ckptfix.layouts import table as layouts
 from ckptfix.repair import recover
 from ckptfix.tree import compare
 from ckptfix.tree.document import Storage, Tensor
@@ -43,10 +45,12 @@ if TYPE_CHECKING:
     from ckptfix.pickles.machine import Persistent
     from ckptfix.tree.document import Document, Node
 
+_LATE = [f"ckptfix.formats.{name}" for name in (*table.ORDER, "not_checkpoints", "zip.recovery")]
+_LATE += [f"ckptfix.layouts.{name}" for name in layouts.FOLDERS]
 # what ckptfix imports late, so that an import seen later is one that the bytes asked for
 _CODECS = ("cp437", "raw-unicode-escape", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be",
            "utf-16", "utf-32", "utf-8-sig")  # fmt: skip
-EARLY = (diagnose, recover, script_json, hashlib, heapq, tarfile, tempfile,
+EARLY = (*map(import_module, _LATE), diagnose, recover, script_json, hashlib, heapq, tarfile, tempfile,
          *map(codecs.lookup, _CODECS))  # fmt: skip
 
 
