@@ -50,8 +50,8 @@ _LATE += [f"ckptfix.layouts.{name}" for name in layouts.FOLDERS]
 # what ckptfix imports late, so that an import seen later is one that the bytes asked for
 _CODECS = ("cp437", "raw-unicode-escape", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be",
            "utf-16", "utf-32", "utf-8-sig")  # fmt: skip
-EARLY = (*map(import_module, _LATE), diagnose, recover, script_json, hashlib, heapq, tarfile, tempfile,
-         *map(codecs.lookup, _CODECS))  # fmt: skip
+EARLY = (*map(import_module, _LATE), diagnose, recover, script_json, hashlib, heapq, tarfile,
+         tempfile, *map(codecs.lookup, _CODECS))  # fmt: skip
 
 
 class Trespass(BaseException):
