@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptfix import door
@@ -123,7 +124,8 @@ def load_into(
     Returns:
         How the keys compared. `unexpected` are those that the model does not have and that were
         left out, as `ckptfix fix` leaves them out; `passed_over` tells of averages that fit as
-        well. With `strict=False`, `missing` are those that kept their values.
+        well. `loads` is True where the model got all that it wants. With `strict=False`, `missing`
+        are the keys that kept their values.
 
     Raises:
         KeyMismatchError: the keys or shapes do not fit; carries the `Report`, and prints as a list.
@@ -135,7 +137,7 @@ def load_into(
     if found.report.shape_mismatch:
         raise mismatches.error(document, found.state, found.report, wanted.name)
     model.load_state_dict(_loaded(document, found.mapping(), "cpu", verify), strict=strict)
-    return found.report
+    return replace(found.report, left_out=True)
 
 
 def _left_out(document: Document, model: nn.Module, found: Match) -> str:

@@ -50,11 +50,17 @@ class Report:
     """Elements that `strict=False` would leave at random: missing and mismatching ones."""
     passed_over: list[str] = field(default_factory=list)
     """Where averages of the weights stand that fit as well, and were not taken."""
+    left_out: bool = False
+    """Whether the unexpected keys were left out, as `load_into` leaves them out."""
 
     @property
     def loads(self) -> bool:
-        """Whether `load_state_dict(strict=True)` would succeed."""
-        return not (self.missing or self.unexpected or self.shape_mismatch)
+        """Whether `load_state_dict(strict=True)` takes the state dict as it stands.
+
+        Of a report that `load_into` returns: whether the model has all that it wants.
+        """
+        surplus = self.unexpected and not self.left_out
+        return not (self.missing or surplus or self.shape_mismatch)
 
     @property
     def identical(self) -> bool:

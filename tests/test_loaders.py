@@ -28,6 +28,8 @@ from tests.oracles import bits, unlike
 
 if TYPE_CHECKING:
     from pathlib import Path
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 CUDA = FIXTURES / "cuda.pt"
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -485,3 +487,42 @@ def test_strip_prefix_of_a_plain_dict_refuses_what_only_some_keys_carry():
     with pytest.raises(PartialPrefixError, match=re.escape("1 of 2 keys begin with 'net.'")):
         ckptfix.strip_prefix({"net.a": 1, "b": 2}, "net")
     assert dict(ckptfix.strip_prefix({"net.a": 1, "b": 2}, "net", partial=True)) == {"a": 1, "b": 2}
+
+
+# --- what the report says once it is loaded
+
+
+def test_what_was_left_out_does_not_make_the_report_say_that_it_does_not_load(
+    tmp_path: Path,
+) -> None:
+    net = nn.Linear(2, 2)
+    path = saved({**net.state_dict(), "extra": torch.ones(1)}, tmp_path / "in.pt")
+    assert not ckptfix.check(path, net).loads
+    report = ckptfix.load_into(net, path)
+    assert (report.loads, report.unexpected) == (True, ["extra"])
+    assert report.identical
+
+
+def test_what_kept_its_values_does(tmp_path: Path) -> None:
+    path = saved({"weight": torch.ones(2, 2)}, tmp_path / "in.pt")
+    report = ckptfix.load_into(nn.Linear(2, 2), path, strict=False)
+    assert (report.loads, report.missing) == (False, ["bias"])
+
+
+# --- in other processes
+
+
+def load_elsewhere(path: str) -> None:
+    ckptfix.load_into(nn.Linear(2, 2), path)
+
+
+def test_an_error_arrives_from_a_process_pool_with_its_report(tmp_path: Path) -> None:
+    path = saved({"weight": torch.ones(2, 2)}, tmp_path / "in.pt")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with pytest.raises(KeyMismatchError, match="the file lacks bias") as raised:
+            pool.submit(load_elsewhere, str(path)).result()
+        assert raised.value.report.missing == ["bias"]
+        assert raised.value.hint is not None
+        with pytest.raises(ReadError, match="no such file"):
+            pool.submit(load_elsewhere, str(tmp_path / "none.pt")).result()

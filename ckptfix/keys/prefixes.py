@@ -148,7 +148,8 @@ def _module_rules(target: Mapping[str, str], form: Rule) -> Callable[[Shift], Ru
     """
     written: dict[str, str] = {}
     if any(key != shared for key, shared in target.items()):
-        prefixes = {key[: i + 1] for key in target for i, c in enumerate(key) if c == "."}
+        deep = (key for key in target if key.count(".") <= _DEEPEST)
+        prefixes = {key[: i + 1] for key in deep for i, c in enumerate(key) if c == "."}
         written = {form(prefix): prefix for prefix in sorted(prefixes, key=depth_of)}
 
     def write(shift: Shift, prefix: str) -> str:
@@ -156,6 +157,10 @@ def _module_rules(target: Mapping[str, str], form: Rule) -> Callable[[Shift], Ru
         return written.get(shifted, shifted)
 
     return lambda shift: bind(write, shift)
+
+
+_DEEPEST = 100
+"""Modules in modules at most for which `_metadata` is renamed as the target writes them."""
 
 
 def _shifts(source: Iterable[str], target: Iterable[str]) -> Iterator[Shift]:
@@ -195,18 +200,23 @@ def _surplus(longer: Collection[str], shorter: Collection[str], many: float) -> 
     Where that is so for every key, one prefix settles it.
     """
     votes: Counter[str] = Counter()
+    lengths = set(map(len, shorter))
     for key in longer:
-        votes.update(prefix for prefix, rest in _splits(key) if rest in shorter)
+        votes.update(prefix for prefix, rest in _splits(key, lengths) if rest in shorter)
     settled = [prefix for prefix, count in votes.items() if count == len(longer)]
     popular = (prefix for prefix, count in votes.items() if count >= many)
     return settled or sorted(popular, key=lambda prefix: (-votes[prefix], prefix))
 
 
-def _splits(key: str) -> Iterator[tuple[str, str]]:
-    """Every leading prefix of a key, with what follows it."""
+def _splits(key: str, lengths: Collection[int]) -> Iterator[tuple[str, str]]:
+    """The leading prefixes of a key, with what follows each, where that has one of some lengths.
+
+    Only those are cut out: a key may have as many dots as characters.
+    """
     start = key.find(".") + 1
     while start:
-        yield key[:start], key[start:]
+        if len(key) - start in lengths:
+            yield key[:start], key[start:]
         start = key.find(".", start) + 1
 
 

@@ -207,10 +207,14 @@ def unlike(old: tuple[str, ...], new: tuple[str, ...]) -> _Pair:
 
 
 def _edits(old: tuple[str, ...], new: tuple[str, ...]) -> list[tuple[str, int, int, int, int]]:
-    """Where two lists of components differ, as `difflib` tells it."""
-    if not (old and new):
+    """Where two lists of components differ, as `difflib` tells it, whose time is their product."""
+    if not (old and new) or len(old) * len(new) > _MOST_COMPARED:
         return [("replace", 0, len(old), 0, len(new))]
     from difflib import SequenceMatcher
 
     edits = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     return [edit for edit in edits if edit[0] != "equal"]
+
+
+_MOST_COMPARED = 10_000
+"""Pairs of components that are compared; no model is so deep that it has more."""
