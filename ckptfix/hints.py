@@ -44,9 +44,8 @@ class Command(NamedTuple):
         if call is None or not self.arguments:
             return str(self)
         source, *others = map(repr, self.arguments)
-        told = [_keyword(name, values) for name, values in self.options if name != "sub"]
-        pairs = [", ".join(map(repr, values)) for name, values in self.options if name == "sub"]
-        keywords = ", ".join([*pairs[:1], *told])
+        rows = sorted(self.options, key=lambda row: row[0] != "sub")
+        keywords = ", ".join(_keyword(*row) for row in rows)
         return call.format(source=source, out=others[0] if others else "", keywords=keywords)
 
     def filled(self, words: Mapping[str, str]) -> Command:
@@ -70,6 +69,8 @@ def _as_argument(text: str) -> str:
 
 
 def _keyword(name: str, values: tuple[str, ...]) -> str:
+    if name == "sub":  # pattern and replacement stand for themselves
+        return ", ".join(map(repr, values))
     value: object = True if not values else values[0] if len(values) == 1 else values
     return f"{name.replace('-', '_')}={value!r}"
 

@@ -156,7 +156,8 @@ def _loaded(
     for key, node in mapping.items():
         if as_tensor(node) is None and is_special_tensor(node):
             raise UnsupportedError(
-                f"{document.name}: {key!r} is a sparse, quantized or other special tensor",
+                f"{key!r} is a sparse, quantized or other special tensor",
+                where=document.name,
                 hint="load it with torch.load, and give that to ckptfix.strip_prefix",
             )
     if verify:

@@ -68,6 +68,11 @@ class Place:
         """The folder in which it stands; `.` for a bare name."""
         return Place(os.path.dirname(_without_slash(self.name)) or ".")
 
+    @property
+    def resolved(self) -> str:
+        """Its name from the root of the file system, without links."""
+        return os.path.realpath(self.name)
+
     def below(self, name: str) -> Place:
         """What has that name in this folder; names of folders in it may lead there."""
         return Place(os.path.join(self.name, name))

@@ -6,12 +6,12 @@ Everything here is a pure function of lists of keys; nothing knows of tensors or
 from __future__ import annotations
 
 import re
-import shlex
 from collections import Counter
 from functools import partial as bind
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ckptfix.errors import PartialPrefixError, RenameError
+from ckptfix.hints import naming
 from ckptfix.keys.renaming import (
     Renaming,
     Rule,
@@ -155,15 +155,15 @@ def _substitution(pattern: str, replacement: str) -> Rule:
         expression = re.compile(pattern)
     except re.error as error:
         raise RenameError(
-            f"{pattern!r} is no regular expression: {error}",
-            hint=f"to match that text as it stands: {shlex.quote(re.escape(pattern))}",
+            f"{pattern!r} is not a regular expression: {error}",
+            hint=naming("to match that text as it stands", "sub", re.escape(pattern), "REPL"),
             code="bad-pattern",
         ) from None
     try:
         expression.sub(replacement, "")
     except (re.error, IndexError) as error:
         raise RenameError(
-            f"{replacement!r} is no replacement for {pattern!r}: {error}",
+            f"{replacement!r} is not a replacement for {pattern!r}: {error}",
             hint=r"what a group matched is \1, \2, …; a backslash itself is \\",
             code="bad-pattern",
         ) from None

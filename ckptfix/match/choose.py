@@ -134,7 +134,10 @@ def _check_ties(document: Document, meant: Match, wanted: Target) -> None:
                     f"{first!r} and {second!r} are one tensor of {wanted.name}, "
                     "and two different ones in the file",
                     where=document.name,
-                    hint="build the model as it was trained, without that tie (--init)",
+                    hint=Hint(
+                        "build the model as it was trained, without that tie (--init)",
+                        python="build the model as it was trained, without that tie",
+                    ),
                 )
 
 

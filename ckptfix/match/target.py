@@ -10,18 +10,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import shlex
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from ckptfix import door
+from ckptfix.bytes.place import Place
 from ckptfix.contents.specs import specs
 from ckptfix.contents.state_dicts import choose
-from ckptfix.errors import CkptfixError, SelectionError, TargetError
-from ckptfix.hints import Hint, command
+from ckptfix.errors import CkptfixError, ReadError, SelectionError, TargetError
+from ckptfix.hints import Command, Hint, command, naming, shell
 from ckptfix.report import Spec
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def of_document(document: Document, select: str | None = None) -> Target:
 
 def of_file(path: str | os.PathLike[str]) -> Target:
     """The target in a file: a checkpoint, or the JSON of `ckptfix inspect --json`."""
-    listed = _listed_keys(Path(path))
+    listed = _listed_keys(Place(path))
     if listed is not None:
         return Target(str(path), listed)
     try:
@@ -110,25 +110,29 @@ def of_file(path: str | os.PathLike[str]) -> Target:
         raise TargetError(f"cannot compare with {error.message}", hint=error.hint) from None
 
 
-def _listed_keys(path: Path) -> dict[str, Spec] | None:
+def _listed_keys(place: Place) -> dict[str, Spec] | None:
     """Keys of a JSON report; None where the file is no such report."""
     try:
-        with path.open("rb") as file:
-            if not file.read(64).lstrip().startswith(b"{"):
-                return None
-        listing = json.loads(path.read_bytes())
+        source = place.open()
+        if not source.head(64).lstrip().startswith(b"{"):
+            return None
+        listing = json.loads(source.read(0, source.size))
         states = [
             (state["path"], _listed_specs(state))
             for state in listing["state_dicts"]
             if state["role"] != "optimizer"
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ReadError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if len(states) != 1:
         listed = ", ".join(str(where) for where, _ in states)
         raise TargetError(
-            f"{path}: lists {len(states)} state dicts: {listed or 'none'}",
-            hint="inspect a file that holds the one that is meant: ckptfix inspect --json FILE",
+            f"lists {len(states)} state dicts: {listed or 'none'}",
+            where=place,
+            hint=Hint(
+                "inspect a file that holds the one that is meant",
+                command("inspect", "FILE", json=True),
+            ),
         )
     return states[0][1]
 
@@ -148,8 +152,9 @@ def of_reference(reference: str, init: str | None = None) -> Target:
     where, _, name = reference.rpartition(":")
     if not where or not name:
         raise TargetError(
-            f"--model {reference}: is not of the form FILE.py:NAME or package.module:NAME",
-            hint="for example: --model models/foonet.py:FooNet",
+            "is not of the form FILE.py:NAME or package.module:NAME",
+            where=f"--model {reference}",
+            hint=naming("for example", "model", "models/foonet.py:FooNet"),
         )
     arguments, keywords = _arguments(init)
     found = _attribute(_import(where, reference), name, reference)
@@ -160,38 +165,43 @@ def _arguments(init: str | None) -> tuple[list[Any], dict[str, Any]]:
     try:
         given = json.loads(init) if init else {}
     except ValueError as error:
-        raise TargetError(
-            f"--init {init}: is no JSON ({error})", hint="for example: --init '{\"layers\": 3}'"
-        ) from None
+        raise TargetError(f"is not JSON ({error})", where=f"--init {init}", hint=_EXAMPLE) from None
     if isinstance(given, dict):
         return [], given
     if isinstance(given, list):
         return given, {}
     raise TargetError(
-        f"--init {init}: is neither a JSON object nor an array",
-        hint="for example: --init '{\"layers\": 3}'",
+        "is neither a JSON object nor an array", where=f"--init {init}", hint=_EXAMPLE
     )
 
 
+_EXAMPLE = naming("for example", "init", '{"layers": 3}')
+
+
 def _import(where: str, reference: str) -> ModuleType:
-    for folder in (str(Path.cwd()), str(Path(where).resolve().parent) if _is_file(where) else ""):
-        if folder and folder not in sys.path:
+    folders = [Place(".").resolved]
+    if _is_file(where):
+        folders.append(Place(where).folder.resolved)
+    for folder in folders:
+        if folder not in sys.path:
             sys.path.insert(0, folder)
     try:
         with redirect_stdout(sys.stderr):
             return _import_file(where) if _is_file(where) else importlib.import_module(where)
     except (Exception, SystemExit) as error:
-        missing = _is_file(where) and not Path(where).is_file()
-        command = ["ls", str(Path(where).parent)] if missing else _try(where)
+        place = Place(where)
+        absent = _is_file(where) and not place.is_file
+        see = Hint("see what is there", shell("ls", place.folder.name))
         raise TargetError(
-            f"--model {reference}: cannot be imported: {_describe(error)}",
-            hint=f"{'see what is there' if missing else 'try it'}: {shlex.join(command)}",
+            f"cannot be imported: {_describe(error)}",
+            where=f"--model {reference}",
+            hint=see if absent else Hint("try it", _try(where)),
         ) from error
 
 
-def _try(where: str) -> list[str]:
-    python = Path(sys.executable).name
-    return [python, where] if _is_file(where) else [python, "-c", f"import {where}"]
+def _try(where: str) -> Command:
+    python = PurePath(sys.executable).name
+    return shell(python, where) if _is_file(where) else shell(python, "-c", f"import {where}")
 
 
 def _is_file(where: str) -> bool:
@@ -199,14 +209,14 @@ def _is_file(where: str) -> bool:
 
 
 def _import_file(where: str) -> ModuleType:
-    path = Path(where)
-    if not path.is_file():
+    name = PurePath(where).stem
+    if not Place(where).is_file:
         raise FileNotFoundError(f"there is no file {where}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(name, where)
     if spec is None or spec.loader is None:
         raise ImportError(f"{where} cannot be imported")
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
+    sys.modules.setdefault(name, module)
     spec.loader.exec_module(module)
     return module
 
@@ -218,7 +228,7 @@ def _attribute(module: ModuleType, name: str, reference: str) -> Any:
     if found is None:
         models = [key for key, value in vars(module).items() if _is_model_class(value, module)]
         hint = f"it defines {', '.join(models) or 'no class'}"
-        raise TargetError(f"--model {reference}: there is no {name!r} in it", hint=hint)
+        raise TargetError(f"there is no {name!r} in it", where=f"--model {reference}", hint=hint)
     return found
 
 
@@ -234,12 +244,14 @@ def _build(found: Any, arguments: list[Any], keywords: dict[str, Any], reference
             model = found if isinstance(found, torch.nn.Module) else found(*arguments, **keywords)
     except (Exception, SystemExit) as error:
         raise TargetError(
-            f"--model {reference}: cannot be built: {_describe(error)}",
-            hint="give its arguments as JSON: --init '{\"name\": value}'",
+            f"cannot be built: {_describe(error)}",
+            where=f"--model {reference}",
+            hint=naming("give its arguments as JSON", "init", '{"name": value}'),
         ) from error
     if not isinstance(model, torch.nn.Module):
         raise TargetError(
-            f"--model {reference}: gives a {type(model).__name__}, not an nn.Module",
+            f"gives a {type(model).__name__}, not an nn.Module",
+            where=f"--model {reference}",
             hint="name an nn.Module class, or a function that returns a model",
         )
     return model

@@ -88,14 +88,10 @@ class Materializer:
         if not storage.nbytes:
             return torch.empty(0, dtype=torch.uint8).untyped_storage()
         span = storage.spans[0]
-        aligned = span.offset % dtype.word == 0
-        if (
-            len(storage.spans) == 1
-            and aligned
-            and not self._swap
-            and span.source.fileno() is not None
-        ):
-            return _flat(self._map(span.source), span.offset, span.length)
+        if len(storage.spans) == 1 and not self._swap and span.source.fileno() is not None:
+            begin = span.source.begin + span.offset
+            if begin % dtype.word == 0:
+                return _flat(self._map(span.source), begin, span.length)
         copied = bytearray(b"".join(part.read() for part in storage.spans))
         if self._swap:
             swap_bytes(copied, storage.dtype.word)
@@ -106,7 +102,8 @@ class Materializer:
         if known is None:
             descriptor = source.fileno()
             assert descriptor is not None
-            mapped = mmap.mmap(descriptor, source.size, access=mmap.ACCESS_COPY)
+            end = source.begin + source.size
+            mapped = mmap.mmap(descriptor, end, access=mmap.ACCESS_COPY)
             known = self._maps[id(source)] = (source, mapped)
         return known[1]
 

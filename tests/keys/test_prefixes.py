@@ -1,4 +1,4 @@
-"""Which prefixes fit, found in time that is linear in the length of all keys, odd as they may be."""
+"""Which prefixes fit: found in time that is linear in the length of all keys, odd or not."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_what_a_model_prints_does_not_get_into_the_answer(models: Path):
         ("missing.py:Net", None, "there is no file missing.py", "see what is there: ls ."),
         ("no.such.module:Net", None, "No module named 'no'", "try it:"),
         ("models.py:Nett", None, "there is no 'Nett' in it", "it defines Net, Outer"),
-        ("models.py:Net", "{", "is no JSON", "for example: --init"),
+        ("models.py:Net", "{", "is not JSON", "for example: --init"),
         ("models.py:Net", "3", "neither a JSON object nor an array", "for example: --init"),
         ("models.py:Net", '{"depth": 3}', "cannot be built: TypeError", "--init"),
         ("models.py:number", None, "cannot be built", "--init"),
