@@ -140,9 +140,16 @@ class Checkpoint:
         return judge.report(choose(self.document, select), targets.of_module(model))
 
     def save(
-        self, path: str | os.PathLike[str], *, select: str | None = None, force: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        select: str | None = None,
+        force: bool = False,
+        to: str | None = None,
     ) -> list[tuple[str, str]]:
-        """Write it to a file, whose extension names the container, and read it back.
+        """Write it to a file, and read back what it holds.
+
+        The extension names the container, unless `to` does: `torch`, `safetensors` or `shards`.
 
         Returns:
             Path and kind of each thing that the container cannot hold and that was left out.
@@ -152,8 +159,9 @@ class Checkpoint:
             UnsupportedError: the container cannot hold one of the tensors.
             WriteError: the file cannot be written; nothing is left behind.
         """
-        fitted = reduce.fit(self.document, path, select)
-        door.write(fitted.document, path, force=force)
+        output = door.resolve(path, to)
+        fitted = reduce.fit(self.document, output.container, select)
+        output.write(fitted.document, force=force)
         return fitted.left_out
 
     def save_in_place(self) -> None:
@@ -191,7 +199,12 @@ def check(path: str | os.PathLike[str], model: nn.Module, *, select: str | None 
 
 
 def save(
-    value: Any, path: str | os.PathLike[str], *, select: str | None = None, force: bool = False
+    value: Any,
+    path: str | os.PathLike[str],
+    *,
+    select: str | None = None,
+    force: bool = False,
+    to: str | None = None,
 ) -> list[tuple[str, str]]:
     """Write a `Checkpoint`, or what a program holds: tensors, containers and plain values.
 
@@ -203,7 +216,7 @@ def save(
 
         value = Checkpoint(Document(describe(value), "memory"))
     checkpoint: Checkpoint = value
-    return checkpoint.save(path, select=select, force=force)
+    return checkpoint.save(path, select=select, force=force, to=to)
 
 
 def diff(

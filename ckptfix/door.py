@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.place import Place
-from ckptfix.errors import DamagedError
+from ckptfix.errors import DamagedError, UnsupportedError
 from ckptfix.formats.reading import Reading, Salvage
 from ckptfix.formats.table import (
     EXTENSIONS,
@@ -142,9 +142,12 @@ def resolve(path: str | os.PathLike[str], to: str | None = None) -> Output:
     """What an output path means: the container by its extension, or by name in `to`.
 
     A folder that is there, and a name that ends in a slash, mean a folder of shards. `to` is one of
-    `TO`. Raises `UnsupportedError` where no container has the extension.
+    `TO`. Raises `UnsupportedError` where no container has the extension, or that name.
     """
     name = os.fspath(path)
+    if to is not None and to not in TO:
+        what = f"{to!r} is not a container that is written"
+        raise UnsupportedError(what, where=name, hint=f"take one of {', '.join(TO)}", code="to")
     if to is not None:
         return Output(name, TO[to])
     return Output(name, SHARDS if is_folder(name) else by_extension(name))

@@ -97,7 +97,7 @@ def save(state: Any, folder: Path, size: int = 250, force: bool = False) -> Path
     """Write a state dict as a folder of shards."""
     source = folder.parent / f"{folder.name}.source.pt"
     torch.save(state, source)
-    fitted = reduce.fit(door.read(source), f"{folder}/")
+    fitted = reduce.fit(door.read(source), door.SHARDS)
     door.write(fitted.document, f"{folder}/", max_shard_size=size, force=force)
     return folder
 

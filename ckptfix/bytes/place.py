@@ -112,7 +112,7 @@ class Place:
     def check_free(self, *, force: bool) -> None:
         """Refuse early what could not be published later. Raises `WriteError`."""
         target = Place(os.path.realpath(self.name))
-        if target.is_folder:
+        if target.is_folder or self.name.endswith(("/", os.sep)):
             hint = f"give the name of a file: {os.path.join(self.name, 'out.pt')}"
             raise WriteError("is a folder", where=self.name, hint=hint)
         self.check_folder(target.folder)

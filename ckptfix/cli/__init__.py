@@ -8,14 +8,15 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-import shlex
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from ckptfix.cli import output
+from ckptfix.cli.usage import Misuse, hint_for, see_help
 from ckptfix.errors import CkptfixError
+from ckptfix.hints import Hint, command, shell
 
 COMMANDS = {
     "inspect": "Show what is in a checkpoint, and what is wrong with it.",
@@ -32,17 +33,15 @@ COMMANDS = {
 }
 
 
-class _NoCommandError(click.UsageError):
-    """There is no such command; `hint` has what may be meant."""
+def _no_command(name: str, context: click.Context) -> Misuse:
+    """There is no such command; the hint has what may be meant."""
+    import difflib
 
-    def __init__(self, name: str, ctx: click.Context) -> None:
-        super().__init__(f"there is no command {name!r}", ctx)
-        import difflib
-
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        self.hint = f"did you mean: ckptfix {near[0]}" if near else None
-        if os.path.exists(name):
-            self.hint = f"see what is in it: ckptfix inspect {shlex.quote(name)}"
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = Hint("did you mean", command(near[0])) if near else None
+    if os.path.exists(name):
+        hint = Hint("see what is in it", command("inspect", name))
+    return Misuse(f"there is no command {name!r}", hint, context)
 
 
 class _Verbs(click.Group):
@@ -55,16 +54,24 @@ class _Verbs(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"ckptfix.cli.{cmd_name.replace('-', '_')}")
-        command: click.Command = module.command
-        command.help = _as_written(command.help)
-        return command
+        verb: click.Command = module.command
+        verb.help = _as_written(verb.help)
+        return verb
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS and not ctx.resilient_parsing:
-            raise _NoCommandError(args[0], ctx)
+            raise _no_command(args[0], ctx)
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CkptfixError as error:
+            if error.hint is None:
+                error.suggest(see_help(ctx.invoked_subcommand))
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -103,31 +110,28 @@ group.help = _as_written(group.help)
 
 def main() -> NoReturn:
     """Run the command line and exit. Bad input ends in `error:` and `hint:`, not in a traceback."""
-    output.start(sys.argv[1:])
-    try:
-        code = group.main(prog_name="ckptfix", standalone_mode=False) or 0
-    except CkptfixError as error:
-        hint = output.said(error.hint) or _usage()
-        code = output.error(error.message, hint, error.code, details=error.details)
-    except click.exceptions.NoArgsIsHelpError as error:
-        code = output.usage(error.format_message())
-    except click.UsageError as error:
-        hint = getattr(error, "hint", None) or _usage(error.ctx)
-        code = output.error(error.format_message().rstrip("."), hint, "usage")
-    except click.exceptions.Exit as stop:
-        code = stop.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        code = output.error("interrupted", None, "interrupted", exit_code=130)
-    except MemoryError:
-        code = output.error("there is not enough memory", "see what is free: free -h", "memory")
-    except Exception as error:  # noqa: BLE001 - the last net under everything
-        code = output.bug(error)
+    output.start()
+    code = _run(output.Form())
     gc.freeze()  # what is left ends with the process: not searched for garbage first
     sys.exit(code)
 
 
-def _usage(context: click.Context | None = None) -> str:
-    """The hint where there is no better one."""
-    verb = [sys.argv[1]] if sys.argv[1:] and sys.argv[1] in COMMANDS else []
-    path = context.command_path if context else " ".join(["ckptfix", *verb])
-    return f"see how it is used: {path} --help"
+def _run(form: output.Form) -> int:
+    """The exit code of the command that the arguments of the program name."""
+    try:
+        return group.main(prog_name="ckptfix", standalone_mode=False, obj=form) or 0
+    except CkptfixError as error:
+        return output.error(form, error.message, error.hint, error.code, details=error.details)
+    except click.exceptions.NoArgsIsHelpError as error:
+        return output.usage(error.format_message())
+    except click.UsageError as error:
+        return output.error(form, error.format_message().rstrip("."), hint_for(error), "usage")
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return output.error(form, "interrupted", None, "interrupted", exit_code=130)
+    except MemoryError:
+        hint = Hint("see what is free", shell("free", "-h"))
+        return output.error(form, "there is not enough memory", hint, "memory")
+    except Exception as error:  # noqa: BLE001 - the last net under everything
+        return output.bug(form, error)

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import click
 
-from ckptfix.cli import options
-from ckptfix.cli.strip_prefix import write_renamed
-from ckptfix.cli.writing import Job
+from ckptfix.cli import options, writing
 from ckptfix.contents.state_dicts import choose
 from ckptfix.edit import edits
 from ckptfix.keys import wrappers
 
 
 @click.command("add-prefix")
-@options.edits
+@writing.edits
 @options.select
 @click.option("--prefix", metavar="TEXT", default="module.", show_default=True, help="What to add.")
 def command(
-    source: str,
-    target: str,
-    force: bool,
-    dry_run: bool,
-    in_place: bool,
+    job: writing.Job,
     select: str | None,
     prefix: str,
 ) -> int:
@@ -42,11 +36,10 @@ def command(
       2  IN cannot be read, or holds several state dicts (name one with
          --select), or OUT cannot be written; nothing was written
     """
-    job = Job("add-prefix", source, target, force, dry_run, in_place=in_place)
     document = job.open()
     state = choose(document, select)
-    with job.naming_the_input():
+    with job.naming_the_source():
         changes = [(state, wrappers.add(state.mapping, prefix))]
     if not changes[0][1].changed:
         return job.nothing("an empty prefix changes no key")
-    return write_renamed(job, edits.rename(document, changes), changes)
+    return job.finish_renamed(edits.rename(document, changes), changes)

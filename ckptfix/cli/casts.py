@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptfix.cli import output
 from ckptfix.edit import casting
+from ckptfix.words import plural
 
 if TYPE_CHECKING:
     from ckptfix.edit.casting import Cast
@@ -34,7 +35,7 @@ def report(document: Document, dtype: DType, *, dry_run: bool) -> dict[str, Any]
         _note_losses(casts, loss, what.format(dtype=dtype))
     others = casting.others(document, dtype)
     if others:
-        count = output.plural(others, "other floating-point tensor")
+        count = plural(others, "other floating-point tensor")
         output.note(f"{count} not cast: outside state dicts (an optimizer), or not dense")
     return {"dtype": dtype.name, "tensors": [_row(cast) for cast in casts], "not_cast": others}
 
@@ -45,7 +46,7 @@ def _note_losses(casts: list[Cast], loss: str, what: str) -> None:
     if rows:
         shown = ", ".join(f"{key} ({count:,})" for key, count in rows[:_SHOWN])
         more = f", and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
-        total = output.plural(sum(count for _, count in rows), "value")
+        total = plural(sum(count for _, count in rows), "value")
         output.note(f"{total} {what}: {shown}{more}")
 
 

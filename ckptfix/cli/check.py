@@ -151,7 +151,7 @@ def _say_damaged(
 
     output.answer({**answer, "sound": False, "problem": problem}, draw)
     if error.hint is not None:
-        output.hint(str(error.hint))
+        output.hint(error.hint)
     return 1
 
 

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import door
-from ckptfix.cli import casts, options, output
-from ckptfix.cli.writing import Job
+from ckptfix.cli import casts, options, output, writing
 from ckptfix.contents.state_dicts import choose, choose_all, find, of_models
 from ckptfix.edit import casting, compacting, reduce
 from ckptfix.edit.weights_only import weights_only
+from ckptfix.words import plural
 
 if TYPE_CHECKING:
     from ckptfix.contents.state_dicts import StateDict
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("convert")
-@options.writes
+@writing.writes
 @options.select
 @options.max_shard_size
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors: float16, bf16, …")
@@ -30,12 +29,8 @@ if TYPE_CHECKING:
     help="Cut storages to what their tensors use. [.safetensors: always]",
 )
 def command(
-    source: str,
-    target: str,
-    force: bool,
-    dry_run: bool,
+    job: writing.Job,
     select: str | None,
-    max_shard_size: int | None,
     dtype: str | None,
     bare: bool,
     compact: bool,
@@ -65,10 +60,8 @@ def command(
          --select), or OUT cannot hold it; nothing was written
     """
     wanted = None if dtype is None else casting.dtype_of(dtype)
-    target = target if max_shard_size is None else options.as_folder(target)
-    job = Job("convert", source, target, force, dry_run, max_shard_size)
     document = job.open()
-    container = door.resolve(target).container
+    container = job.container
     data: dict[str, Any] = {"from": document.container, "to": container.name}
     left_out: list[tuple[str, str]] = []
     if bare or (select is not None and not container.tensors_only):
@@ -82,11 +75,13 @@ def command(
         document, data["saved_bytes"] = compacting.compact(document)
 
     def after() -> dict[str, Any]:
-        return {} if wanted is None else {"cast": casts.report(document, wanted, dry_run=dry_run)}
+        return (
+            {} if wanted is None else {"cast": casts.report(document, wanted, dry_run=job.dry_run)}
+        )
 
     kept = choose(document, select) if container.tensors_only else None
     done = _said(document, kept, wanted, data)
-    return job.write(document, done, data, select, left_out=left_out, after=after)
+    return job.finish(document, done, data, select, left_out=left_out, after=after)
 
 
 def _said(
@@ -94,7 +89,7 @@ def _said(
 ) -> str:
     states = of_models(find(document.root)) if kept is None else [kept]
     tensors = sum(len(state.tensors) for state in states)
-    done = f"{data['from']} to {data['to']}, {output.plural(tensors, 'tensor')}"
+    done = f"{data['from']} to {data['to']}, {plural(tensors, 'tensor')}"
     if "saved_bytes" in data:
         done += f", {output.size(data['saved_bytes'])} of unused storage left out"
     return done if dtype is None else f"{done}, {casts.said(document, dtype)}"

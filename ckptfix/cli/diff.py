@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from ckptfix.cli import options, output, reading
+from ckptfix.cli.usage import Misuse
 from ckptfix.diffs.documents import compare
 from ckptfix.report import Spec, shape
 from ckptfix.tree.walk import nbytes
+from ckptfix.words import plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -89,7 +91,7 @@ def command(
 
 def _paths(select: Sequence[str]) -> tuple[str, str] | None:
     if len(select) > 2:
-        raise click.UsageError("--select: give it once for both sides, or twice: A's, then B's")
+        raise Misuse("--select: give it once for both sides, or twice: A's, then B's")
     return (select[0], select[-1]) if select else None
 
 
@@ -156,7 +158,7 @@ def _draw(console: Console, found: Diff, limit: int | None, keys_only: bool) -> 
     for state in found.state_dicts:
         console.print(Text(output.printable(_summary(state, keys_only))))
     if found.others:
-        console.print(output.plural(len(found.others), "other difference"))
+        console.print(plural(len(found.others), "other difference"))
 
 
 def _draw_sections(console: Console, sections: list[_Section], limit: int | None) -> None:
@@ -233,5 +235,5 @@ def _summary(state: StateDiff, keys_only: bool) -> str:
     )
     path = "" if state.a == state.b == "/" else f"{state.a}: "
     alike = "alike, values not compared" if keys_only else "equal"
-    equal = f"{output.plural(state.equal, 'tensor')} {alike}"
+    equal = f"{plural(state.equal, 'tensor')} {alike}"
     return path + ", ".join([equal, *(f"{count:,} {what}" for count, what in counts if count)])

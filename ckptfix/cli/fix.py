@@ -6,33 +6,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import door
-from ckptfix.cli import options, output
-from ckptfix.cli.writing import Job
-from ckptfix.diagnose import damage
+from ckptfix.cli import options, output, writing
 from ckptfix.repair.plan import Plan, plan
 from ckptfix.tree.document import Tensor
 from ckptfix.tree.walk import walk
+from ckptfix.words import plural
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from ckptfix.tree.document import Document
 
 
 _SHOWN = 10
 
 
 @click.command("fix")
-@options.writes
+@writing.writes
 @options.target
 @options.select
 @click.option("--keep-training-state", is_flag=True, help="Repair the weights where they are.")
 def command(
-    source: str,
-    target: str,
-    force: bool,
-    dry_run: bool,
+    job: writing.Job,
     model: str | None,
     init: str | None,
     like: str | None,
@@ -60,7 +53,6 @@ def command(
          differs, two ways fit, or two keys would become one), or OUT cannot be
          written; nothing was written
     """
-    job = Job("fix", source, target, force, dry_run)
     wanted = options.wanted(model, init, like)
     document = job.open()
     made = plan(
@@ -68,11 +60,10 @@ def command(
         wanted,
         select=select,
         keep_training_state=keep_training_state,
-        tensors_only=door.resolve(target).container.tensors_only,
+        tensors_only=job.container.tensors_only,
+        verify=not job.dry_run,
     )
-    if not dry_run:
-        damage.check_sums(made.document)  # nothing that is damaged is called repaired
-    if not made.cures and not _is_other_container(document, job):
+    if not made.cures and document.container == job.container.name:
         return job.nothing("nothing to repair")
     if made.cures:
         output.aside(lambda console: _draw(console, made))
@@ -80,14 +71,14 @@ def command(
     _say_keys("of another dtype; torch casts them as it loads", made.of_another_dtype)
     tensors = sum(isinstance(node, Tensor) for _, node in walk(made.document.root))
     data = {**_data(made), "copied": tensors}
-    return job.write(made.document, _summary(made, tensors), data, left_out=made.left_out)
+    return job.finish(made.document, _summary(made, tensors), data, left_out=made.left_out)
 
 
 def _summary(made: Plan, tensors: int) -> str:
     """What was done, in one line. Nothing is ever cast, which is told with the rest."""
-    left = output.plural(len(made.left_out), "thing") if made.left_out else "nothing"
+    left = plural(len(made.left_out), "thing") if made.left_out else "nothing"
     return (
-        f"{output.plural(tensors, 'tensor')} copied, {len(made.renamed) or 'none'} renamed, "
+        f"{plural(tensors, 'tensor')} copied, {len(made.renamed) or 'none'} renamed, "
         f"none cast, {len(made.dropped) or 'none'} dropped, {left} left behind"
     )
 
@@ -96,11 +87,7 @@ def _say_keys(what: str, keys: list[str]) -> None:
     if keys:
         shown = ", ".join(keys[:_SHOWN])
         more = f", and {len(keys) - _SHOWN:,} more (--json has all)" if len(keys) > _SHOWN else ""
-        output.note(f"{output.plural(len(keys), 'key')} {what}: {shown}{more}")
-
-
-def _is_other_container(document: Document, job: Job) -> bool:
-    return door.resolve(job.target).container.name != document.container
+        output.note(f"{plural(len(keys), 'key')} {what}: {shown}{more}")
 
 
 def _data(made: Plan) -> dict[str, Any]:

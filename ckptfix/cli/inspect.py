@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptfix.cli import findings, options, output, reading, tree
+from ckptfix.cli.usage import Misuse
 from ckptfix.contents.state_dicts import StateDict, find
 from ckptfix.diagnose.document import diagnose, globals_of, wasted
 from ckptfix.errors import CkptfixError
@@ -62,7 +63,7 @@ def _write_page(files: tuple[str, ...], html: str, *, force: bool) -> int:
     from ckptfix import page
 
     if len(files) > 1:
-        raise click.UsageError("--html: draws one FILE")
+        raise Misuse("--html: draws one FILE")
     page.write(page.of_document(reading.read(files[0])), html, force=force)
     output.answer({"command": "inspect", "file": files[0], "page": html}, f"wrote {html}")
     return 0
@@ -103,7 +104,7 @@ def _inspect_all(files: tuple[str, ...], *, everything: bool) -> int:
 
     output.answer(data, draw)
     for _, problem in unread:
-        output.complain(problem.message, output.said(problem.hint))
+        output.complain(problem.message, problem.hint)
     return 2 if unread else 0
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ckptfix import door
-from ckptfix.cli import reading
-from ckptfix.formats.table import EXTENSIONS
+from ckptfix.cli import output, reading
+from ckptfix.cli.usage import Misuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,9 +21,18 @@ _Function = TypeVar("_Function", bound="Callable[..., Any]")
 def as_json(function: _Function) -> _Function:
     """`--json`: the answer, and errors too, as JSON."""
     option = click.option(
-        "--json", "_json", is_flag=True, expose_value=False, help="Answer in JSON."
+        "--json",
+        is_flag=True,
+        is_eager=True,  # so that errors in the other options come as JSON
+        expose_value=False,
+        callback=_answer_in_json,
+        help="Answer in JSON.",
     )
     return option(function)
+
+
+def _answer_in_json(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    context.find_root().ensure_object(output.Form).is_json = wanted
 
 
 def select(function: _Function) -> _Function:
@@ -68,9 +75,9 @@ def target(function: _Function) -> _Function:
 def wanted(model: str | None, init: str | None, like: str | None) -> Target | None:
     """The target that `--model`, `--init` and `--like` name, if any. Raises `TargetError`."""
     if model is not None and like is not None:
-        raise click.UsageError("--model and --like: give one of them")
+        raise Misuse("--model and --like: give one of them")
     if init is not None and model is None:
-        raise click.UsageError("--init: is for --model, which is not given")
+        raise Misuse("--init is for --model, which is not given")
     if model is None and like is None:
         return None
 
@@ -83,41 +90,6 @@ def wanted(model: str | None, init: str | None, like: str | None) -> Target | No
     found = targets.of_file(like)
     reading.say_notes(found.notes)
     return found
-
-
-_DRY_RUN = click.option(
-    "--dry-run", "-n", is_flag=True, help="Say what would be done; write nothing."
-)
-_FORCE = click.option("--force", "-f", is_flag=True, help="Replace OUT if it is there.")
-_IN = click.argument("source", metavar="IN", type=click.Path())
-
-
-def writes(function: _Function) -> _Function:
-    """`IN OUT --force --dry-run --json`: what every command that writes a file takes."""
-    out = click.argument("target", metavar="OUT", type=click.Path())
-    for decorate in (as_json, _DRY_RUN, _FORCE, out, _IN):
-        function = decorate(function)
-    return function
-
-
-def edits(function: _Function) -> _Function:
-    """As `writes`, or `--in-place IN` without OUT: then the target is IN."""
-
-    @functools.wraps(function)
-    def checked(*, source: str, target: str | None, in_place: bool, **others: Any) -> Any:
-        if in_place and target is not None:
-            raise click.UsageError("OUT and --in-place: give one of them")
-        if not in_place and target is None:
-            raise click.UsageError("OUT is missing; to change IN itself, add --in-place")
-        target = source if in_place else target
-        return function(source=source, target=target, in_place=in_place, **others)
-
-    out = click.argument("target", metavar="[OUT]", required=False, type=click.Path())
-    flag = click.option("--in-place", is_flag=True, help="Change IN itself; no OUT is written.")
-    decorated: Any = checked
-    for decorate in (as_json, _DRY_RUN, _FORCE, flag, out, _IN):
-        decorated = decorate(decorated)
-    return cast("_Function", decorated)
 
 
 _UNITS = {"": 1, "B": 1}
@@ -135,7 +107,7 @@ class _Size(click.ParamType[int]):
         unit = _UNITS.get(found[2].upper()) if found else None
         count = int(float(found[1]) * unit) if found and unit else 0
         if count < 1:
-            self.fail(f"{value!r} is no size, such as 5GB, 200MB or 1000000", param, ctx)
+            self.fail(f"{value!r} is not a size, such as 5GB, 200MB or 1000000", param, ctx)
         return count
 
 
@@ -148,15 +120,3 @@ def max_shard_size(function: _Function) -> _Function:
         "is a folder and this is not given).",
     )
     return option(function)
-
-
-def as_folder(target: str) -> str:
-    """An output path as a folder. Raises a usage error where it is named like a file."""
-    if door.is_folder(target):
-        return target
-    if target.lower().endswith(EXTENSIONS):
-        raise click.BadParameter(
-            f"{target} is named like a file, and shards want a folder: give {target}/",
-            param_hint="OUT",
-        )
-    return f"{target}/"

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptfix.errors import WriteError
+from ckptfix.hints import Hint
+from ckptfix.words import listed, plural, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -22,16 +24,29 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from ckptfix.hints import Command, Hint
+    from ckptfix.hints import Command
 
 SCHEMA = 1
-_wants_json = False
 
 
-def start(arguments: Sequence[str]) -> None:
-    """Learn early whether errors are wanted as JSON, and survive terminals without Unicode."""
-    global _wants_json
-    _wants_json = "--json" in arguments
+class Form:
+    """The form in which answers and errors are wanted; click's context holds it.
+
+    The program makes it before click has read a word, so that it is there after click has failed.
+    """
+
+    def __init__(self) -> None:
+        self.is_json = False
+
+
+def _wants_json() -> bool:
+    context = click.get_current_context(silent=True)
+    form = None if context is None else context.find_object(Form)
+    return form is not None and form.is_json
+
+
+def start() -> None:
+    """Survive terminals without Unicode."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # it may be closed
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -62,7 +77,7 @@ def answer(
 
     Data that takes long to gather is given as what gathers it.
     """
-    if _wants_json:
+    if _wants_json():
         gathered = data() if callable(data) else data
         _write(_as_json(gathered))
     elif callable(text):
@@ -79,7 +94,7 @@ def _as_json(data: dict[str, Any]) -> str:
 
 def aside(draw: Callable[[Console], None]) -> None:
     """Draw what is told before the answer, for people only."""
-    if not _wants_json:
+    if not _wants_json():
         _write(_drawn(draw))
 
 
@@ -102,9 +117,8 @@ def _write(answer: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise click.exceptions.Exit(_NO_READER) from None
-        why = (error.strerror or str(error)).lower()
-        hint = "make room, or send the output elsewhere"
-        raise WriteError(f"the answer cannot be written: {why}", hint=hint) from None
+        hint = "make room, or send the answer elsewhere"
+        raise WriteError(f"the answer cannot be written: {reason(error)}", hint=hint) from None
 
 
 _PIECE = 16_384
@@ -145,19 +159,32 @@ def note(text: str) -> None:
     _say(f"note: {printable(text)}")
 
 
+def note_names(what: str, names: Sequence[str], most: int = 10) -> None:
+    """Say what happened to many things, and the names of the first few; JSON has all of them."""
+    rest = " (--json has all)" if len(names) > most else ""
+    note(f"{what}: {listed(names, most)}{rest}")
+
+
+def more(hidden: int, where: str, noun: str = "") -> str:
+    """The line below the first rows of many: `… and 3 more tensors (--all shows them)`."""
+    counted = f"{hidden:,} more" if not noun else plural(hidden, f"more {noun}")
+    return f"… and {counted} ({where})"
+
+
 def error(
+    form: Form,
     message: str,
-    hint: str | None,
+    hint: Hint | None,
     code: str,
     *,
     details: Sequence[str] = (),
     exit_code: int = 2,
 ) -> int:
     """Say what went wrong and what to do about it; returns the exit code."""
-    if _wants_json:
-        described = {"code": code, "message": message, "hint": hint, "details": list(details)}
+    if form.is_json:
+        told = {"code": code, "message": message, "hint": said(hint), "details": list(details)}
         with suppress(WriteError, click.exceptions.Exit):
-            _write(_as_json({"error": described}))
+            _write(_as_json({"error": told}))
     complain(message, hint, details)
     return exit_code
 
@@ -168,7 +195,7 @@ def usage(text: str) -> int:
     return 2
 
 
-def complain(message: str, told: str | None = None, details: Sequence[str] = ()) -> None:
+def complain(message: str, told: Hint | None = None, details: Sequence[str] = ()) -> None:
     """An error, its details and its hint, for people."""
     _say(f"{click.style('error:', fg='red', bold=True)} {printable(message)}")
     for line in details:
@@ -177,7 +204,7 @@ def complain(message: str, told: str | None = None, details: Sequence[str] = ())
         hint(told)
 
 
-def hint(told: str) -> None:
+def hint(told: Hint) -> None:
     """What may help, mostly a command."""
     _say(f"{click.style('hint:', fg='cyan', bold=True)} {printable(told)}")
 
@@ -187,16 +214,15 @@ def _say(line: str) -> None:
         click.echo(line, err=True, color=False if os.environ.get("NO_COLOR") else None)
 
 
-def bug(problem: Exception) -> int:
+def bug(form: Form, problem: Exception) -> int:
     """Report what should not have happened; the traceback is for whoever asks for it."""
     if os.environ.get("CKPTFIX_TRACEBACK"):
         raise problem
     kind = type(problem).__name__
-    return error(
-        f"internal error: {kind}: {problem}",
-        "this is a bug in ckptfix: report it with the output of CKPTFIX_TRACEBACK=1 ckptfix …",
-        "internal",
+    hint = Hint(
+        "this is a bug in ckptfix: report it with the output of CKPTFIX_TRACEBACK=1 ckptfix …"
     )
+    return error(form, f"internal error: {kind}: {problem}", hint, "internal")
 
 
 @contextmanager
@@ -238,8 +264,3 @@ def size(count: int) -> str:
         return f"{count} B"
     power = min((len(str(count)) - 1) // 3, 5)
     return f"{count / 1000**power:.1f} {'kMGTP'[power - 1]}B"
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 key`, `3 keys`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import click
 
-from ckptfix.cli import options, output, reading
-from ckptfix.cli.writing import Job
+from ckptfix.cli import options, output, reading, writing
 from ckptfix.contents.state_dicts import choose
 from ckptfix.match import judge
 from ckptfix.repair.recover import Recovered, recover
+from ckptfix.words import plural
 
 _SHOWN = 20
 
 
 @click.command("recover")
-@options.writes
+@writing.writes
 @options.target
 @options.select
 def command(
-    source: str,
-    target: str,
-    force: bool,
-    dry_run: bool,
+    job: writing.Job,
     model: str | None,
     init: str | None,
     like: str | None,
@@ -42,15 +39,14 @@ def command(
       1  OUT was written, and some tensors are lost
       2  nothing could be saved, or OUT cannot be written; nothing was written
     """
-    job = Job("recover", source, target, force, dry_run)
     wanted = options.wanted(model, init, like)
     job.check()
-    found = recover(source)
+    found = recover(job.source)
     reading.say_notes(found.document.notes)
     missing: list[str] = []
     if wanted is not None:
         missing = judge.report(choose(found.document, select), wanted).missing
-    _say(source, found, missing)
+    _say(job.source, found, missing)
     data = {
         "saved": found.saved,
         "unchecked": found.unchecked,
@@ -58,8 +54,8 @@ def command(
         "missing": missing,
         "steps": found.steps,
     }
-    done = f"{output.plural(found.saved, 'tensor')} saved, {len(found.lost):,} lost"
-    job.write(found.document, done, data)
+    done = f"{plural(found.saved, 'tensor')} saved, {len(found.lost):,} lost"
+    job.finish(found.document, done, data)
     return 1 if found.lost or missing else 0
 
 
@@ -72,5 +68,5 @@ def _say(source: str, found: Recovered, missing: list[str]) -> None:
         if len(names) > _SHOWN:
             output.note(f"{source}: and {len(names) - _SHOWN:,} more {label} (--json has all)")
     if found.unchecked:
-        count = output.plural(found.unchecked, "tensor")
+        count = plural(found.unchecked, "tensor")
         output.note(f"{source}: {count} saved from storages without checksums, not verified")

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptfix.cli import options
-from ckptfix.cli.strip_prefix import write_renamed
-from ckptfix.cli.writing import Job
+from ckptfix.cli import options, writing
 from ckptfix.contents.state_dicts import choose_all
 from ckptfix.edit import edits
 from ckptfix.keys import wrappers
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("rename")
-@options.edits
+@writing.edits
 @options.select_many
 @click.option(
     "--sub",
@@ -31,11 +29,7 @@ if TYPE_CHECKING:
     "each works on what the one before it left).",
 )
 def command(
-    source: str,
-    target: str,
-    force: bool,
-    dry_run: bool,
-    in_place: bool,
+    job: writing.Job,
     select: tuple[str, ...],
     pairs: tuple[tuple[str, str], ...],
 ) -> int:
@@ -58,15 +52,14 @@ def command(
       2  RE is not valid, or IN cannot be read, or two keys would become
          one, or OUT cannot be written; nothing was written
     """
-    job = Job("rename", source, target, force, dry_run, in_place=in_place)
     document = job.open()
     states = choose_all(document, select)
-    with job.naming_the_input():
+    with job.naming_the_source():
         found = [(state, wrappers.substitute_in_turn(state.mapping, pairs)) for state in states]
     changes = [(state, renaming) for state, renaming in found if renaming.changed]
     if not changes:
         return job.nothing(f"no key matches {' or '.join(repr(pattern) for pattern, _ in pairs)}")
-    return write_renamed(job, edits.rename(document, changes), changes, _example(changes[0][1]))
+    return job.finish_renamed(edits.rename(document, changes), changes, _example(changes[0][1]))
 
 
 def _example(renaming: Renaming) -> str:

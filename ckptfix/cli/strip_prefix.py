@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptfix.cli import options, output
-from ckptfix.cli.writing import Job
+from ckptfix.cli import options, output, writing
 from ckptfix.contents.state_dicts import choose_all
 from ckptfix.edit import edits
 from ckptfix.errors import KeyCollisionError, PartialPrefixError
@@ -16,20 +15,15 @@ from ckptfix.keys import wrappers
 if TYPE_CHECKING:
     from ckptfix.contents.state_dicts import StateDict
     from ckptfix.keys.renaming import Renaming
-    from ckptfix.tree.document import Document
 
 
 @click.command("strip-prefix")
-@options.edits
+@writing.edits
 @options.select_many
 @click.option("--prefix", metavar="TEXT", help="Remove this prefix instead, such as model.")
 @click.option("--partial", is_flag=True, help="Strip the keys that have it, though others do not.")
 def command(
-    source: str,
-    target: str,
-    force: bool,
-    dry_run: bool,
-    in_place: bool,
+    job: writing.Job,
     select: tuple[str, ...],
     prefix: str | None,
     partial: bool,
@@ -53,10 +47,9 @@ def command(
       2  IN cannot be read, or only some keys carry the prefix, or two keys
          would become one, or OUT cannot be written; nothing was written
     """
-    job = Job("strip-prefix", source, target, force, dry_run, in_place=in_place)
     document = job.open()
     states = choose_all(document, select)
-    with job.naming_the_input():
+    with job.naming_the_source():
         found = [
             (state, wrappers.strip(state.mapping, prefix=prefix, partial=partial))
             for state in states
@@ -67,7 +60,7 @@ def command(
     if not changes:
         what = f"no key begins with {prefix!r}" if prefix else "no key has a wrapper's prefix"
         return job.nothing(what)
-    code = write_renamed(job, edits.rename(document, changes), changes)
+    code = job.finish_renamed(edits.rename(document, changes), changes)
     if prefix is None and not partial:
         _say_kept(found)
     return code
@@ -97,26 +90,3 @@ def _say_kept(found: list[tuple[StateDict, Renaming]]) -> None:
                 f"{len(carrying)} of {total} keys keep their 'module.'{where}: "
                 f"{lacking[0]!r} has none"
             )
-
-
-def write_renamed(
-    job: Job, document: Document, changes: list[tuple[StateDict, Renaming]], label: str = ""
-) -> int:
-    """Write a document with renamed keys, and say which were renamed.
-
-    `label` says it for people; without one the prefixes are named.
-    """
-    total = sum(renaming.changed for _, renaming in changes)
-    labels = label or ", ".join(dict.fromkeys(renaming.label for _, renaming in changes))
-    where = ", ".join(state.path for state, _ in changes if state.path != "/")
-    done = f"{output.plural(total, 'key')} renamed ({labels})" + (f" in {where}" if where else "")
-    rows = [
-        {
-            "path": state.path,
-            "removed": renaming.removed,
-            "added": renaming.added,
-            "keys": renaming.changes,
-        }
-        for state, renaming in changes
-    ]
-    return job.write(document, done, {"renamed": rows})

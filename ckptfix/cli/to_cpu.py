@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import click
 
-from ckptfix.cli import options, output
-from ckptfix.cli.writing import Job
+from ckptfix.cli import writing
 from ckptfix.edit import edits
+from ckptfix.words import plural
 
 
 @click.command("to-cpu")
-@options.edits
-def command(source: str, target: str, force: bool, dry_run: bool, in_place: bool) -> int:
+@writing.edits
+def command(job: writing.Job) -> int:
     r"""Tag every storage `cpu`, so that it loads where there is no GPU.
 
     Only the tags change: keys, values and everything else in IN are carried along, `torch.device`
@@ -28,10 +28,9 @@ def command(source: str, target: str, force: bool, dry_run: bool, in_place: bool
       1  every storage is on the CPU already; nothing was written
       2  IN cannot be read, or OUT cannot be written; nothing was written
     """
-    job = Job("to-cpu", source, target, force, dry_run, in_place=in_place)
     document, tags = edits.to_cpu(job.open())
     if not tags:
         return job.nothing("every storage is on the CPU already")
     moved = ", ".join(f"{count} from {tag}" for tag, count in tags.items())
-    done = f"{output.plural(tags.total(), 'storage')} tagged cpu ({moved})"
-    return job.write(document, done, {"retagged": dict(tags)})
+    done = f"{plural(tags.total(), 'storage')} tagged cpu ({moved})"
+    return job.finish(document, done, {"retagged": dict(tags)})

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptfix.cli.output import plural, size, text
+from ckptfix.cli.output import size, text
 from ckptfix.contents.state_dicts import StateDict, find
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.keys import wrappers
 from ckptfix.tree.document import Global, Inert, Node, Storage, Tensor, kind
 from ckptfix.tree.walk import children, storages
+from ckptfix.words import plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -1,61 +1,100 @@
-"""What every command that writes a file does alike: refuse early, fit, write, say what was done."""
+"""What every command that writes does alike: a job is opened, its document edited, and finished."""
 
 from __future__ import annotations
 
-import os
-import shlex
-import sys
+import functools
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
 
 from ckptfix import door
-from ckptfix.cli import output, reading
+from ckptfix.bytes.place import Place
+from ckptfix.cli import options, output, reading
+from ckptfix.cli.usage import Misuse
 from ckptfix.edit import reduce
 from ckptfix.errors import InPlaceError, RenameError, WriteError
 from ckptfix.formats.table import EXTENSIONS
+from ckptfix.hints import Command, Hint
 from ckptfix.tree.walk import nbytes
+from ckptfix.words import plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from ckptfix.contents.state_dicts import StateDict
+    from ckptfix.door import Output
+    from ckptfix.formats.table import Writable
+    from ckptfix.keys.renaming import Renaming
     from ckptfix.tree.document import Document
 
-_SHOWN = 10
+_Function = TypeVar("_Function", bound="Callable[..., Any]")
 
 
-class Job(NamedTuple):
-    """One file to be made of another."""
+class Job:
+    """One output to be made of one source: from the options of a command to its exit code.
 
-    command: str
-    source: str
-    target: str
-    force: bool
-    dry_run: bool
-    max_shard_size: int | None = None
-    in_place: bool = False
-    """The source itself is changed, and is the target."""
+    A command opens it, edits the document, and finishes with what became of that, or with nothing.
+    `output` is None where the source itself is changed.
+    """
 
-    def open(self) -> Document:
-        """Read the input, once it is sure that the output could be written."""
-        if not self.in_place:
-            self.check()
-        return reading.read(self.source)
+    def __init__(
+        self,
+        verb: str,
+        source: str,
+        output: Output | None,
+        *,
+        force: bool = False,
+        dry_run: bool = False,
+        max_shard_size: int | None = None,
+    ) -> None:
+        self.verb = verb
+        self.source = source
+        self.output = output
+        self.force = force
+        self.dry_run = dry_run
+        self.max_shard_size = max_shard_size
+
+    @property
+    def container(self) -> Writable:
+        """The container that is written, where the source itself is not changed."""
+        assert self.output is not None
+        return self.output.container
+
+    # --- open
 
     def check(self) -> None:
         """Refuse early what could not be written later. Raises `WriteError`."""
-        output_ = door.resolve(self.target)
-        if _same_file(self.source, self.target):
+        if self.output is None:
+            return
+        if Place(self.source).is_same(Place(self.output.path)):
             raise WriteError(
-                f"{self.target}: is the input itself",
+                "is the input itself",
+                where=self.output.path,
                 hint="give another name for the output",
                 code="same-file",
             )
-        output_.check(force=self.force)
+        self.output.check(force=self.force)
+
+    def open(self) -> Document:
+        """Read the source, once it is sure that the output could be written."""
+        self.check()
+        return reading.read(self.source)
+
+    @contextmanager
+    def naming_the_source(self) -> Iterator[None]:
+        """Have errors about keys say the name of the file, as all others do."""
+        try:
+            yield
+        except RenameError as error:
+            raise error.within(self.source) from None
+
+    # --- finish
 
     def nothing(self, why: str) -> int:
         """Say that there was nothing to do; returns the exit code for it."""
         data = {
-            "command": self.command,
+            "command": self.verb,
             "input": self.source,
             "output": None,
             "dry_run": self.dry_run,
@@ -64,15 +103,7 @@ class Job(NamedTuple):
         output.answer(data, f"{self.source}: {why}; nothing written")
         return 1
 
-    @contextmanager
-    def naming_the_input(self) -> Iterator[None]:
-        """Have errors about keys begin with the name of the file, as all others do."""
-        try:
-            yield
-        except RenameError as error:
-            raise error.within(self.source) from None
-
-    def write(
+    def finish(
         self,
         document: Document,
         done: str,
@@ -82,44 +113,58 @@ class Job(NamedTuple):
         left_out: Sequence[tuple[str, str]] = (),
         after: Callable[[], dict[str, Any]] = dict,
     ) -> int:
-        """Write a document to the output and say so; returns the exit code.
+        """Make the output of a document and say so; returns the exit code.
 
         `done` says what was changed, `data` the same for JSON. `left_out` has path and kind of what
         was left out before; `after` is called once everything is written, and adds to `data`.
         """
-        if self.in_place:
+        if self.output is None:
             return self._edit(document, done, {**data, **after()})
-        fitted = reduce.fit(document, self.target, select)
-        fitted.left_out[:0] = left_out
-        if not self.dry_run:
-            label, root = f"writing {self.target}", fitted.document.root
-            with output.progress(label, lambda: nbytes(root)) as advance:
-                door.write(
-                    fitted.document,
-                    self.target,
-                    force=self.force,
-                    progress=advance,
-                    max_shard_size=self.max_shard_size,
-                )
-        self._say_left_out(fitted.left_out)
-        data = {**data, **after()}
+        fitted = reduce.fit(document, self.output.container, select)
+        left = [*left_out, *fitted.left_out]
+        self._write(self.output, fitted.document)
+        if left:
+            names = [f"{path} ({kind})" for path, kind in left]
+            output.note_names(f"{plural(len(left), 'thing')} left out of it", names)
         verb = "would write" if self.dry_run else "wrote"
-        rows = [{"path": path, "kind": kind} for path, kind in fitted.left_out]
-        answer = {
-            "command": self.command,
-            "input": self.source,
-            "output": self.target,
-            "in_place": False,
-            "dry_run": self.dry_run,
-            "done": done,
-            "left_out": rows,
-            **data,
-        }
-        output.answer(answer, f"{verb} {self.target}: {done}")
-        return 0
+        told = f"{verb} {self.output.path}: {done}"
+        return self._answer(told, done, {**data, **after()}, left)
+
+    def finish_renamed(
+        self, document: Document, changes: list[tuple[StateDict, Renaming]], label: str = ""
+    ) -> int:
+        """Make the output of a document with renamed keys, and say which were renamed.
+
+        `label` says it for people; without one the prefixes are named.
+        """
+        total = sum(renaming.changed for _, renaming in changes)
+        labels = label or ", ".join(dict.fromkeys(renaming.label for _, renaming in changes))
+        where = ", ".join(state.path for state, _ in changes if state.selection)
+        done = f"{plural(total, 'key')} renamed ({labels})" + (f" in {where}" if where else "")
+        rows = [
+            {
+                "path": state.path,
+                "removed": renaming.removed,
+                "added": renaming.added,
+                "keys": renaming.changes,
+            }
+            for state, renaming in changes
+        ]
+        return self.finish(document, done, {"renamed": rows})
+
+    def _write(self, to: Output, document: Document) -> None:
+        if self.dry_run:
+            return
+        with output.progress(f"writing {to.path}", lambda: nbytes(document.root)) as advance:
+            to.write(
+                document,
+                force=self.force,
+                progress=advance,
+                max_shard_size=self.max_shard_size,
+            )
 
     def _edit(self, document: Document, done: str, data: dict[str, Any]) -> int:
-        """Change the input itself and say so; returns the exit code."""
+        """Change the source itself and say so; returns the exit code."""
         from ckptfix.edit import inplace
 
         try:
@@ -127,37 +172,123 @@ class Job(NamedTuple):
             if not self.dry_run:
                 inplace.apply(edit)
         except InPlaceError as error:
-            raise error.suggest(f"write a copy: {self._copy()}") from None
+            raise error.suggest(Hint("write a copy", self._copy())) from None
         verb = "would change" if self.dry_run else "changed"
+        size = output.size(edit.nbytes)
+        told = f"{verb} {self.source} in place: {done}; {size} of it rewritten"
+        return self._answer(told, done, data, [])
+
+    def _answer(
+        self, told: str, done: str, data: dict[str, Any], left_out: Sequence[tuple[str, str]]
+    ) -> int:
         answer = {
-            "command": self.command,
+            "command": self.verb,
             "input": self.source,
-            "output": self.target,
-            "in_place": True,
+            "output": self.source if self.output is None else self.output.path,
+            "in_place": self.output is None,
             "dry_run": self.dry_run,
             "done": done,
-            "left_out": [],
+            "left_out": [{"path": path, "kind": kind} for path, kind in left_out],
             **data,
         }
-        size = output.size(edit.nbytes)
-        output.answer(answer, f"{verb} {self.target} in place: {done}; {size} of it rewritten")
+        output.answer(answer, told)
         return 0
 
-    def _copy(self) -> str:
+    def _copy(self) -> Command:
         """The command that was given, with an output instead of `--in-place`."""
-        stem, extension = os.path.splitext(self.source)
-        known = extension.lower() in EXTENSIONS
-        target = f"{stem}.fixed{extension if known else '.pt'}"
-        given = (argument for argument in sys.argv[1:] if argument != "--in-place")
-        return shlex.join(["ckptfix", *given, target])
-
-    def _say_left_out(self, left_out: list[tuple[str, str]]) -> None:
-        if not left_out:
-            return
-        shown = ", ".join(f"{path} ({kind})" for path, kind in left_out[:_SHOWN])
-        more = f", and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
-        output.note(f"{output.plural(len(left_out), 'thing')} left out of it: {shown}{more}")
+        stem, dot, extension = self.source.rpartition(".")
+        known = f".{extension}".lower() in EXTENSIONS
+        out = f"{stem}.fixed.{extension}" if dot and known else f"{self.source}.fixed.pt"
+        given = tuple(_given(click.get_current_context()))
+        return Command("ckptfix", (self.source, out), self.verb, given)
 
 
-def _same_file(source: str, target: str) -> bool:
-    return os.path.exists(source) and os.path.exists(target) and os.path.samefile(source, target)
+def _given(context: click.Context) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The options that a command was given, but for those that say how IN itself is changed."""
+    for param in context.command.params:
+        value = context.params.get(param.name or "")
+        if not isinstance(param, click.Option) or param.name in ("in_place", "dry_run", "to"):
+            continue
+        name = param.opts[0].removeprefix("--")
+        if param.is_flag and value:
+            yield name, ()
+        for one in value if param.multiple and value else () if param.is_flag else (value,):
+            if one not in (None, (), param.default):
+                yield name, tuple(map(str, one)) if isinstance(one, tuple) else (str(one),)
+
+
+# --- the options that make one
+
+_IN = click.argument("source", metavar="IN", type=click.Path())
+_TO = click.option(
+    "--to",
+    type=click.Choice(list(door.TO)),
+    help="The container of OUT, whatever its extension says.",
+)
+_DRY_RUN = click.option(
+    "--dry-run", "-n", is_flag=True, help="Say what would be done; write nothing."
+)
+_FORCE = click.option("--force", "-f", is_flag=True, help="Replace OUT if it is there.")
+
+
+def writes(function: _Function) -> _Function:
+    """`IN OUT --to --force --dry-run --json`, which a command gets as its `job`."""
+    out = click.argument("out", metavar="OUT", type=click.Path())
+    return _decorated(_with_job(function), (options.as_json, _DRY_RUN, _FORCE, _TO, out, _IN))
+
+
+def edits(function: _Function) -> _Function:
+    """As `writes`; or `--in-place IN` without OUT."""
+    out = click.argument("out", metavar="[OUT]", required=False, type=click.Path())
+    flag = click.option("--in-place", is_flag=True, help="Change IN itself; no OUT is written.")
+    decorators = (options.as_json, _DRY_RUN, _FORCE, flag, _TO, out, _IN)
+    return _decorated(_with_job(function), decorators)
+
+
+def _decorated(function: _Function, decorators: Sequence[Callable[[Any], Any]]) -> _Function:
+    decorated: Any = function
+    for decorate in decorators:
+        decorated = decorate(decorated)
+    return cast("_Function", decorated)
+
+
+def _with_job(function: _Function) -> _Function:
+    """A command that is called with the job which its options describe."""
+
+    @functools.wraps(function)
+    def called(
+        *,
+        source: str,
+        out: str | None,
+        to: str | None,
+        force: bool,
+        dry_run: bool,
+        in_place: bool = False,
+        max_shard_size: int | None = None,
+        **others: Any,
+    ) -> Any:
+        to_write = None if in_place else _resolved(out, to, max_shard_size)
+        if in_place and (out or to):
+            raise Misuse(f"{'OUT' if out else '--to'} and --in-place: give one of them")
+        verb = click.get_current_context().info_name or ""
+        size = max_shard_size
+        job = Job(verb, source, to_write, force=force, dry_run=dry_run, max_shard_size=size)
+        return function(job=job, **others)
+
+    return cast("_Function", called)
+
+
+def _resolved(out: str | None, to: str | None, max_shard_size: int | None) -> Output:
+    """What OUT and `--to` mean together. Raises a usage error, or `UnsupportedError`."""
+    if out is None:
+        raise Misuse("OUT is missing; to change IN itself, add --in-place")
+    if max_shard_size is not None and to not in (None, "shards"):
+        raise Misuse(f"--max-shard-size is for shards, and --to {to} writes one file")
+    if max_shard_size is None or to is not None or door.is_folder(out):
+        return door.resolve(out, to)
+    if out.lower().endswith(EXTENSIONS):
+        raise click.BadParameter(
+            f"{out} is named like a file, and shards want a folder: give {out}/",
+            param_hint="OUT",
+        )
+    return door.resolve(f"{out}/")

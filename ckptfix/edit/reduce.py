@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix import door
 from ckptfix.bytes.copy import check_crc
 from ckptfix.bytes.source import ComputedSource
 from ckptfix.bytes.span import Span
@@ -25,8 +24,9 @@ from ckptfix.tree.document import (
 from ckptfix.tree.walk import children, walk
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Hashable
+
+    from ckptfix.formats.table import Writable
 
 
 # --- fitting a container
@@ -141,9 +141,9 @@ def _beside(root: Node, kept: Node) -> list[tuple[str, str]]:
     return left
 
 
-def fit(document: Document, path: str | os.PathLike[str], select: str | None = None) -> Fitted:
-    """The document as the container of an output path holds it, reduced to `select` if given."""
-    if door.resolve(path).container.tensors_only:
+def fit(document: Document, container: Writable, select: str | None = None) -> Fitted:
+    """The document as a container holds it, reduced to the state dict at `select` if given."""
+    if container.tensors_only:
         return flatten(document, choose(document, select))
     fitted = Fitted(document, []) if select is None else only(document, choose(document, select))
     texts = [(f"__metadata__/{key}", "str") for key in document.metadata if key != "format"]

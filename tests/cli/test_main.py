@@ -368,7 +368,7 @@ def test_inspect_shows_the_files_it_can_read_and_names_the_others(here: Path) ->
     ran = run(here, "inspect", "cpu.pt", "page.pt", "tied.pt")
     assert ran.returncode == 2
     assert ran.stdout.count("└── /  state dict") == 2
-    assert ran.stderr.startswith("error: page.pt: an HTML page")
+    assert ran.stderr.startswith("error: page.pt: is an HTML page")
     told = json.loads(run(here, "inspect", "--json", "cpu.pt", "page.pt", "tied.pt").stdout)
     assert [row["file"] for row in told["files"]] == ["cpu.pt", "tied.pt"]
     assert [(row["file"], row["error"]["code"]) for row in told["unread"]] == [("page.pt", "html")]
@@ -650,10 +650,15 @@ def test_an_answer_that_cannot_be_written_is_an_error(here: Path, more: list[str
 
 
 def test_an_interrupt_ends_in_one_line(here: Path) -> None:
-    os.mkfifo(here / "wait.py")  # the model is read from it, and nobody writes
-    command = [sys.executable, "-m", "ckptfix", "check", "cpu.pt", "--like", "wait.py"]
-    process = subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True)
-    with open(here / "wait.py", "w"):  # returns once it is being read
+    waits = "import os, time; open(os.environ['READY'], 'w').close(); time.sleep(60)"
+    (here / "wait.py").write_text(waits)
+    os.mkfifo(here / "ready")
+    command = [sys.executable, "-m", "ckptfix", "check", "cpu.pt", "--model", "wait.py:Net"]
+    environment = {**os.environ, "READY": str(here / "ready")}
+    process = subprocess.Popen(
+        command, cwd=here, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    with open(here / "ready"):  # returns once the model's file is being run
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=60)
     assert (process.returncode, told) == (130, "\nerror: interrupted\n")  # below the ^C

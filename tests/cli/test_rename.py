@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,8 +15,7 @@ from tests.conftest import FIXTURES
 from tests.oracles import ckptfix_command, done, unlike
 
 if TYPE_CHECKING:
-    import shlex
-from pathlib import Path
+    from pathlib import Path
 
 
 def test_keys_are_renamed_in_turn_and_nothing_else_changes(tmp_path: Path) -> None:

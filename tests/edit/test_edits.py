@@ -148,16 +148,16 @@ def test_flattening_makes_every_tensor_dense_and_keeps_ties():
 
 def test_the_container_is_chosen_by_the_name_of_the_output():
     document = door.read(FIXTURES / "dataparallel_cuda_training.pt")
-    assert reduce.fit(document, "out.pt").document.root is document.root
-    fitted = reduce.fit(document, "out.safetensors")
+    assert reduce.fit(document, door.resolve("out.pt").container).document.root is document.root
+    fitted = reduce.fit(document, door.resolve("out.safetensors").container)
     assert [path for path, _ in fitted.left_out] == [
         "optimizer_state_dict", "lr_scheduler_state_dict", "epoch", "loss", "rng_state", "device",
     ]  # fmt: skip
-    assert list(reduce.fit(document, "out.pt", "model_state_dict").document.root) == list(
-        choose(document).mapping
-    )
+    assert list(
+        reduce.fit(document, door.resolve("out.pt").container, "model_state_dict").document.root
+    ) == list(choose(document).mapping)
     with pytest.raises(UnsupportedError, match=r"no container has the extension '\.onnx'"):
-        reduce.fit(document, "out.onnx")
+        reduce.fit(document, door.resolve("out.onnx").container)
 
 
 @pytest.mark.parametrize(

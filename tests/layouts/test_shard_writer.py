@@ -223,7 +223,7 @@ def dying(call):
     return wrapped
 for name in ("fsync", "link", "replace", "unlink", "open"):
     setattr(os, name, dying(getattr(os, name)))
-fitted = reduce.fit(door.read(sys.argv[1]), sys.argv[2])
+fitted = reduce.fit(door.read(sys.argv[1]), door.SHARDS)
 door.write(fitted.document, sys.argv[2], force=True, max_shard_size=250)
 """
 
