@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,9 @@ from ckptfix.bytes import journal
 from ckptfix.bytes.source import FileSource
 from ckptfix.errors import CkptfixError, InPlaceError, VerifyError, WriteError
 from ckptfix.formats import patches
+from ckptfix.hints import Hint, command, shell
 from ckptfix.tree import compare, walk
+from ckptfix.words import reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -95,7 +96,10 @@ def _check_unchanged(edit: Edit, descriptor: int) -> None:
     now = (os.fstat(descriptor), os.stat(edit.source.name))
     if any(edit.source.identity != FileSource.identify(stat) for stat in now):
         raise WriteError(
-            f"{edit.source.name}: was changed after it was read", hint="try again", code="changed"
+            "was changed after it was read",
+            where=edit.source.name,
+            hint="try again",
+            code="changed",
         )
 
 
@@ -104,14 +108,14 @@ def _verify(edit: Edit) -> None:
     try:
         found = door.read_source(FileSource(path))
     except CkptfixError as error:
-        raise VerifyError(f"{path}: does not read back: {error}; it was put back") from error
+        raise VerifyError(f"does not read back: {error}; it was put back", where=path) from error
     place = compare.difference(document.root, found.root)
     if place is not None or list(document.extras) != list(found.extras):
         place = place or "its further records"
     elif _places(edit.storages) != _places(walk.storages(found.root)):
         place = "the places of its tensors"
     if place is not None:
-        raise VerifyError(f"{path}: reads back differently at {place}; it was put back")
+        raise VerifyError(f"reads back differently at {place}; it was put back", where=path)
 
 
 def _places(storages: Iterable[Storage]) -> list[tuple[int, int]]:
@@ -119,16 +123,20 @@ def _places(storages: Iterable[Storage]) -> list[tuple[int, int]]:
 
 
 def _error(edit: Edit, error: OSError) -> WriteError:
-    path, reason = edit.source.name, (error.strerror or str(error)).lower()
-    hint, folder = None, shlex.quote(os.path.dirname(os.path.realpath(path)))
+    path = edit.source.name
+    return WriteError(
+        f"cannot be changed in place: {reason(error)}", where=path, hint=_hint(path, error)
+    )
+
+
+def _hint(path: str, error: OSError) -> Hint | None:
+    """What helps; first of all that the journal puts back what was half done."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if os.path.lexists(journal.beside(path)):
+        return Hint("it is put back by the next command that opens it", command("inspect", path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = f"see what is free: df -h {folder}"
-    elif error.errno in (errno.EACCES, errno.EPERM):
-        hint = (
-            f"the file and its folder have to be writable: chmod u+w {shlex.quote(path)} {folder}"
-        )
-    if os.path.lexists(journal.beside(edit.source.name)):
-        hint = (
-            f"it is put back by the next command that opens it: ckptfix inspect {shlex.quote(path)}"
-        )
-    return WriteError(f"{path}: cannot be changed in place: {reason}", hint=hint)
+        return Hint("see what is free", shell("df", "-h", folder))
+    if error.errno in (errno.EACCES, errno.EPERM):
+        text = "the file and its folder have to be writable"
+        return Hint(text, shell("chmod", "u+w", path, folder))
+    return None
