@@ -12,14 +12,21 @@ from ckptfix.hints import Command, command, shell
 
 
 class Known(NamedTuple):
-    """One known error. In `command`, FILE stands for the checkpoint and OUT for the new file."""
+    """One known error. In `command`, FILE stands for the checkpoint and OUT for the new file.
+
+    The first row that fits a paragraph explains it, so the more special rows come first.
+    """
 
     code: str
     pattern: str
+    """A regular expression for the part that stays. It has no `.*`, which would look through the
+    rest of a log again at each place where the pattern begins: see `then`."""
     cause: str
     command: Command
     example: str
     """The text as its library prints it, or the part that matters."""
+    then: str | None = None
+    """What has to follow later in the paragraph, as another regular expression."""
 
 
 KNOWN = (
@@ -51,39 +58,40 @@ KNOWN = (
     ),
     Known(
         "prefix-missing",
-        r"Missing key\(s\) in state_dict: \"module\.(?s:.*)Unexpected key\(s\) in state_dict: "
-        r"\"(?!module\.)",
+        r"Missing key\(s\) in state_dict: \"module\.",
         "The model is wrapped in DataParallel or DDP; the checkpoint comes from one that was not.",
         command("add-prefix", "FILE", "OUT"),
         "RuntimeError: Error(s) in loading state_dict for DataParallel: Missing key(s) in "
         'state_dict: "module.0.weight". Unexpected key(s) in state_dict: "0.weight".',
+        then=r"Unexpected key\(s\) in state_dict: \"(?!module\.)",
     ),
     Known(
         "prefix-module",
-        r"Unexpected key\(s\) in state_dict: (?s:.*?)\"module\.|"
-        r"unexpected key \"module\.",
+        r"Unexpected key\(s\) in state_dict: |unexpected key (?=\"module\.)",
         "The checkpoint was saved from a model wrapped in DataParallel or DDP, which puts "
         "`module.` before every key.",
         command("strip-prefix", "FILE", "OUT"),
         "RuntimeError: Error(s) in loading state_dict for Net: Missing key(s) in state_dict: "
         '"0.weight". Unexpected key(s) in state_dict: "module.0.weight".',
+        then=r"\"module\.",
     ),
     Known(
         "prefix-compile",
-        r"Unexpected key\(s\) in state_dict: (?s:.*?)_orig_mod\.",
+        r"Unexpected key\(s\) in state_dict: ",
         "The checkpoint was saved from a model compiled with torch.compile.",
         command("strip-prefix", "FILE", "OUT"),
         "RuntimeError: Error(s) in loading state_dict for Net: Missing key(s) in state_dict: "
         '"0.weight". Unexpected key(s) in state_dict: "_orig_mod.0.weight".',
+        then=r"_orig_mod\.",
     ),
     Known(
         "prefix-fsdp",
-        r"Unexpected key\(s\) in state_dict: (?s:.*?)"
-        r"_(?:fsdp_wrapped|checkpoint_wrapped|forward)_module\.",
+        r"Unexpected key\(s\) in state_dict: ",
         "The checkpoint comes from a model wrapped by FSDP, activation checkpointing or Fabric.",
         command("strip-prefix", "FILE", "OUT"),
         "RuntimeError: Error(s) in loading state_dict for Net: Unexpected key(s) in state_dict: "
         '"_fsdp_wrapped_module.0.weight".',
+        then=r"_(?:fsdp_wrapped|checkpoint_wrapped|forward)_module\.",
     ),
     Known(
         "shape-mismatch",
@@ -123,9 +131,31 @@ KNOWN = (
         "``torch.load``.",
     ),
     Known(
+        "lfs-pointer",
+        r"invalid load key, 'v'|Unsupported operand 118\b",
+        "The file is a git-lfs pointer, a few lines of text that stand for the real file.",
+        shell("git", "lfs", "pull", "--include", "FILE"),
+        "_pickle.UnpicklingError: invalid load key, 'v'.",
+    ),
+    Known(
+        "html",
+        r"invalid load key, '<'|Unsupported operand 60\b",
+        "The file is a web page, as a download link gives where it wants a login.",
+        command("inspect", "FILE"),
+        "_pickle.UnpicklingError: invalid load key, '<'.",
+    ),
+    Known(
+        "not-a-pickle",
+        r"invalid load key, '|Unsupported operand \d+",
+        "The file is no checkpoint of torch's, or is in another container: a safetensors file, an "
+        "archive, a text.",
+        command("inspect", "FILE"),
+        r"_pickle.UnpicklingError: invalid load key, '\xc0'.",
+    ),
+    Known(
         "blocked-globals",
-        r"Weights only load failed(?!(?s:.*)Unsupported operand)|Unsupported (?:global|class) \w|"
-        r"WeightsUnpickler error:(?!\s*Unsupported operand)|was not an allowed global",
+        r"Weights only load failed|Unsupported (?:global|class) \w|WeightsUnpickler error:|"
+        r"was not an allowed global",
         "The file holds objects of classes that weights_only=True refuses, beside the weights.",
         command("convert", "FILE", "OUT", weights_only=True),
         "_pickle.UnpicklingError: Weights only load failed. WeightsUnpickler error: Unsupported "
@@ -174,28 +204,6 @@ KNOWN = (
         "no checkpoint.",
         command("check", "FILE"),
         "RuntimeError: [enforce fail at inline_container.cc:603] . unexpected pos 320 vs 214",
-    ),
-    Known(
-        "lfs-pointer",
-        r"invalid load key, 'v'|Unsupported operand 118\b",
-        "The file is a git-lfs pointer, a few lines of text that stand for the real file.",
-        shell("git", "lfs", "pull", "--include", "FILE"),
-        "_pickle.UnpicklingError: invalid load key, 'v'.",
-    ),
-    Known(
-        "html",
-        r"invalid load key, '<'|Unsupported operand 60\b",
-        "The file is a web page, as a download link gives where it wants a login.",
-        command("inspect", "FILE"),
-        "_pickle.UnpicklingError: invalid load key, '<'.",
-    ),
-    Known(
-        "not-a-pickle",
-        r"invalid load key, '|Unsupported operand \d+",
-        "The file is no checkpoint of torch's, or is in another container: a safetensors file, an "
-        "archive, a text.",
-        command("inspect", "FILE"),
-        r"_pickle.UnpicklingError: invalid load key, '\xc0'.",
     ),
     Known(
         "truncated",

@@ -68,6 +68,11 @@ def beside(path: str | os.PathLike[str]) -> str:
     return os.path.realpath(path) + SUFFIX
 
 
+def is_pending(path: str | os.PathLike[str]) -> bool:
+    """Whether a journal lies beside a file: an edit of it is under way, or was interrupted."""
+    return os.path.lexists(beside(path))
+
+
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[int]:
     """A descriptor to change a file through, while no other process does; OSError as `open`.
@@ -203,7 +208,7 @@ def recover(path: str | os.PathLike[str]) -> str | None:
     Raises `ReadError` where it cannot be put back, or is being edited at this moment.
     """
     journal = beside(path)
-    if not os.path.lexists(journal) or not os.path.isfile(path):
+    if not is_pending(path) or not os.path.isfile(path):
         return None
     try:
         with locked(path) as descriptor:

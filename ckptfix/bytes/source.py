@@ -116,6 +116,19 @@ class FileSource(Source):
         """Changes where a file is replaced or written to."""
         return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
+    @property
+    def names(self) -> int:
+        """How many names (hard links) the file has."""
+        return os.fstat(self.fileno()).st_nlink
+
+    def has_changed(self, descriptor: int) -> bool:
+        """Whether the file that is open there, or that has the name now, is another one.
+
+        Raises OSError where there is none.
+        """
+        now = (os.fstat(descriptor), os.stat(self.name))
+        return any(self.identity != self.identify(stat) for stat in now)
+
     def fileno(self) -> int:
         """The descriptor, for copies inside the kernel and for memory maps."""
         if self._descriptor is None:

@@ -22,7 +22,8 @@ def command(
     r"""Put `module.` or another prefix before every key of a state dict.
 
     For a model that is wrapped in DataParallel or DDP before the checkpoint is loaded. Everything
-    else in IN is carried along. The extension of OUT names its container.
+    else in IN is carried along. --to or the
+    extension of OUT names its container.
 
     \b
     Examples:

@@ -73,12 +73,12 @@ def command(
         return _say_damaged(answer, file, error)
     found = diagnose(document)
     if read_data:
-        bytes_ = damage.read_data(document)
-        answer["data"] = bytes_.as_dict()
-        found += damage.findings(bytes_)
-        if not bytes_.is_sound:
-            first = DamagedError(bytes_.damaged[0], hint=_recover(document))
-            return _say_damaged(answer, file, first, bytes_.damaged[1:])
+        data_read = damage.read_data(document)
+        answer["data"] = data_read.as_dict()
+        found += damage.findings(data_read)
+        if not data_read.is_sound:
+            first = DamagedError(data_read.damaged[0], hint=_recover(document))
+            return _say_damaged(answer, file, first, data_read.damaged[1:])
     answer |= {"sound": True, "container": document.container, "findings": findings.rows(found)}
     if wanted is None:
         if select is not None:

@@ -37,7 +37,8 @@ def command(
 
     RE may match anywhere in a key; `^` and `$` tie it to an end. Modules in `_metadata` and an
     optimizer that is keyed by names are renamed with the keys. Two keys that would become one are
-    an error. Everything else in IN is carried along. The extension of OUT names its container.
+    an error. Everything else in IN is carried along. --to or the
+    extension of OUT names its container.
 
     \b
     Examples:

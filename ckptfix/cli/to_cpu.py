@@ -15,7 +15,8 @@ def command(job: writing.Job) -> int:
     r"""Tag every storage `cpu`, so that it loads where there is no GPU.
 
     Only the tags change: keys, values and everything else in IN are carried along, `torch.device`
-    values among hyper-parameters too. The extension of OUT names its container.
+    values among hyper-parameters too. --to or the
+    extension of OUT names its container.
 
     \b
     Examples:

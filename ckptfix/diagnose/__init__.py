@@ -1,1 +1,6 @@
-"""What is wrong: with a document, with its bytes, or by the text of an error."""
+"""Is it damaged, what is wrong with it, what does this error mean.
+
+`damage` reads every byte and holds the checksums against it; `document` looks at what a checkpoint
+holds, without reading weights; `explain` knows the texts of errors. Uses `contents`, `keys`, `edit`
+and the `door`; changes nothing and writes nothing.
+"""

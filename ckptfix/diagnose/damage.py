@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from ckptfix.bytes.copy import check_crc
 from ckptfix.contents.state_dicts import find
 from ckptfix.errors import DamagedError
 from ckptfix.findings import Finding
+from ckptfix.hints import Hint, command
 from ckptfix.tree.walk import storages
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Reading:
 def read_data(document: Document) -> Reading:
     """Check every checksum, on as many threads as there are cores, and count NaN and infinities."""
     held = list(storages(document.root))
-    damaged = _wrong(document, held)
+    damaged = [error.message for error in _wrong(document, held)]
     verified = sum(all(span.crc is not None for span in storage.spans) for storage in held)
     nan, inf = ({}, {}) if damaged else _not_numbers(document)
     return Reading(verified - len(damaged), len(held) - verified, damaged, nan, inf)
@@ -67,19 +67,20 @@ def check_tensors(document: Document, node: Node) -> None:
     """Raise `DamagedError` where the bytes of a tensor below a node have a wrong checksum."""
     wrong = _wrong(document, list(storages(node)))
     if wrong:
-        hint = f"save what is whole: ckptfix recover {shlex.quote(document.name)} OUT"
-        raise DamagedError(wrong[0], hint=hint, code="crc-mismatch")
+        hint = Hint("save what is whole", command("recover", document.name, "OUT"))
+        first = wrong[0]
+        raise DamagedError(first.what, where=first.where, hint=hint, code="crc-mismatch")
 
 
-def _wrong(document: Document, held: list[Storage]) -> list[str]:
-    """Messages for the storages with a wrong checksum; on as many threads as there are cores."""
+def _wrong(document: Document, held: list[Storage]) -> list[DamagedError]:
+    """The errors of the storages with a wrong checksum; on as many threads as there are cores."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        wrong = [one for one, message in zip(held, pool.map(_damage, held), strict=True) if message]
+        wrong = [one for one, error in zip(held, pool.map(_damage, held), strict=True) if error]
     names: dict[int, str] = {}
     for state in find(document.root) if wrong else ():
         names.update((id(tensor.storage), key) for key, tensor in state.tensors.items())
-    messages = (_damage(storage, names.get(id(storage))) for storage in wrong)
-    return [message for message in messages if message is not None]
+    errors = (_damage(storage, names.get(id(storage))) for storage in wrong)
+    return [error for error in errors if error is not None]
 
 
 def findings(reading: Reading) -> list[Finding]:
@@ -93,14 +94,14 @@ def findings(reading: Reading) -> list[Finding]:
     return rows
 
 
-def _damage(storage: Storage, name: str | None = None) -> str | None:
+def _damage(storage: Storage, name: str | None = None) -> DamagedError | None:
     """What is wrong with the bytes of a storage, with its tensor's name if that is known."""
     label = f"storage {storage.key!r}" + (f" ({name})" if name else "")
     try:
         for span in storage.spans:
             check_crc(span, label)
     except DamagedError as error:
-        return error.message
+        return error
     return None
 
 

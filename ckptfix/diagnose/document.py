@@ -16,6 +16,7 @@ from ckptfix.keys import wrappers
 from ckptfix.pickles.allowed import is_allowed
 from ckptfix.tree.document import Document, Global, Tensor
 from ckptfix.tree.walk import storages, walk
+from ckptfix.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -145,8 +146,8 @@ def globals_of(document: Document) -> list[Global]:
 def _globals(document: Document) -> Iterator[Finding]:
     refused = [name.today for name in globals_of(document) if not is_allowed(name)]
     if refused:
-        shown = ", ".join(refused[:5]) + (f", and {len(refused) - 5} more" if refused[5:] else "")
         yield Finding(
             "blocked-globals",
-            f"torch.load(weights_only=True) refuses {shown}; ckptfix reads without running them",
+            f"torch.load(weights_only=True) refuses {listed(refused)}; "
+            "ckptfix reads without running them",
         )

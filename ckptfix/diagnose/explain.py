@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 from ckptfix.known_errors import KNOWN, Known
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ckptfix.hints import Command
 
-_FILE = re.compile(r"""[\w./\\~+-]+\.(?:pt|pth|bin|ckpt|safetensors|th|pkl|tar)\b""")
-_FROM_ERROR = re.compile(r"^\s*File \".*\", line \d+", re.MULTILINE)
+_PARAGRAPH_END = re.compile(r"(?<!:)(?<!: )\n\n")  # after a colon, torch goes on below
+_WORD = re.compile(r"[\w./\\~+-]+")
+_EXTENSION = re.compile(r"\.(?:pt|pth|bin|ckpt|safetensors|th|pkl|tar)\b")
+_FROM_ERROR = re.compile(r"^\s*File \".*\", line \d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +33,30 @@ def explain(text: str) -> list[Explanation]:
     """The known errors that a text tells of, the last one told first.
 
     A traceback may hold several; the one that is raised last is the one that stopped the program.
-    Of those found at one place only the first in the table counts.
+    Of those found in one paragraph only the first in the table counts. Takes time in proportion to
+    the text, whatever it repeats.
     """
-    found: dict[int, Explanation] = {}
+    found: dict[int, Known] = {}
+    excerpts: dict[int, str] = {}
     for known in KNOWN:
-        for match in re.finditer(known.pattern, text):
-            place = text.count("\n\n", 0, match.start())
-            explanation = Explanation(known, _line(text, match.start()), _filled(known, text))
-            found.setdefault(place, explanation)
-    unique = {found[place].known.code: found[place] for place in sorted(found)}
-    return list(reversed(unique.values()))
+        for start, end in places(known, text):
+            if end not in found:
+                found[end], excerpts[end] = known, _line(text, start)
+    last = {found[end].code: end for end in sorted(found)}
+    words = _words(text) if found else {}
+    rows = [(found[end], excerpts[end]) for end in last.values()]
+    return [Explanation(k, excerpt, k.command.filled(words)) for k, excerpt in reversed(rows)]
+
+
+def places(known: Known, text: str) -> Iterator[tuple[int, int]]:
+    """Where an error begins in each paragraph that tells of it, and where the paragraph ends."""
+    pattern, then = re.compile(known.pattern), re.compile(known.then or "")
+    end = 0
+    while match := pattern.search(text, end):
+        after = _PARAGRAPH_END.search(text, match.end())
+        end = after.start() if after else len(text)
+        if then.search(text, match.end(), end):
+            yield match.start(), end
 
 
 def _line(text: str, position: int) -> str:
@@ -47,25 +65,30 @@ def _line(text: str, position: int) -> str:
     return text[start : end if end >= 0 else len(text)].strip()
 
 
-def _filled(known: Known, text: str) -> Command:
-    """The command with the file that the text names, and an output named after it."""
+def _words(text: str) -> dict[str, str]:
+    """What FILE stands for in a command: the file that the text names; and OUT, named after it."""
     file = file_in(text)
     if file is None:
-        return known.command
+        return {}
     path = PurePath(file)
-    words = {
+    return {
         "FILE": file,
         "OUT": str(path.with_name(f"{path.stem}.fixed{path.suffix}")),
         "OUT.safetensors": str(path.with_name(f"{path.stem}.fixed.safetensors")),
     }
-    return known.command.filled(words)
 
 
 def file_in(text: str) -> str | None:
     """The checkpoint that a text names, if it names one; source files of a traceback are none."""
-    lines = (line for line in text.splitlines() if not _FROM_ERROR.match(line))
-    names = (match[0] for line in lines for match in _FILE.finditer(line))
-    return next((name for name in names if not name.startswith("torch.")), None)
+    lines = (line for line in text.splitlines() if "." in line and not _FROM_ERROR.match(line))
+    names = (_path_in(word) for line in lines for word in _WORD.findall(line))
+    return next((name for name in names if name and not name.startswith("torch.")), None)
+
+
+def _path_in(word: str) -> str | None:
+    """A word as far as its last extension of a checkpoint, if it has one."""
+    ends = [match.end() for match in _EXTENSION.finditer(word, 1)]
+    return word[: ends[-1]] if ends else None
 
 
 def as_markdown() -> str:

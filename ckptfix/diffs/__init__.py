@@ -1,1 +1,4 @@
-"""Two checkpoints held against each other: documents, and the values of tensors."""
+"""How two checkpoints differ: `documents` pairs keys and walks both, `values` compares tensors.
+
+Uses `contents`, `keys` and `edit`; reads, and writes nothing.
+"""

@@ -16,7 +16,8 @@ from ckptfix.contents.state_dicts import choose, choose_all, find, of_models
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.diffs.values import Distance, Side, checksum, distance, same_bytes
 from ckptfix.edit import reduce
-from ckptfix.keys import prefixes, wrappers
+from ckptfix.keys import prefixes
+from ckptfix.keys.renaming import Renaming, unchanged
 from ckptfix.report import Difference, Spec
 from ckptfix.tree import document
 from ckptfix.tree.document import Global, Inert, Node, Storage, Tensor
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 
     from ckptfix.contents.state_dicts import StateDict
-    from ckptfix.keys.renaming import Renaming
     from ckptfix.tree.document import Document
 
     Same = Callable[[Tensor, Tensor], bool]
@@ -42,7 +42,7 @@ class ValueDifference(NamedTuple):
 
 
 class OtherDifference(NamedTuple):
-    """What is no tensor of a state dict, as text; None: it is not there."""
+    """What is not a tensor of a state dict, as text; None: it is not there."""
 
     path: str
     a: str | None
@@ -234,7 +234,7 @@ def _renaming(a: StateDict, b: StateDict) -> Renaming:
     ours, theirs = specs(a.mapping), specs(b.mapping)
     scores = [sum(theirs.get(new) == ours[key] for key, new in way.keys.items()) for way in ways]
     best = [way for way, score in zip(ways, scores, strict=True) if score == max(scores)]
-    return best[0] if len(best) == 1 else wrappers.substitute(a.mapping, "$^", "")
+    return best[0] if len(best) == 1 else unchanged(a.mapping)
 
 
 def _by_content(

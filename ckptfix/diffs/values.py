@@ -109,12 +109,11 @@ def _extent(tensor: Tensor) -> tuple[Span, ...] | None:
 def _pieces(spans: Sequence[Span]) -> Iterator[bytes]:
     """The bytes of several spans, `CHUNK` at a time whatever the spans are."""
     pending = b""
-    for span in spans:
-        for chunk in span.chunks():
-            pending += chunk
-            while len(pending) >= CHUNK:
-                yield pending[:CHUNK]
-                pending = pending[CHUNK:]
+    for chunk in (chunk for span in spans for chunk in span.chunks()):
+        pending += chunk
+        whole = len(pending) - len(pending) % CHUNK  # a computed chunk is as large as its tensor
+        yield from (pending[start : start + CHUNK] for start in range(0, whole, CHUNK))
+        pending = pending[whole:]
     yield pending
 
 

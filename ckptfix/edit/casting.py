@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.source import ComputedSource, Source
@@ -58,6 +58,14 @@ class Losses(NamedTuple):
     """NaN before; NaN now too."""
 
 
+class Counted(NamedTuple):
+    """A stretch of elements, the last of which is not in it, and what was lost in it."""
+
+    first: int
+    last: int
+    losses: Losses
+
+
 @dataclass(frozen=True, eq=False)
 class Cast:
     """One tensor, or several that overlap, cast from one dtype to another."""
@@ -66,13 +74,34 @@ class Cast:
     before: DType
     after: DType
     numel: int
-    counted: dict[tuple[int, int], Losses]
-    """By first and last element of what was cast so far."""
+    counted: list[Counted] = field(default_factory=list)
+    """What was cast so far, in order, without overlaps: each element is counted once, in whatever
+    pieces and however often it is written."""
 
     @property
     def losses(self) -> Losses:
         """What was lost, as far as the tensor has been written."""
-        return Losses(*map(sum, zip(*self.counted.values(), strict=True)))
+        return Losses(*map(sum, zip(*(c.losses for c in self.counted), strict=True)))
+
+    def uncounted(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The stretches of these elements that were not counted yet."""
+        found = []
+        for done in self.counted:
+            if first < min(done.first, last):
+                found.append((first, min(done.first, last)))
+            first = max(first, done.last)
+        return [*found, (first, last)] if first < last else found
+
+    def count(self, first: int, last: int, losses: Losses) -> None:
+        """Keep what was lost in elements that were not counted yet, joined to its neighbours."""
+        joined: list[Counted] = []
+        for row in sorted([*self.counted, Counted(first, last, losses)]):
+            if joined and joined[-1].last == row.first:
+                before = joined.pop()
+                total = Losses(*map(sum, zip(before.losses, row.losses, strict=True)))
+                row = Counted(before.first, row.last, total)
+            joined.append(row)
+        self.counted[:] = joined
 
 
 class CastSource(Source):
@@ -91,8 +120,7 @@ class CastSource(Source):
         """Exactly `length` bytes from `offset`; elements that this cuts are cast whole."""
         size = self.cast.after.itemsize
         first, last = offset // size, -(-(offset + length) // size)
-        data, losses = _cast(self._elements(first, last), self.cast, self._byteorder)
-        self.cast.counted[first, last] = losses
+        data = _cast(self._elements(first, last), first, self.cast, self._byteorder)
         start = offset - first * size
         return data[start : start + length]
 
@@ -109,17 +137,20 @@ class CastSource(Source):
         return data
 
 
-def _cast(data: bytes, cast: Cast, byteorder: str) -> tuple[bytes, Losses]:
-    """Elements cast, in the same byte order, and what was lost."""
+def _cast(data: bytes, first: int, cast: Cast, byteorder: str) -> bytes:
+    """Elements from the `first` on, cast in the same byte order; what is lost is counted."""
     import torch
 
     if not data:
-        return b"", Losses()
+        return b""
     raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     before = _swapped(raw, cast.before, byteorder).view(getattr(torch, cast.before.name))
     after = before.to(getattr(torch, cast.after.name))
     made = _swapped(after.view(torch.uint8), cast.after, byteorder)
-    return ctypes.string_at(made.data_ptr(), made.nbytes), _losses(before, after, cast.after)
+    for begin, end in cast.uncounted(first, first + len(before)):
+        new = slice(begin - first, end - first)
+        cast.count(begin, end, _losses(before[new], after[new], cast.after))
+    return ctypes.string_at(made.data_ptr(), made.nbytes)
 
 
 def _swapped(raw: torch.Tensor, dtype: DType, byteorder: str) -> torch.Tensor:
@@ -151,7 +182,8 @@ def dtype_of(name: object) -> DType:
     wanted = ALIASES.get(wanted, wanted)
     if wanted not in TARGETS:
         raise UnsupportedError(
-            f"{name}: is no floating-point dtype to cast to",
+            "is not a floating-point dtype to cast to",
+            where=name,
             hint=f"take one of {', '.join(TARGETS)}",
             code="dtype",
         )
@@ -262,7 +294,7 @@ def _described(segment: Segment, users: list[_User], spans: Sequence[Span], dtyp
     before = segment.tensors[0].dtype
     inside = set(map(id, segment.tensors))
     keys = tuple(key for user in users if id(user.tensor) in inside for key in user.keys)
-    return Cast(keys, before, dtype, sum(span.length for span in spans) // before.itemsize, {})
+    return Cast(keys, before, dtype, sum(span.length for span in spans) // before.itemsize)
 
 
 def _rewrapped(node: Node, tensor: Tensor) -> Node:

@@ -117,6 +117,11 @@ class CheckedSource(Source):
         self._check()
         return self._span.source.fileno()
 
+    @property
+    def begin(self) -> int:
+        """Where the bytes of the source begin in what `fileno` opens."""
+        return self._span.source.begin
+
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes of the source from `offset`."""
         self._check()

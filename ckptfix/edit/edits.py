@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ckptfix.contents.state_dicts import StateDict, optimizers
 from ckptfix.contents.tensors import DEVICE_TENSORS
 from ckptfix.errors import UnsupportedError
+from ckptfix.hints import Hint, command
 from ckptfix.tree.document import (
     Document,
     Inert,
@@ -48,10 +49,10 @@ def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) 
 
 def _has_no_keys(document: Document, state: StateDict) -> UnsupportedError:
     return UnsupportedError(
-        f"{document.name}: {state.path} is a {kind(state.origin)}, not a mapping whose keys "
-        "could be renamed",
-        hint=f"take its tensors first: ckptfix convert {document.name} OUT.safetensors",
-    )
+        f"is a {kind(state.origin)}, not a mapping whose keys could be renamed",
+        where=state.path,
+        hint=Hint("take its tensors first", command("convert", document.name, "OUT.safetensors")),
+    ).within(document.name)
 
 
 def _renamed_mapping(mapping: dict[str, Node], renaming: Renaming) -> dict[str, Node]:

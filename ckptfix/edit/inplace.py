@@ -8,18 +8,19 @@ edited one, if need be after the next command that opens it.
 from __future__ import annotations
 
 import errno
-import os
-import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptfix.bytes import journal
+from ckptfix.bytes.place import Place
 from ckptfix.bytes.source import FileSource
 from ckptfix.errors import CkptfixError, InPlaceError, VerifyError, WriteError
 from ckptfix.formats import patches
 from ckptfix.formats.reading import Reading
 from ckptfix.formats.table import read
+from ckptfix.hints import Hint, command, shell
 from ckptfix.tree import compare, walk
+from ckptfix.words import reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,7 +56,7 @@ def prepare(document: Document) -> Edit:
         raise InPlaceError(document.name, why)
     storages = list(walk.storages(document.root))
     source = _source(document, storages)
-    if os.fstat(source.fileno()).st_nlink > 1:
+    if source.names > 1:
         raise InPlaceError(document.name, "it has several names (hard links), and all would change")
     return Edit(document, source, patches.make(document, source, storages), storages)
 
@@ -93,10 +94,12 @@ def apply(edit: Edit) -> None:
 
 def _check_unchanged(edit: Edit, descriptor: int) -> None:
     """The file is the one that was read, and nobody has changed it before it was locked."""
-    now = (os.fstat(descriptor), os.stat(edit.source.name))
-    if any(edit.source.identity != FileSource.identify(stat) for stat in now):
+    if edit.source.has_changed(descriptor):
         raise WriteError(
-            f"{edit.source.name}: was changed after it was read", hint="try again", code="changed"
+            "was changed after it was read",
+            where=edit.source.name,
+            hint="try again",
+            code="changed",
         )
 
 
@@ -105,14 +108,14 @@ def _verify(edit: Edit) -> None:
     try:
         found = read(FileSource(path), Reading())
     except CkptfixError as error:
-        raise VerifyError(f"{path}: does not read back: {error}; it was put back") from error
+        raise VerifyError(f"does not read back: {error}; it was put back", where=path) from error
     place = compare.difference(document.root, found.root)
     if place is not None or list(document.extras) != list(found.extras):
         place = place or "its further records"
     elif _places(edit.storages) != _places(walk.storages(found.root)):
         place = "the places of its tensors"
     if place is not None:
-        raise VerifyError(f"{path}: reads back differently at {place}; it was put back")
+        raise VerifyError(f"reads back differently at {place}; it was put back", where=path)
 
 
 def _places(storages: Iterable[Storage]) -> list[tuple[int, int]]:
@@ -120,16 +123,20 @@ def _places(storages: Iterable[Storage]) -> list[tuple[int, int]]:
 
 
 def _error(edit: Edit, error: OSError) -> WriteError:
-    path, reason = edit.source.name, (error.strerror or str(error)).lower()
-    hint, folder = None, shlex.quote(os.path.dirname(os.path.realpath(path)))
+    path = edit.source.name
+    return WriteError(
+        f"cannot be changed in place: {reason(error)}", where=path, hint=_hint(path, error)
+    )
+
+
+def _hint(path: str, error: OSError) -> Hint | None:
+    """What helps; first of all that the journal puts back what was half done."""
+    folder = Place(Place(path).resolved).folder.name
+    if journal.is_pending(path):
+        return Hint("it is put back by the next command that opens it", command("inspect", path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = f"see what is free: df -h {folder}"
-    elif error.errno in (errno.EACCES, errno.EPERM):
-        hint = (
-            f"the file and its folder have to be writable: chmod u+w {shlex.quote(path)} {folder}"
-        )
-    if os.path.lexists(journal.beside(edit.source.name)):
-        hint = (
-            f"it is put back by the next command that opens it: ckptfix inspect {shlex.quote(path)}"
-        )
-    return WriteError(f"{path}: cannot be changed in place: {reason}", hint=hint)
+        return Hint("see what is free", shell("df", "-h", folder))
+    if error.errno in (errno.EACCES, errno.EPERM):
+        text = "the file and its folder have to be writable"
+        return Hint(text, shell("chmod", "u+w", path, folder))
+    return None

@@ -11,6 +11,7 @@ from ckptfix.bytes.span import Span
 from ckptfix.contents.state_dicts import StateDict, choose, is_special_tensor
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.errors import UnsupportedError
+from ckptfix.hints import Hint
 from ckptfix.tree.document import (
     Document,
     Inert,
@@ -53,7 +54,7 @@ def only(document: Document, state: StateDict) -> Fitted:
 def flatten(document: Document, state: StateDict) -> Fitted:
     """The document as safetensors holds it: one state dict, every value a dense row-major tensor.
 
-    What is no tensor is left out. Tensors of another layout are made row-major when they are
+    What is not a tensor is left out. Tensors of another layout are made row-major when they are
     written, one at a time. Raises `UnsupportedError` for tensors that safetensors cannot hold: to
     leave one of those out would be to lose weights.
     """
@@ -118,8 +119,12 @@ def cannot_hold(document: Document, key: str, what: str, dense: str = "") -> Uns
     """The refusal of a value that safetensors has no form for; `dense` is code that makes one."""
     instead = f", or save {dense} of it in torch first" if dense else ""
     return UnsupportedError(
-        f"{document.name}: {key!r} is a {what}, which safetensors cannot hold",
-        hint=f"write a .pt file instead: give OUT the extension .pt{instead}",
+        f"{key!r} is a {what}, which safetensors cannot hold",
+        where=document.name,
+        hint=Hint(
+            f"write a .pt file instead: give OUT the extension .pt{instead}",
+            python=f"save it to a .pt file instead{instead}",
+        ),
     )
 
 

@@ -8,6 +8,7 @@ from ckptfix.contents.state_dicts import StateDict, is_special_tensor
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.edit.reduce import Fitted, only
 from ckptfix.errors import UnsupportedError
+from ckptfix.hints import Hint
 from ckptfix.pickles.allowed import is_allowed
 from ckptfix.tree.document import Document, Global, Node, OrderedMap, Tensor, kind
 from ckptfix.tree.walk import walk
@@ -16,8 +17,8 @@ from ckptfix.tree.walk import walk
 def weights_only(document: Document, state: StateDict) -> Fitted:
     """The document reduced to the tensors of one state dict, in an OrderedDict.
 
-    Parameters become the tensors in them. Module versions (`_metadata`) stay; what else is no
-    tensor is left out. Raises `UnsupportedError` for a tensor of a class that `weights_only=True`
+    Parameters become the tensors in them. Module versions (`_metadata`) stay; what else is not
+    a tensor is left out. Raises `UnsupportedError` for a tensor of a class that `weights_only=True`
     refuses: to leave that out would be to lose weights.
     """
     fitted = only(document, state)
@@ -68,6 +69,7 @@ def _attributes(mapping: dict[str, Node]) -> tuple[Node, dict[str, Node]]:
 
 def _refused(document: Document, key: str, what: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{document.name}: {key!r} is a {what}, which torch.load(weights_only=True) refuses",
-        hint="keep it: leave out --weights-only",
+        f"{key!r} is a {what}, which torch.load(weights_only=True) refuses",
+        where=document.name,
+        hint=Hint("keep it: leave out --weights-only", python="keep it: leave out .weights_only()"),
     )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptfix import door
 from ckptfix.bytes.place import Place
+from ckptfix.bytes.source import FileSource
 from ckptfix.contents.specs import specs
 from ckptfix.contents.state_dicts import choose
 from ckptfix.errors import CkptfixError, ReadError, SelectionError, TargetError
@@ -113,7 +114,7 @@ def of_file(path: str | os.PathLike[str]) -> Target:
 def _listed_keys(place: Place) -> dict[str, Spec] | None:
     """Keys of a JSON report; None where the file is no such report."""
     try:
-        source = place.open()
+        source = FileSource(place.name)  # no listing has a journal; the door says what it undid
         if not source.head(64).lstrip().startswith(b"{"):
             return None
         listing = json.loads(source.read(0, source.size))

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 import traceback
@@ -20,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ckptfix.diagnose.explain import as_markdown, explain, file_in
+from ckptfix.diagnose.explain import as_markdown, explain, file_in, places
 from ckptfix.known_errors import KNOWN, Known
 
 ROOT = Path(__file__).parents[2]
@@ -312,6 +313,56 @@ def test_the_documented_text_is_known(known: Known) -> None:
 def test_every_text_is_made_by_its_library_or_can_be_no_more() -> None:
     elsewhere = {code for code, *_ in LIBRARIES.values()}
     assert {known.code for known in KNOWN} == {*REAL, *elsewhere, "torch-too-old"}
+
+
+MEGABYTE = 1 << 20
+REPEATED = {
+    "words": "a.",
+    "slashes": "/",
+    "letters": "x",
+    "extensions": ".pt",
+    "empty lines": "\n",
+    "spaces": " ",
+    "lines of a traceback": ' File "x.pt", line 3 x.pt\n',
+    "no end of such a line": ' File "',
+    "modules": "torch.a.pt ",
+    "keys": 'Missing key(s) in state_dict: "module.',
+    "unexpected keys": "Unexpected key(s) in state_dict: ",
+    "weights only": "Weights only load failed ",
+    "paragraphs": "invalid load key, '\n\n",
+}
+"""Texts of which a megabyte is never done where the work grows with its square."""
+
+
+@pytest.mark.parametrize("what", REPEATED)
+def test_whatever_a_log_repeats_it_is_read_once(what: str) -> None:
+    text = REPEATED[what]
+    found = explain(text * (MEGABYTE // len(text)))
+    assert [row.known.code for row in found] == [row.known.code for row in explain(text * 3)]
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.code)
+def test_an_error_that_is_repeated_or_begun_again_and_again_is_looked_at_once(known: Known) -> None:
+    assert [row.known.code for row in explain(f"{known.example}\n" * 5000)][-1:] == [known.code]
+    whole = re.search(known.pattern, known.example)
+    assert whole is not None
+    for part in range(1, 9):
+        begun = whole[0][: max(len(whole[0]) * part // 8, 1)]
+        for text in (begun, f"{begun}\n", f"{begun}\n\n"):
+            log = text * (MEGABYTE // 4 // len(text))
+            assert len(list(places(known, log))) <= log.count("\n\n") + 1
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.code)
+def test_no_pattern_looks_through_a_whole_log_at_each_place(known: Known) -> None:
+    unbounded = re.compile(r"(?<!\\)(?:\.|\\S|\\D|\\W)[*+]|\{\d*,\}")
+    assert unbounded.search(known.pattern) is None
+    assert known.then is None or unbounded.search(known.then) is None
+
+
+def test_what_follows_in_another_paragraph_is_another_error() -> None:
+    text = 'Unexpected key(s) in state_dict: "head.w".\n\nLater: saved "module.head.w"'
+    assert [row.known.code for row in explain(text)] == ["keys-differ"]
 
 
 def test_codes_are_unique() -> None:

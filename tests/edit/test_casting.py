@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import zipfile
 from typing import TYPE_CHECKING
 
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ckptfix
 from ckptfix.edit.casting import TARGETS, dtype_of
@@ -122,6 +125,48 @@ def test_losses_are_counted_where_they_happen(tmp_path: Path) -> None:
     }
 
 
+views = st.tuples(st.integers(0, 60), st.integers(1, 40), st.integers(1, 3))
+outputs = st.lists(st.sampled_from(["out.pt", "out.safetensors", "out/"]), min_size=1, max_size=3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(views, min_size=1, max_size=5), outputs, st.integers(0, 2**32 - 1))
+def test_overlapping_views_lose_each_value_once_however_they_are_saved(
+    rows: list[tuple[int, int, int]], names: list[str], seed: int
+) -> None:
+    kinds = torch.tensor([1.0, 1e9, 1e-9, torch.nan])
+    flat = kinds[torch.randint(4, (256,), generator=torch.Generator().manual_seed(seed))]
+    used = torch.zeros(256, dtype=torch.bool)
+    state = {}
+    for number, (start, length, step) in enumerate(rows):
+        state[f"w{number}"] = flat[start : start + length * step : step]
+    sparse = any(step > 1 for *_, step in rows)
+    for start, length, step in rows:
+        used[start : start + length * step : 1 if sparse else step] = True
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(state, f"{folder}/in.pt")
+        made = ckptfix.open(f"{folder}/in.pt").cast("float16")
+        seen = []
+        for name in names:
+            made.save(f"{folder}/{name}", force=True)
+            seen.append(tuple(map(sum, zip(*(row.losses for row in made.casts), strict=True))))
+    assert len(set(seen)) == 1
+    if not sparse:
+        values = flat[used]
+        wanted = [int((values == torch.tensor(value)).sum()) for value in (1e9, 1e-9)]
+        assert seen[0] == (*wanted, int(values.isnan().sum()))
+
+
+@pytest.mark.parametrize("second", ["again.safetensors", "again.pt"])
+def test_a_second_save_in_other_pieces_counts_nothing_twice(second: str, tmp_path: Path) -> None:
+    base = torch.full((3_000_000,), 1e9)
+    torch.save({"a": base[:2_000_000], "b": base[1_000_000:]}, tmp_path / "in.pt")
+    made = ckptfix.open(tmp_path / "in.pt").cast("float16")
+    made.save(tmp_path / "out.safetensors")
+    made.save(tmp_path / second)
+    assert [row.losses.overflow for row in made.casts] == [3_000_000]
+
+
 @pytest.mark.parametrize(
     ("dtype", "overflow"), [("float8_e4m3fn", 4), ("float8_e5m2", 2), ("float8_e4m3fnuz", 4)]
 )
@@ -226,7 +271,7 @@ def test_an_unknown_dtype_is_an_error_and_nothing_is_written(tmp_path: Path) -> 
     source, target = FIXTURES / "cpu.pt", tmp_path / "out.pt"
     ran = ckptfix_command("convert", source, target, "--dtype", "int8")
     assert ran.returncode == 2
-    assert ran.stderr.startswith("error: int8: is no floating-point dtype")
+    assert ran.stderr.startswith("error: int8: is not a floating-point dtype")
     assert "hint: take one of float64" in ran.stderr
     assert not target.exists()
 

@@ -269,7 +269,7 @@ def test_convert_writes_shards_of_a_size(tmp_path: Path, model: Path, size: str)
 def test_a_size_that_is_none_is_a_usage_error(tmp_path: Path, model: Path, size: str) -> None:
     ran = ckptfix_command("convert", model, tmp_path / "out", f"--max-shard-size={size}")
     assert (ran.returncode, (tmp_path / "out").exists()) == (2, False)
-    assert "is no size" in ran.stderr
+    assert "is not a size" in ran.stderr
 
 
 def test_shards_in_a_name_of_a_file_are_refused(tmp_path: Path, model: Path) -> None:
