@@ -19,13 +19,12 @@ from ckptfix.keys.renaming import (
     Renaming,
     Rule,
     Shift,
-    components_of,
     depth_of,
     first_collision,
     joined,
     prefix_of,
     renamed_by,
-    shared_start,
+    shared_prefix,
     unchanged,
     without_collisions,
 )
@@ -181,8 +180,7 @@ def _exchanges(source: Iterable[str], target: Iterable[str]) -> Iterator[Shift]:
 
     Both have to hold several modules: a layer of another name is no prefix.
     """
-    ours, prefixes = set(source), {components_of(prefix_of(key)) for key in target}
-    common = shared_start(min(prefixes, default=()), max(prefixes, default=()))
+    ours, common = set(source), shared_prefix(target)
     for depth in range(1, len(common) + 1):
         prefix = joined(common[:depth])
         bare = {key.removeprefix(prefix) for key in target}

@@ -181,6 +181,12 @@ def shared_start(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, 
     return first[:end]
 
 
+def shared_prefix(keys: Iterable[str]) -> tuple[str, ...]:
+    """The components of the longest prefix that all keys have; none where there are no keys."""
+    prefixes = [components_of(prefix) for prefix in set(map(prefix_of, keys))]
+    return shared_start(min(prefixes, default=()), max(prefixes, default=()))
+
+
 def _trimmed(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], None]:
     """The prefixes of pairs of keys, each once; of keys that only lost their start, that start."""
     return dict.fromkeys(

@@ -19,7 +19,14 @@ from ckptfix.door import beside
 from ckptfix.errors import KeyCollisionError, KeyMismatchError, RenameError, SelectionError
 from ckptfix.hints import Command, Hint, adding, command
 from ckptfix.keys import prefixes
-from ckptfix.keys.renaming import components_of, joined, prefix_of, renamed_by, shared_start
+from ckptfix.keys.renaming import (
+    components_of,
+    joined,
+    prefix_of,
+    renamed_by,
+    shared_prefix,
+    shared_start,
+)
 from ckptfix.keys.wrappers import bare_prefix
 from ckptfix.match import judge, mismatches
 from ckptfix.tree.document import Document, OrderedMap
@@ -194,14 +201,9 @@ def _part(renaming: Renaming, wanted: Target) -> str:
     pairs = [(old, new) for old, new in renaming.keys.items() if new in wanted.specs]
     if not pairs:
         return ""
-    old, new = (_shared_prefix(keys) for keys in zip(*pairs, strict=True))
+    old, new = (shared_prefix(keys) for keys in zip(*pairs, strict=True))
     tail = len(shared_start(old[::-1], new[::-1]))
     return joined(old[: len(old) - tail])
-
-
-def _shared_prefix(keys: Iterable[str]) -> tuple[str, ...]:
-    prefixes = {components_of(prefix_of(key)) for key in keys}
-    return shared_start(min(prefixes), max(prefixes))
 
 
 def _several(

@@ -47,20 +47,24 @@ def run(m: Machine, at: int) -> int | None:
     match = _TENSOR.match(m.data, at)
     if match is None or not m.stack or m.framed:
         return None
-    names, length, digits, a, device, b, shape, c, stride, d, rest, e, f, g = match.groups()
+    names, length, digits, key_put, device, pid_put, *sizes, rest, hooks_put, args_put, put = (
+        match.groups()
+    )
+    shape, shape_put, stride, stride_put = sizes
     if length[0] != len(digits):
         return None
     key, usual = digits.decode(), _decoded(names, device + shape + stride + rest)
-    absent = (a, b, c, d, e, f, g).count(None)
+    puts, size_puts = (key_put, pid_put, hooks_put, args_put, put), (shape_put, stride_put)
+    absent = (puts + size_puts).count(None)
     if absent == 7:
         memo = m.memo
         pid = (memo[usual.word], memo[usual.cls], key, memo[usual.device], usual.numel)
         storage = m.persistent((*pid, None) if usual.sixth else pid)
         m.stack[-1] = _made(m, storage, usual, memo[usual.hooks])
     elif absent == 0:
-        _run_memoized(m, usual, key, _SEVEN.unpack(b"".join((a, b, e, f, g, c, d))))
-    elif absent == 2 and c is d is None:  # empty tuples are not memoized
-        _run_memoized(m, usual, key, _FIVE.unpack(b"".join((a, b, e, f, g))))
+        _run_memoized(m, usual, key, _SEVEN.unpack(b"".join(puts + size_puts)))
+    elif absent == 2 and shape_put is stride_put is None:  # empty tuples are not memoized
+        _run_memoized(m, usual, key, _FIVE.unpack(b"".join(puts)))
     else:
         return None
     return match.end()
