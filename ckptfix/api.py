@@ -183,7 +183,7 @@ def open(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Checkpoin
     """The structure of a checkpoint, in any container that ckptfix reads, whatever its extension.
 
     Raises:
-        ReadError: the file is no checkpoint, is damaged, unsafe or unsupported.
+        ReadError: the file is not a checkpoint, is damaged, unsafe or unsupported.
     """
     return Checkpoint(door.read(path, limits))
 
@@ -236,10 +236,10 @@ def diff(
         ReadError: a file cannot be read.
         SelectionError: there is no such state dict, or several could be meant.
     """
-    from ckptfix.diffs.documents import compare
+    from ckptfix.diffs import documents
 
     one, other = (side if isinstance(side, Checkpoint) else open(side) for side in (a, b))
     paths = (select, select) if isinstance(select, str) else select
-    return compare(
+    return documents.diff(
         one.document, other.document, select=paths, keys_only=keys_only, read_data=read_data
     )

@@ -11,7 +11,7 @@ import shlex
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 Option = str | tuple[str, ...] | bool | None
 """The value of an option: text, several texts, or True for a flag; None and False leave it out."""
@@ -85,9 +85,9 @@ def command(verb: str, *arguments: str, **options: Option) -> Command:
     return Command("ckptfix", arguments, verb, _given(options))
 
 
-def shell(program: str, *arguments: str) -> Command:
+def shell(program: str, *words: str, files: Sequence[str] = ()) -> Command:
     """A command of another program, such as `ls` of a folder."""
-    return Command(program, arguments)
+    return Command(program, (*words, *map(_as_argument, files)))
 
 
 def _given(options: dict[str, Option]) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -147,8 +147,8 @@ KNOWN = (
     Known(
         "not-a-pickle",
         r"invalid load key, '|Unsupported operand \d+",
-        "The file is no checkpoint of torch's, or is in another container: a safetensors file, an "
-        "archive, a text.",
+        "The file is not a checkpoint of torch's, or is in another container: a safetensors file, "
+        "an archive, a text.",
         command("inspect", "FILE"),
         r"_pickle.UnpicklingError: invalid load key, '\xc0'.",
     ),
@@ -224,7 +224,7 @@ KNOWN = (
         "pickle-damaged",
         r"unpickling stack underflow|could not find MARK|unsupported pickle protocol|"
         r"A load persistent id instruction was encountered|Invalid magic number; corrupt file",
-        "The pickle in the file is damaged, or is no pickle that this Python reads by itself.",
+        "The pickle in the file is damaged, or is not a pickle that this Python reads by itself.",
         command("inspect", "FILE"),
         "_pickle.UnpicklingError: unpickling stack underflow",
     ),
@@ -239,7 +239,7 @@ KNOWN = (
     Known(
         "safetensors-header",
         r"Error while deserializing header|HeaderTooLarge|InvalidHeader|header too (?:large|small)",
-        "The file is no safetensors file, whatever its name: a torch checkpoint, a git-lfs "
+        "The file is not a safetensors file, whatever its name: a torch checkpoint, a git-lfs "
         "pointer, a web page, or the beginning is missing.",
         command("inspect", "FILE"),
         "safetensors_rust.SafetensorError: Error while deserializing header: header too large",

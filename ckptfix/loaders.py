@@ -54,7 +54,7 @@ def load(
             of each tensor are always checked.
 
     Raises:
-        ReadError: the file is no checkpoint, is damaged, unsafe or unsupported.
+        ReadError: the file is not a checkpoint, is damaged, unsafe or unsupported.
     """
     document = door.read(path)
     if verify:

@@ -16,7 +16,7 @@ def test_a_shell_reads_the_arguments_as_they_are(name: str) -> None:
     words = shlex.split(str(command("inspect", name, select=name)))
     dashed = f"./{name}" if name.startswith("-") else name
     assert words == ["ckptfix", "inspect", dashed, "--select", name]
-    assert shlex.split(str(shell("ls", name))) == ["ls", name]
+    assert shlex.split(str(shell("ls", "-l", files=[name]))) == ["ls", "-l", dashed]
 
 
 def test_flags_have_no_value_and_what_is_not_given_is_not_said() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ckptfix import door, page
-from ckptfix.diffs.documents import compare
+from ckptfix.diffs.documents import diff as compare
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 BROWSER = next(

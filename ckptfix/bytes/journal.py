@@ -249,7 +249,7 @@ def _open(journal: str) -> BinaryIO:
         raise ReadError(
             "is not a regular file, and not a journal",
             where=journal,
-            hint=Hint("if you know what it is, move or remove it", shell("rm", journal)),
+            hint=Hint("if you know what it is, move or remove it", shell("rm", files=[journal])),
             code="rollback",
         )
     return file
@@ -279,7 +279,7 @@ def _checked(descriptor: int, path: str | os.PathLike[str], file: BinaryIO) -> I
             where=path,
             hint=Hint(
                 "if the file was replaced, remove what is left of the edit",
-                shell("rm", beside(path)),
+                shell("rm", files=[beside(path)]),
             ),
             code="rollback",
         )

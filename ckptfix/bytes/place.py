@@ -128,7 +128,7 @@ class Place:
             raise WriteError(
                 f"the folder {folder} does not exist",
                 where=self.name,
-                hint=Hint("make it first", shell("mkdir", "-p", folder.name)),
+                hint=Hint("make it first", shell("mkdir", "-p", files=[folder.name])),
             )
 
     @contextlib.contextmanager
@@ -237,7 +237,7 @@ class Place:
         """What the system says of this place, which cannot be written."""
         hint = None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shell("df", "-h", self.folder.name)
+            free = shell("df", "-h", files=[self.folder.name])
             hint = Hint("nothing was written; see what is free", free)
         return WriteError(f"cannot be written: {reason(error)}", where=self.name, hint=hint)
 

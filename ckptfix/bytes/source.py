@@ -288,5 +288,5 @@ def too_short(name: str, offset: int, length: int) -> DamagedError:
 def _hint(path: str) -> Hint | None:
     folder = os.path.dirname(path) or "."
     if not os.path.exists(path) and os.path.isdir(folder):
-        return Hint("see what is there", shell("ls", folder))
+        return Hint("see what is there", shell("ls", files=[folder]))
     return None

@@ -44,10 +44,9 @@ def _note_losses(casts: list[Cast], loss: str, what: str) -> None:
     rows = [(cast.keys[0], getattr(cast.losses, loss)) for cast in casts]
     rows = sorted(((key, count) for key, count in rows if count), key=lambda row: -row[1])
     if rows:
-        shown = ", ".join(f"{key} ({count:,})" for key, count in rows[:_SHOWN])
-        more = f", and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
         total = plural(sum(count for _, count in rows), "value")
-        output.note(f"{total} {what}: {shown}{more}")
+        names = [f"{key} ({count:,})" for key, count in rows]
+        output.note_names(f"{total} {what}", names, _SHOWN)
 
 
 def _row(cast: Cast) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def command(
     Exit codes:
       0  its structure is sound, and it fits
       1  it does not fit, or is damaged
-      2  it is no checkpoint, or the model cannot be built
+      2  it is not a checkpoint, or the model cannot be built
     """
     wanted = options.wanted(model, init, like)
     answer: dict[str, Any] = {"command": "check", "input": file}
@@ -143,11 +143,10 @@ def _say_damaged(
     problem = {"code": error.code, "message": error.message, "hint": output.said(error.hint)}
 
     def draw(console: Console) -> None:
-        for message in (error.message, *more[: _SHOWN - 1]):
-            line = f"{file}: damaged: {message.removeprefix(f'{file}: ')}"
-            console.print(output.text(line), soft_wrap=True)
+        for message in (error.what, *more[: _SHOWN - 1]):
+            console.print(output.text(f"{file}: damaged: {message}"), soft_wrap=True)
         if len(more) >= _SHOWN:
-            console.print(f"{file}: and {len(more) - _SHOWN + 1:,} more (--json has all)")
+            console.print(output.more(len(more) - _SHOWN + 1, "--json has all"))
 
     output.answer({**answer, "sound": False, "problem": problem}, draw)
     if error.hint is not None:
@@ -198,8 +197,8 @@ def _draw(
         for row in rows[:_SHOWN]:
             console.print(output.text(f"  {sign} {row}"), soft_wrap=True)
         if len(rows) > _SHOWN:
-            more = f"  … and {len(rows) - _SHOWN:,} more (--json has all)"
-            console.print(output.text((more, "dim")))
+            told = output.more(len(rows) - _SHOWN, "--json has all")
+            console.print(output.text((f"  {told}", "dim")))
     if report.random_numel:
         console.print(
             f"\nWith strict=False, {report.random_numel:,} of {report.target_numel:,} elements "

@@ -38,7 +38,7 @@ def command(
     r"""Write a checkpoint in another container: .pt, .bin, .ckpt, .safetensors or a folder.
 
     A .pt file keeps everything, or only --select. A .safetensors file holds one state dict and
-    nothing else: what is left out (optimizer, epoch, values that are no tensors) is named. With
+    nothing else: what is left out (optimizer, epoch, values that are not tensors) is named. With
     --weights-only a .pt file holds as much, for torch.load(weights_only=True). An OUT that ends in
     / becomes a folder of .safetensors files and their index, as Hugging Face's libraries load it.
 

@@ -8,7 +8,7 @@ import click
 
 from ckptfix.cli import options, output, reading
 from ckptfix.cli.usage import Misuse
-from ckptfix.diffs.documents import compare
+from ckptfix.diffs.documents import diff
 from ckptfix.report import Spec, shape
 from ckptfix.tree.walk import nbytes
 from ckptfix.words import plural
@@ -72,7 +72,7 @@ def command(
     paths = _paths(select)
     one, other = reading.read(a), reading.read(b)
     with output.progress("comparing", lambda: nbytes(one.root)) as advance:
-        found = compare(
+        found = diff(
             one, other, select=paths, keys_only=keys_only, read_data=read_data, progress=advance
         )
     if html is not None:
@@ -169,7 +169,8 @@ def _draw_sections(console: Console, sections: list[_Section], limit: int | None
         for row in rows[:limit]:
             console.print(Text(f"  {sign} {output.printable(row)}", style), soft_wrap=True)
         if limit is not None and len(rows) > limit:
-            console.print(Text(f"  … and {len(rows) - limit:,} more (--all has them)", "dim"))
+            told = output.more(len(rows) - limit, "--all has them")
+            console.print(Text(f"  {told}", "dim"))
 
 
 def _sections(state: StateDiff, limit: int | None) -> Iterator[_Section]:

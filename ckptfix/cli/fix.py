@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-_SHOWN = 10
-
-
 @click.command("fix")
 @writing.writes
 @options.target
@@ -85,9 +82,7 @@ def _summary(made: Plan, tensors: int) -> str:
 
 def _say_keys(what: str, keys: list[str]) -> None:
     if keys:
-        shown = ", ".join(keys[:_SHOWN])
-        more = f", and {len(keys) - _SHOWN:,} more (--json has all)" if len(keys) > _SHOWN else ""
-        output.note(f"{plural(len(keys), 'key')} {what}: {shown}{more}")
+        output.note_names(f"{plural(len(keys), 'key')} {what}", keys)
 
 
 def _data(made: Plan) -> dict[str, Any]:

@@ -66,7 +66,8 @@ def _say(source: str, found: Recovered, missing: list[str]) -> None:
         for name in names[:_SHOWN]:
             output.note(f"{source} ({name}): {label}")
         if len(names) > _SHOWN:
-            output.note(f"{source}: and {len(names) - _SHOWN:,} more {label} (--json has all)")
+            told = output.more(len(names) - _SHOWN, "--json has all")
+            output.note(f"{source}: {label}: {told}")
     if found.unchecked:
         count = plural(found.unchecked, "tensor")
         output.note(f"{source}: {count} saved from storages without checksums, not verified")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptfix.cli.output import size, text
+from ckptfix.cli.output import more, size, text
 from ckptfix.contents.state_dicts import StateDict, find
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.keys import wrappers
@@ -82,14 +82,14 @@ class _Drawing:
         one_device = len({tensor.storage.device for tensor in state.tensors.values()}) == 1
         for row in _tensor_rows(shown, self._width - depth * _INDENT, devices=not one_device):
             branch.add(row)
-        _add_more(branch, len(tensors) - len(shown), "more tensor")
+        _add_more(branch, len(tensors) - len(shown), "tensor")
         self._add_values(branch, list(state.others.items()), depth)
 
     def _add_values(self, branch: Tree, values: list[tuple[str, Node]], depth: int) -> None:
         shown = values[: self._limit(len(values), _VALUES)]
         for name, node in shown:
             self.add(branch, name, node, depth)
-        _add_more(branch, len(values) - len(shown), "more value")
+        _add_more(branch, len(values) - len(shown), "value")
 
     def _limit(self, count: int, limit: int) -> int:
         """How many of `count` to show: a line that says "1 more" could as well show it."""
@@ -108,7 +108,7 @@ class _Drawing:
 
 def _add_more(branch: Tree, hidden: int, noun: str) -> None:
     if hidden:
-        branch.add(text((f"… and {plural(hidden, noun)} (--all shows them)", "dim")))
+        branch.add(text((more(hidden, "--all shows them", noun), "dim")))
 
 
 # --- state dicts

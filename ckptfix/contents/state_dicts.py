@@ -3,7 +3,7 @@
 A state dict is a mapping of names to tensors, at least half of whose values are tensors. Where
 one lies inside another mapping, the inner one counts (`{"model": {…}, "rng_state": tensor}` is no
 state dict), unless most of the outer one's values are tensors themselves. What an optimizer keeps
-is found, but it is no state dict of a model.
+is found, but it is not a state dict of a model.
 """
 
 from __future__ import annotations

@@ -44,13 +44,8 @@ def _containers(document: Document) -> Iterator[Finding]:
         yield Finding(
             "wrong-extension",
             f"named {extension}, but the bytes are {document.container}",
-            command=shell("mv", _argument(document.name), _argument(str(right))),
+            command=shell("mv", files=[document.name, str(right)]),
         )
-
-
-def _argument(path: str) -> str:
-    """A path as an argument: one that begins with a dash would be taken for an option."""
-    return f"./{path}" if path.startswith("-") else path
 
 
 def _devices(document: Document) -> Iterator[Finding]:

@@ -127,7 +127,7 @@ class _Comparer:
         return specs_equal and self.distance(one, other) is None
 
 
-def compare(
+def diff(
     a: Document,
     b: Document,
     *,

@@ -135,8 +135,8 @@ def _hint(path: str, error: OSError) -> Hint | None:
     if journal.is_pending(path):
         return Hint("it is put back by the next command that opens it", command("inspect", path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Hint("see what is free", shell("df", "-h", folder))
+        return Hint("see what is free", shell("df", "-h", files=[folder]))
     if error.errno in (errno.EACCES, errno.EPERM):
         text = "the file and its folder have to be writable"
-        return Hint(text, shell("chmod", "u+w", path, folder))
+        return Hint(text, shell("chmod", "u+w", files=[path, folder]))
     return None

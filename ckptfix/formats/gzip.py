@@ -63,7 +63,7 @@ def _cap(source: Source) -> int:
 
 
 def _yourself(source: Source) -> Hint:
-    return Hint("unpack it yourself if you trust it", shell("gunzip", "-k", source.name))
+    return Hint("unpack it yourself if you trust it", shell("gunzip", "-k", files=[source.name]))
 
 
 def _salvaged(source: Source, found: Salvage) -> UnpackedSource:

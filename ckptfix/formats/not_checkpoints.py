@@ -43,14 +43,14 @@ def explain(source: Source) -> ReadError:
         return NotACheckpointError(
             "is a git-lfs pointer, not the file that it stands for",
             where=name,
-            hint=Hint("fetch it", shell("git", "lfs", "pull", "--include", name)),
+            hint=Hint("fetch it", shell("git", "lfs", "pull", "--include", files=[name])),
             code="lfs-pointer",
         )
     if _HTML.match(head):
         return NotACheckpointError(
             "is an HTML page, as a download link gives where it wants a login",
             where=name,
-            hint=Hint("see what it says", shell("head", "-c", "400", name)),
+            hint=Hint("see what it says", shell("head", "-c", "400", files=[name])),
             code="html",
         )
     for magic, (kind, program) in _PACKED.items():
@@ -58,7 +58,7 @@ def explain(source: Source) -> ReadError:
             return UnsupportedError(
                 f"is packed with {kind}",
                 where=name,
-                hint=Hint("unpack it first", shell(*program, name)),
+                hint=Hint("unpack it first", shell(*program, files=[name])),
                 code="packed",
             )
     if head[257:262] == b"ustar":
@@ -79,7 +79,7 @@ def _plain(source: Source, head: bytes) -> ReadError:
         return NotACheckpointError(
             "is a JSON text, not a checkpoint",
             where=name,
-            hint=Hint("see what it says", shell("head", "-c", "400", name)),
+            hint=Hint("see what it says", shell("head", "-c", "400", files=[name])),
             code="json",
         )
     if not head.strip(b"\0"):
@@ -96,4 +96,4 @@ _AGAIN = "copy or download it again"
 
 
 def _see(name: str) -> Hint:
-    return Hint("see what it is", shell("file", name))
+    return Hint("see what it is", shell("file", files=[name]))

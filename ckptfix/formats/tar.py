@@ -36,7 +36,7 @@ def unpack(source: Source, reading: Reading) -> Source:
         raise NotACheckpointError(
             f"is a tar archive of several files ({names})",
             where=source.name,
-            hint=Hint("unpack it, and give one of them", shell("tar", "xf", source.name)),
+            hint=Hint("unpack it, and give one of them", shell("tar", "xf", files=[source.name])),
         )
     name, span = next(iter(found.items()))
     return UnpackedSource(lambda: span.chunks(CHUNK), span.length, f"{source.name}:{name}")

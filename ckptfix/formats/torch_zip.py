@@ -160,7 +160,7 @@ def _folder(records: Mapping[str, Span], name: str) -> str:
         raise NotACheckpointError(
             "is a zip archive without a checkpoint (no data.pkl in it)",
             where=name,
-            hint=Hint("see what it holds", shell("unzip", "-l", name)),
+            hint=Hint("see what it holds", shell("unzip", "-l", files=[name])),
         )
     return found[0].removesuffix("data.pkl")
 

@@ -128,7 +128,9 @@ def missing(folder: Place, reading: Reading) -> ReadError:
         return UnsupportedError(
             "is a folder in which no shard can be read",
             where=folder,
-            hint=Hint("recover its files one by one; see what is there", shell("ls", folder.name)),
+            hint=Hint(
+                "recover its files one by one; see what is there", shell("ls", files=[folder.name])
+            ),
         )
     found = [name for name in folder.names() if name.lower().endswith(EXTENSIONS)]
     if len(found) == 1:
@@ -149,7 +151,7 @@ def missing(folder: Place, reading: Reading) -> ReadError:
             where=folder,
             hint=Hint("give one of them", _inspect(folder, found[0])),
         )
-    hint = Hint("see what is there", shell("ls", folder.name))
+    hint = Hint("see what is there", shell("ls", files=[folder.name]))
     return ReadError("is a folder without a checkpoint", where=folder, hint=hint)
 
 
@@ -188,7 +190,8 @@ def _check_present(index: Index) -> None:
             f"{len(absent)} of {len(index.shards)} shards are not there: {listed(absent)}",
             where=index.name,
             hint=Hint(
-                "copy or download them too; see what is there", shell("ls", index.folder.name)
+                "copy or download them too; see what is there",
+                shell("ls", files=[index.folder.name]),
             ),
             code="shard-absent",
         )

@@ -192,7 +192,7 @@ def _import(where: str, reference: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         place = Place(where)
         absent = _is_file(where) and not place.is_file
-        see = Hint("see what is there", shell("ls", place.folder.name))
+        see = Hint("see what is there", shell("ls", files=[place.folder.name]))
         raise TargetError(
             f"cannot be imported: {_describe(error)}",
             where=f"--model {reference}",
@@ -202,7 +202,9 @@ def _import(where: str, reference: str) -> ModuleType:
 
 def _try(where: str) -> Command:
     python = PurePath(sys.executable).name
-    return shell(python, where) if _is_file(where) else shell(python, "-c", f"import {where}")
+    return (
+        shell(python, files=[where]) if _is_file(where) else shell(python, "-c", f"import {where}")
+    )
 
 
 def _is_file(where: str) -> bool:

@@ -36,7 +36,7 @@ def read(
 
     `persistent` turns a persistent id into a node, as torch uses them for storages. `builders` are
     the calls that are understood. `name` is what messages call the pickle. Raises `DamagedError`
-    where the bytes are no pickle or end too soon, and `UnsafeError` or `UnsupportedError` where
+    where the bytes are not a pickle or end too soon, and `UnsafeError` or `UnsupportedError` where
     they ask for what ckptfix refuses.
     """
     machine = Machine(data, persistent, limits, builders)

@@ -78,7 +78,7 @@ def plan(
         SelectionError: there is no state dict, or several fit.
         RenameError: the keys fit in two ways, or two would become one without their wrappers.
         KeyMismatchError: a key is missing or a shape differs; carries the report.
-        UnsupportedError: with `tensors_only`, the target wants a value that is no tensor.
+        UnsupportedError: with `tensors_only`, the target wants a value that is not a tensor.
     """
     if wanted is None:
         return _verified(_on_cpu(_certain(document, select)), verify)
@@ -175,7 +175,7 @@ def _cures(found: Match, wanted: Target) -> Iterable[Cure]:
 def _untie(document: Document, mapping: OrderedMap, wanted: Target) -> list[str]:
     """Give a storage of its own to each tied key that the target does not tie; returns the keys.
 
-    Raises `UnsupportedError` for a value that is no tensor.
+    Raises `UnsupportedError` for a value that is not a tensor.
     """
     group = {key: keys for keys in wanted.ties for key in keys}
     first: dict[Hashable, str] = {}
