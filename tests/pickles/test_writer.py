@@ -90,9 +90,11 @@ def test_plain_values_survive_from_every_protocol(value: Any, protocol: int) -> 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(values, PROTOCOLS)
 def test_plain_values_load_with_weights_only(value: Any, protocol: int) -> None:
-    written = write(read(pickle.dumps(value, protocol)))
+    data = pickle.dumps(value, protocol)
+    written = write(read(data))
+    kept = pickle.loads(data)  # protocol 0 writes `nan` for every NaN
     try:
-        expected = weights_only.load(io.BytesIO(pickle.dumps(value, 2)))
+        expected = weights_only.load(io.BytesIO(pickle.dumps(kept, 2)))
     except pickle.UnpicklingError:
         return  # it refuses complex numbers and frozen sets, whoever wrote them
     assert comparable(weights_only.load(io.BytesIO(written))) == comparable(expected)
