@@ -111,14 +111,14 @@ class Place:
 
     def check_free(self, *, force: bool) -> None:
         """Refuse early what could not be published later. Raises `WriteError`."""
-        target = Place(os.path.realpath(self.name))
-        if target.is_folder or self.name.endswith(("/", os.sep)):
+        final = Place(os.path.realpath(self.name))
+        if final.is_folder or self.name.endswith(("/", os.sep)):
             hint = f"give the name of a file: {os.path.join(self.name, 'out.pt')}"
             raise WriteError("is a folder", where=self.name, hint=hint)
-        self.check_folder(target.folder)
-        if target.exists and not target.is_file:
+        self.check_folder(final.folder)
+        if final.exists and not final.is_file:
             raise WriteError("is not a regular file", where=self.name)
-        if target.exists and not force:
+        if final.exists and not force:
             raise OutputExistsError(where=self.name)
 
     def check_folder(self, folder: Place | None = None) -> None:
@@ -146,31 +146,31 @@ class Place:
         `force` it is an error (`OutputExistsError`), also where it appears in the meantime. Raises
         `WriteError`.
         """
-        target = os.path.realpath(self.name)
+        final = os.path.realpath(self.name)
         self.check_free(force=force)
         if force:
             journal.recover(self.name)  # or a journal of the old file would lie beside the new one
-        descriptor, temporary = self._create_beside(target)
+        descriptor, temporary = self._create_beside(final)
         try:
             try:
                 sink = Sink(descriptor, self.name, progress)
                 yield sink
                 sink.sync()
-                _copy_mode(target, descriptor)
+                _copy_mode(final, descriptor)
             finally:
                 os.close(descriptor)
             if verify is not None:
                 verify(Place(temporary))
-            self._give_name(temporary, target, force)
+            self._give_name(temporary, final, force)
         except OSError as error:
             raise self.error(error) from None
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        try_to_sync_folder(os.path.dirname(target))
+        try_to_sync_folder(os.path.dirname(final))
 
-    def _create_beside(self, target: str) -> tuple[int, str]:
-        folder, name = os.path.split(target)
+    def _create_beside(self, final: str) -> tuple[int, str]:
+        folder, name = os.path.split(final)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         for _ in range(100):
             temporary = os.path.join(folder, f".{name[:40]}.{os.urandom(4).hex()}.tmp")
@@ -182,18 +182,18 @@ class Place:
                 raise self.error(error) from None
         raise WriteError("no name is free for a temporary file beside it", where=self.name)
 
-    def _give_name(self, temporary: str, target: str, force: bool) -> None:
+    def _give_name(self, temporary: str, final: str, force: bool) -> None:
         """Give the finished file its name: in place of an old one only where that was asked for."""
         if not force:
             try:
-                os.link(temporary, target)
+                os.link(temporary, final)
             except FileExistsError:
                 raise OutputExistsError(where=self.name) from None
             except OSError:  # a file system without hard links
                 self.check_free(force=False)
             else:
                 return
-        os.replace(temporary, target)
+        os.replace(temporary, final)
 
     def make_folder(self) -> bool:
         """Make this folder where it is not there; whether it was made. Raises `WriteError`."""
@@ -247,6 +247,6 @@ def _without_slash(path: str) -> str:
     return path.rstrip("/" + os.sep) or "/"
 
 
-def _copy_mode(target: str, descriptor: int) -> None:
-    if os.path.exists(target) and hasattr(os, "fchmod"):
-        os.fchmod(descriptor, stat.S_IMODE(os.stat(target).st_mode))
+def _copy_mode(final: str, descriptor: int) -> None:
+    if os.path.exists(final) and hasattr(os, "fchmod"):
+        os.fchmod(descriptor, stat.S_IMODE(os.stat(final).st_mode))

@@ -37,7 +37,7 @@ ALIASES = {
     "fp64": "float64", "double": "float64", "fp32": "float32", "float": "float32",
     "fp16": "float16", "half": "float16", "bf16": "bfloat16",
 }  # fmt: skip
-TARGETS = tuple(
+CAST_TO = tuple(
     name
     for name, dtype in BY_NAME.items()
     if dtype.is_floating_point and name != "float8_e8m0fnu"  # which has no sign
@@ -180,11 +180,11 @@ def dtype_of(name: object) -> DType:
     """The dtype to cast to: `float16`, `fp16`, `torch.float16`. Raises `UnsupportedError`."""
     wanted = str(name).removeprefix("torch.").lower()
     wanted = ALIASES.get(wanted, wanted)
-    if wanted not in TARGETS:
+    if wanted not in CAST_TO:
         raise UnsupportedError(
             "is not a floating-point dtype to cast to",
             where=name,
-            hint=f"take one of {', '.join(TARGETS)}",
+            hint=f"take one of {', '.join(CAST_TO)}",
             code="dtype",
         )
     return BY_NAME[wanted]

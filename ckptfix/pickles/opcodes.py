@@ -322,21 +322,21 @@ def _appends(m: Machine, at: int) -> int:
     return at
 
 
-def _extend(target: Node, items: list[Node]) -> None:
-    if isinstance(target, list):
-        target.extend(items)
-    elif isinstance(target, Inert):
-        target.items.extend(items)
+def _extend(holder: Node, items: list[Node]) -> None:
+    if isinstance(holder, list):
+        holder.extend(items)
+    elif isinstance(holder, Inert):
+        holder.items.extend(items)
     else:
-        raise UnsafeError(f"something is appended to a {type(target).__name__}")
+        raise UnsafeError(f"something is appended to a {type(holder).__name__}")
 
 
 def _additems(m: Machine, at: int) -> int:
     items = m.pop_mark()
-    target = m.stack[-1]
-    if not isinstance(target, Inert) or target.function != _SET:
-        raise UnsafeError(f"something is added to a {type(target).__name__}")
-    target.args[0].extend(items)
+    holder = m.stack[-1]
+    if not isinstance(holder, Inert) or holder.function != _SET:
+        raise UnsafeError(f"something is added to a {type(holder).__name__}")
+    holder.args[0].extend(items)
     return at
 
 
@@ -352,19 +352,19 @@ def _setitems(m: Machine, at: int) -> int:
     return at
 
 
-def _set_items(m: Machine, target: Node, items: list[Node]) -> None:
+def _set_items(m: Machine, holder: Node, items: list[Node]) -> None:
     if len(items) % 2:
         raise DamagedError("a key has no value")
     pairs = zip(items[::2], items[1::2], strict=True)
-    if isinstance(target, dict):
+    if isinstance(holder, dict):
         for key, value in pairs:
             if type(key) is not str:
                 m.check_key(key)
-            target[key] = value
-    elif isinstance(target, Inert):
-        target.pairs.extend(pairs)
+            holder[key] = value
+    elif isinstance(holder, Inert):
+        holder.pairs.extend(pairs)
     else:
-        raise UnsafeError(f"an item of a {type(target).__name__} is set")
+        raise UnsafeError(f"an item of a {type(holder).__name__} is set")
 
 
 # --- names, calls, objects: all inert
@@ -419,13 +419,13 @@ def _obj(m: Machine, at: int) -> int:
 
 def _build(m: Machine, at: int) -> int:
     state = m.stack.pop()
-    target = m.stack[-1]
-    if isinstance(target, Inert) and not target.has_state:
-        target.has_state, target.state = True, state
-    elif isinstance(target, OrderedMap) and target.attributes is None:
-        target.attributes = state
+    holder = m.stack[-1]
+    if isinstance(holder, Inert) and not holder.has_state:
+        holder.has_state, holder.state = True, state
+    elif isinstance(holder, OrderedMap) and holder.attributes is None:
+        holder.attributes = state
     else:
-        raise UnsafeError(f"a {type(target).__name__} is given state that it cannot have")
+        raise UnsafeError(f"a {type(holder).__name__} is given state that it cannot have")
     return at
 
 

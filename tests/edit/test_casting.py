@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckptfix
-from ckptfix.edit.casting import TARGETS, dtype_of
+from ckptfix.edit.casting import CAST_TO, dtype_of
 from ckptfix.errors import DamagedError, UnsupportedError
 from ckptfix.tree.dtypes import BY_NAME
 from tests.conftest import CHECKPOINTS, FIXTURES
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.fixture(params=TARGETS)
+@pytest.fixture(params=CAST_TO)
 def target(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
