@@ -159,7 +159,7 @@ def _module_rules(target: Mapping[str, str], form: Rule) -> Callable[[Shift], Ru
 
 
 _DEEPEST = 100
-"""Modules in modules at most for which `_metadata` is renamed as the target writes them."""
+"""Modules in modules at most that are looked at one by one: a key may be nothing but dots."""
 
 
 def _shifts(source: Iterable[str], target: Iterable[str]) -> Iterator[Shift]:
@@ -181,7 +181,7 @@ def _exchanges(source: Iterable[str], target: Iterable[str]) -> Iterator[Shift]:
     Both have to hold several modules: a layer of another name is no prefix.
     """
     ours, common = set(source), shared_prefix(target)
-    for depth in range(1, len(common) + 1):
+    for depth in range(1, min(len(common), _DEEPEST) + 1):
         prefix = joined(common[:depth])
         bare = {key.removeprefix(prefix) for key in target}
         if len(set(map(prefix_of, bare))) > 1:

@@ -46,3 +46,9 @@ def test_two_keys_that_differ_everywhere_are_not_compared_one_by_one() -> None:
     old = ".".join(f"a{index}" for index in range(100_000))
     new = ".".join(f"b{index}" for index in range(100_000))
     assert renaming.rename([old], lambda prefix: renaming.prefix_of(new)).label.startswith("remov")
+
+
+def test_a_long_start_that_all_keys_of_a_target_share_is_not_tried_dot_by_dot() -> None:
+    start = "a." * (MILLION // 2)
+    (way,) = prefixes.ways(["x.w"], [f"{start}w", f"{start}b.w"], exchange=True)
+    assert way.label == "unchanged"
