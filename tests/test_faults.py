@@ -227,7 +227,9 @@ def is_synced_before_it_is_named(calls: list[str]) -> bool:
     for call in calls:
         if written and call in ("link", "replace"):
             return False
-        written = call in ("write", "copy_file_range") or (written and call != "fsync")
+        written = call in ("write", "pwrite", "copy_file_range", "ioctl") or (
+            written and call != "fsync"
+        )
     return True
 
 

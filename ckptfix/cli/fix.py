@@ -58,7 +58,6 @@ def command(
         select=select,
         keep_training_state=keep_training_state,
         tensors_only=job.container.tensors_only,
-        verify=not job.dry_run,
     )
     if not made.cures and document.container == job.container.name:
         return job.nothing("nothing to repair")

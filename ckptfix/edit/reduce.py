@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.bytes.copy import check_crc
-from ckptfix.bytes.source import ComputedSource
-from ckptfix.bytes.span import Span
 from ckptfix.contents.state_dicts import StateDict, choose, is_special_tensor
 from ckptfix.contents.tensors import as_tensor
+from ckptfix.edit.compacting import gathered
 from ckptfix.errors import UnsupportedError
 from ckptfix.hints import Hint
 from ckptfix.tree.document import (
@@ -82,21 +80,12 @@ def _dense(tensor: Tensor, key: str, document: Document) -> Tensor:
     plain = replace(tensor, requires_grad=False, hooks=None, metadata=None)
     if tensor.is_contiguous and not swapped and not tensor.metadata:
         return plain
-    return _computed(tensor, key, document.byteorder)
+    return _gathered(tensor, document.byteorder)
 
 
-def _computed(tensor: Tensor, key: str, byteorder: str) -> Tensor:
+def _gathered(tensor: Tensor, byteorder: str) -> Tensor:
     """The same tensor over a storage of its own, whose bytes are gathered when they are written."""
-
-    def gather() -> bytes:
-        from ckptfix.torch_bridge.materialize import contiguous_bytes
-
-        for span in tensor.storage.spans:
-            check_crc(span, repr(key))
-        return contiguous_bytes(tensor, byteorder)
-
-    source = ComputedSource(tensor.nbytes, gather, key)
-    span = Span(source, 0, tensor.nbytes)
+    span = gathered(tensor, byteorder)
     storage = Storage(tensor.dtype, tensor.numel, "cpu", (span,), tensor.storage.key)
     return Tensor(storage, tensor.dtype, tensor.shape, contiguous_stride(tensor.shape))
 
