@@ -218,11 +218,7 @@ class Sink:
 
     def _copied(self, descriptor: int | None, position: int, summed: bool, block: Span) -> int:
         """Copy a block to a position, and give its CRC if that is wanted, else 0."""
-        if descriptor is None:  # it is computed
-            data: bytes | memoryview = block.source.read(block.offset, block.length)
-            _write_all(self.descriptor, data, position)
-            return isal_zlib.crc32(data) if summed else 0
-        done = self._copied_in_kernel(descriptor, block, position)
+        done = 0 if descriptor is None else self._copied_in_kernel(descriptor, block, position)
         if done == block.length and not summed:
             return 0
         data = look(block)

@@ -160,25 +160,31 @@ def in_order(
 ) -> Iterator[_Result]:
     """What `work` makes of each block, in the order of the blocks. What it raises is raised here.
 
-    `progress` is told the bytes of each block once that is done.
+    `progress` is told the bytes of each block before its result is given out.
     """
     threads = Workers()
-    pending: deque[Future[_Result] | _Known[_Result]] = deque()
+    pending: deque[tuple[int, Future[_Result] | _Known[_Result]]] = deque()
     try:
         for block in among:
-            if block.length > _SMALL:
-                pending.append(threads.submit(work, block, progress))
-            else:
-                pending.append(_Known(work(block)))
-                if progress is not None:
-                    progress(block.length)
-            while pending and (pending[0].done() or len(pending) >= _PENDING * workers()):
-                yield pending.popleft().result()
+            small = block.length <= _SMALL
+            made = _Known(work(block)) if small else threads.submit(work, block)
+            pending.append((block.length, made))
+            while pending and (pending[0][1].done() or len(pending) >= _PENDING * workers()):
+                yield _first(pending, progress)
         while pending:
-            yield pending.popleft().result()
-        threads.drain()
+            yield _first(pending, progress)
     finally:
         threads.close()
+
+
+def _first(
+    pending: deque[tuple[int, Future[_Result] | _Known[_Result]]], progress: Progress | None
+) -> _Result:
+    length, made = pending.popleft()
+    result = made.result()
+    if progress is not None:
+        progress(length)
+    return result
 
 
 # --- checksums

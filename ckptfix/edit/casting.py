@@ -10,11 +10,12 @@ Bytes are cast a block at a time when they are read, as `Tensor.to` does it on t
 
 from __future__ import annotations
 
+import sys
 from _thread import allocate_lock
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.bytes.engine import blocks, in_order
+from ckptfix.bytes.engine import blocks, in_order, look
 from ckptfix.bytes.source import Source
 from ckptfix.bytes.span import Span, cut
 from ckptfix.edit.compacting import checked, gathered, is_sparse, segments
@@ -112,30 +113,58 @@ class CastSource(Source):
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`; elements that this cuts are cast whole."""
-        if not length:
-            return b""
-        before, after = self.cast.before, self.cast.after
-        first, last = offset // after.itemsize, -(-(offset + length) // after.itemsize)
-        spans = cut(self._spans, first * before.itemsize, (last - first) * before.itemsize)
-        data = spans[0].read() if len(spans) == 1 else b"".join(span.read() for span in spans)
-        numbers = floats.words(data, before.itemsize, self._byteorder)
-        made, losses = floats.cast(numbers, before.name, after.name)
-        self._count(numbers, first, losses)
-        start = offset - first * after.itemsize
-        whole = floats.words(made.tobytes(), after.itemsize, self._byteorder).tobytes()
-        return whole if len(whole) == length else whole[start : start + length]
+        size = self.cast.after.itemsize
+        first, last = offset // size, -(-(offset + length) // size)
+        made = bytearray((last - first) * size)
+        self._fill(first, memoryview(made))
+        start = offset - first * size
+        return bytes(made[start : start + length])
 
-    def _count(self, numbers: floats.Array, first: int, losses: Losses) -> None:
-        """Keep what was lost in elements from the `first` on, but for those counted before."""
-        cast, last = self.cast, first + len(numbers)
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer with the bytes from `offset`."""
+        size = self.cast.after.itemsize
+        if offset % size or len(buffer) % size:
+            buffer[:] = self.read(offset, len(buffer))
+        else:
+            self._fill(offset // size, buffer)
+
+    def _fill(self, first: int, buffer: memoryview) -> None:
+        """Cast elements from the `first` on into a buffer, as many as that takes."""
+        cast, size = self.cast, self.cast.after.itemsize
+        count, losses = len(buffer) // size, Losses()
+        for start in range(0, count, floats.PIECE):
+            stop = min(start + floats.PIECE, count)
+            made = floats.words(buffer[start * size : stop * size], size, sys.byteorder)
+            numbers = self._numbers(first + start, first + stop)
+            losses = losses.plus(floats.cast(numbers, made, cast.before.name, cast.after.name))
+            if self._byteorder != sys.byteorder and cast.after.word > 1:
+                made.byteswap(inplace=True)
+        self._count(first, first + count, losses)
+
+    def _numbers(self, first: int, last: int) -> floats.Array:
+        """Elements before the cast: they are there until this thread reads others."""
+        size = self.cast.before.itemsize
+        spans = cut(self._spans, first * size, (last - first) * size)
+        data = look(spans[0], 1) if len(spans) == 1 else b"".join(span.read() for span in spans)
+        return floats.words(data, size, self._byteorder)
+
+    def _count(self, first: int, last: int, losses: Losses) -> None:
+        """Keep what was lost in some elements, but for those counted before."""
         with self._lock:
-            rest = cast.uncounted(first, last)
+            rest = self.cast.uncounted(first, last)
             if rest == [(first, last)]:
-                cast.count(first, last, losses)
+                self.cast.count(first, last, losses)
                 return
-            for begin, end in rest:
-                part = numbers[begin - first : end - first]
-                cast.count(begin, end, floats.cast(part, cast.before.name, cast.after.name)[1])
+        for begin, end in rest:
+            for start in range(begin, end, floats.PIECE):
+                stop = min(start + floats.PIECE, end)
+                self._count(start, stop, self._losses(start, stop))
+
+    def _losses(self, first: int, last: int) -> Losses:
+        size = self.cast.after.itemsize
+        made = floats.words(bytearray((last - first) * size), size, sys.byteorder)
+        before, after = self.cast.before.name, self.cast.after.name
+        return floats.cast(self._numbers(first, last), made, before, after)
 
 
 # --- the edit
@@ -204,7 +233,7 @@ def casts(document: Document) -> list[Cast]:
 def measure(document: Document) -> None:
     """Cast everything without writing it, so that the losses are known."""
     whole = [Span(source, 0, source.size) for source in _sources(document)]
-    for _ in in_order(lambda block: len(block.read()), blocks(whole)):
+    for _ in in_order(lambda block: len(look(block)), blocks(whole)):
         pass
 
 

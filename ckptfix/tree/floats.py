@@ -55,8 +55,9 @@ FORMS = {
 
 _COMPLEX = {"complex32": "float16", "complex64": "float32", "complex128": "float64"}
 
-_PIECE = 1 << 16
-"""Numbers that are cast together: a few arrays of them stay in the cache of one core."""
+PIECE = 1 << 18
+"""Numbers to be cast together. A few arrays of them stay near the core; of fewer, each step is so
+short that threads wait for the interpreter instead of each other's end."""
 
 
 def part(dtype: DType) -> str | None:
@@ -128,34 +129,26 @@ class Losses(NamedTuple):
         return Losses(*(one + more for one, more in zip(self, other, strict=True)))
 
 
-def cast(numbers: Array, before: str, after: str) -> tuple[Array, Losses]:
-    """Numbers of one type as numbers of another, both as words, and what that lost."""
-    import numpy as np
+def cast(old: Array, new: Array, before: str, after: str) -> Losses:
+    """Put numbers of one type into `new` as numbers of another, and say what that lost.
 
-    made = np.empty(len(numbers), f"u{_bits(after) // 8}")
-    losses = Losses()
-    quick = _to_bfloat16 if (before, after) == ("float32", "bfloat16") else None
-    for start in range(0, len(numbers), _PIECE):
-        old, new = numbers[start : start + _PIECE], made[start : start + _PIECE]
-        if quick is not None and quick(old, new):
-            losses = losses.plus(_underflow(old, new, before, after))
-            continue
-        _fill(old, new, before, after)
-        if after == "float64" or (after == "float32" and before != "float64"):
-            losses = losses.plus(Losses(nan=count(old, before)[0]))
-        else:
-            losses = losses.plus(_losses(old, new, before, after))
-    return made, losses
-
-
-def _bits(name: str) -> int:
-    return FORMS[name].bits
+    Both are words, as `words` gives them. A few arrays of their size are made meanwhile: hand over
+    no more than `PIECE` at a time where that matters.
+    """
+    if (before, after) == ("float32", "bfloat16") and _to_bfloat16(old, new):
+        return _underflow(old, new, before, after)
+    _fill(old, new, before, after)
+    if after == "float64" or (after == "float32" and before != "float64"):
+        return Losses(nan=count(old, before)[0])
+    return _losses(old, new, before, after)
 
 
 def _to_bfloat16(old: Array, new: Array) -> bool:
     """Round float32 to bfloat16, where none of it is near the end of the range; else False."""
     import numpy as np
 
+    if not len(old):
+        return True
     end = 0x7F7F8000  # from here on it rounds to infinity, or is NaN
     if int(old.view(np.int32).max()) >= end or int(old.max()) >= (1 << 31) + end:
         return False
