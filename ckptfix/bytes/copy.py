@@ -1,7 +1,10 @@
-"""A file being written: bytes are copied inside the kernel by several workers, which sum them too.
+"""A file being written, in blocks that each pass by the way that costs least.
 
-A copy is work for the processor, and one core is not enough for a fast disk. Each worker copies a
-block to where it belongs and computes its checksum while the block is still in the cache.
+Bytes that no checksum is wanted of are copied inside the kernel. Those that are to be summed have
+to be read for that anyway: a worker reads and sums a block while this thread writes the one before,
+which takes less time than to have the kernel copy and then to read. To write on several threads
+gains nothing, since the system lets one at a time write to a file. Blocks that are computed, as by
+a cast, are work for all cores; workers put them where they belong.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 from _thread import allocate_lock
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -16,13 +20,14 @@ from isal import isal_zlib
 
 from ckptfix.bytes import clone
 from ckptfix.bytes.engine import Sum, Workers, blocks, in_order, look, said, wrong_sum
-from ckptfix.bytes.source import CHUNK, ReadAhead, Source, read_into
+from ckptfix.bytes.source import BLOCK, CHUNK, ReadAhead, Source, read_into
 from ckptfix.bytes.span import Span
 from ckptfix.bytes.sums import joined
 from ckptfix.errors import DamagedError, VerifyError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from concurrent.futures import Future
 
     from ckptfix.bytes.engine import Label, Progress
     from ckptfix.bytes.journal import Patch
@@ -40,8 +45,11 @@ container keeps none of others. `verified`: checked as far as that, and the outp
 _SMALL, _AHEAD = 1 << 12, 1 << 14
 """Spans so small are copied faster here than by the kernel, and read so many bytes at a time."""
 
-_ALONE = 1 << 18
-"""Bytes up to which handing a block to a worker takes longer than copying it here."""
+_ALONE = 1 << 16
+"""Bytes up to which handing a block to a worker takes longer than seeing to it here."""
+
+_AHEAD_BLOCKS = 2
+"""Blocks that are read before they can be written."""
 
 _NO_KERNEL_COPY = {
     errno.ENOSYS,
@@ -60,6 +68,32 @@ class Written(NamedTuple):
     length: int
     label: Label
     crc: int | Sum
+
+
+class _Read:
+    """A block that a worker reads, and where it belongs."""
+
+    def __init__(self, made: Future[tuple[int, memoryview]], position: int) -> None:
+        self.position = position
+        self._made: Future[tuple[int, memoryview]] | None = made
+        self._crc = 0
+
+    def data(self) -> memoryview:
+        """Its bytes."""
+        assert self._made is not None
+        return self._made.result()[1]
+
+    def done_with(self) -> None:
+        """Let go of the bytes, whose buffer is used again."""
+        self._crc, self._made = self.result(), None
+
+    def done(self) -> bool:
+        """Whether `result` has nothing to wait for."""
+        return self._made is None or self._made.done()
+
+    def result(self) -> int:
+        """Its CRC-32."""
+        return self._crc if self._made is None else self._made.result()[0]
 
 
 class Sink:
@@ -82,6 +116,8 @@ class Sink:
         self._progress = progress
         self._buffer = bytearray()
         self._flushed = 0
+        self._reads: deque[_Read] = deque()
+        self._buffers: list[bytearray] = []
         self._kernel_copy = hasattr(os, "copy_file_range")
         self._workers = Workers()
         self._ahead: ReadAhead | None = None
@@ -203,28 +239,59 @@ class Sink:
             total.add_later(crc, span.length)
 
     def _pass_block(self, block: Span, descriptor: int | None, crc: Sum | None) -> None:
-        """Have a worker copy a block to where it belongs, and go on meanwhile."""
-        work = partial(self._copied, descriptor, self._flushed, crc is not None)
-        if block.length <= _ALONE:
-            summed = work(block)
+        """Copy one block, by the way that costs least."""
+        if descriptor is not None and crc is None:
+            done = self._copied_in_kernel(descriptor, block, self._flushed)
+            if done < block.length:
+                _write_all(self.descriptor, look(block)[done:], self._flushed + done)
+            self._advance(block.length)
+        elif block.length <= _ALONE:
+            data = look(block)
+            _write_all(self.descriptor, data, self._flushed)
             self._advance(block.length)
             if crc is not None:
-                crc.add_summed(summed, block.length)
-        else:
-            made = self._workers.submit(work, block, self._progress)
+                crc.add_data(data)
+        elif descriptor is None:
+            made = self._workers.submit(
+                partial(self._computed, self._flushed), block, self._progress
+            )
             if crc is not None:
                 crc.add_later(made, block.length)
+        else:
+            assert crc is not None
+            read = _Read(self._workers.submit(self._read, block), self._flushed)
+            crc.add_later(read, block.length)
+            self._reads.append(read)
+            while len(self._reads) > _AHEAD_BLOCKS:
+                self._write_read()
         self._flushed += block.length
 
-    def _copied(self, descriptor: int | None, position: int, summed: bool, block: Span) -> int:
-        """Copy a block to a position, and give its CRC if that is wanted, else 0."""
-        done = 0 if descriptor is None else self._copied_in_kernel(descriptor, block, position)
-        if done == block.length and not summed:
-            return 0
+    def _computed(self, position: int, block: Span) -> int:
+        """Compute a block and put it where it belongs; its CRC."""
         data = look(block)
-        if done < block.length:
-            _write_all(self.descriptor, data[done:], position + done)
-        return isal_zlib.crc32(data) if summed else 0
+        _write_all(self.descriptor, data, position)
+        return isal_zlib.crc32(data)
+
+    def _read(self, block: Span) -> tuple[int, memoryview]:
+        """A block of a file and its CRC."""
+        try:
+            buffer = self._buffers.pop()
+        except IndexError:
+            buffer = bytearray(BLOCK)
+        data = memoryview(buffer)[: block.length]
+        block.source.readinto(block.offset, data)
+        return isal_zlib.crc32(data), data
+
+    def _write_read(self) -> None:
+        """Put the first block that was read ahead where it belongs."""
+        read = self._reads.popleft()
+        data = read.data()
+        _write_all(self.descriptor, data, read.position)
+        self._advance(len(data))
+        read.done_with()
+        buffer = data.obj
+        assert isinstance(buffer, bytearray)
+        self._buffers.append(buffer)
 
     def _copied_in_kernel(self, descriptor: int, block: Span, position: int) -> int:
         """Bytes copied: to the end of the block, or until the system says that it cannot."""
@@ -292,6 +359,8 @@ class Sink:
     def sync(self) -> None:
         """Return once everything written is on the disk and everything checked is right."""
         self.flush()
+        while self._reads:
+            self._write_read()
         self._workers.drain()
         for label, span, total in self._checks:
             if total.value() != span.crc:

@@ -29,6 +29,15 @@ if TYPE_CHECKING:
     Progress = Callable[[int], None]
     Label = str | Callable[[], str]
 
+    class Later(Protocol):
+        """A CRC that may not be known yet, such as a future."""
+
+        def done(self) -> bool:
+            """Whether it is known."""
+
+        def result(self) -> int:
+            """The CRC; waits for it."""
+
     class HasLength(Protocol):
         """A block, or two of them side by side."""
 
@@ -196,7 +205,7 @@ class Sum:
     def __init__(self, threads: Workers) -> None:
         self._threads = threads
         self._value = 0
-        self._pending: deque[tuple[int, Future[int] | Sum]] = deque()
+        self._pending: deque[tuple[int, Later | Sum]] = deque()
 
     def add(self, span: Span) -> None:
         """Bytes of a source: read again from the system's cache, beside whatever copies them."""
@@ -220,7 +229,7 @@ class Sum:
             self._take()
         self._value = joined(self._value, crc, length)
 
-    def add_later(self, made: Future[int] | Sum, length: int) -> None:
+    def add_later(self, made: Later | Sum, length: int) -> None:
         """Bytes whose CRC is not known yet."""
         self._pending.append((length, made))
 
