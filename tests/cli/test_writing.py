@@ -148,7 +148,7 @@ WRITES = {
 def damaged(path: Path, key: str) -> Path:
     """A checkpoint with a flipped byte in one of its tensors."""
     tag = torch.serialization.location_tag
-    torch.serialization.location_tag = lambda storage: "cuda:0"  # type: ignore[assignment]
+    torch.serialization.location_tag = lambda storage: "cuda:0"
     try:
         weights = {f"module.layer.{i}.bias": torch.randn(70_000) for i in range(3)}
         torch.save({"state_dict": weights, "epoch": 3}, path)
