@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from _thread import allocate_lock
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.engine import blocks, in_order, look
@@ -239,11 +240,12 @@ def measure(document: Document) -> None:
 
 def others(document: Document, dtype: DType) -> list[str]:
     """Where floating-point tensors of another dtype are: outside state dicts, or not dense."""
-    return [
-        "/".join(map(str, path))
+    found = (
+        "/".join(takewhile(lambda part: not part.startswith("<"), map(str, path)))
         for path, node in walk(document.root)
         if isinstance(node, Tensor) and node.dtype.is_floating_point and node.dtype is not dtype
-    ]
+    )
+    return list(dict.fromkeys(found))
 
 
 def _sources(document: Document) -> list[CastSource]:

@@ -266,6 +266,15 @@ def test_convert_says_what_was_lost_and_what_was_not_cast(tmp_path: Path) -> Non
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_tensors_that_are_not_dense_are_named_where_they_are_not_cast(tmp_path: Path) -> None:
+    model = {"w": torch.ones(2), "s": torch.eye(3).to_sparse(), "csr": torch.eye(3).to_sparse_csr()}
+    torch.save({"model": model, "mean": torch.ones(1)}, tmp_path / "in.pt")
+    arguments = ("convert", "in.pt", "out.pt", "--dtype", "half", "--json")
+    answer = json.loads(done(*arguments, cwd=tmp_path))
+    assert answer["cast"]["not_cast"] == ["model/s", "model/csr", "mean"]
+
+
 def test_a_dry_run_counts_too_and_json_has_every_tensor(tmp_path: Path) -> None:
     torch.save({"a": torch.tensor([1e9]), "n": torch.tensor([1])}, tmp_path / "in.pt")
     arguments = ("convert", "in.pt", "out.safetensors", "--dtype", "half", "--json", "--dry-run")
