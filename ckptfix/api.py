@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptfix import door
+from ckptfix.bytes.place import Place
 from ckptfix.contents.state_dicts import choose, choose_all, find
 from ckptfix.diagnose.document import diagnose
 from ckptfix.edit import casting, compacting, edits, reduce
@@ -172,7 +173,8 @@ class Checkpoint:
             UnsupportedError: the container cannot hold one of the tensors.
             WriteError: the file cannot be written; nothing is left behind.
         """
-        output = door.resolve(path, to)
+        source = self.document.name if Place(self.document.name).exists else ""
+        output = door.resolve(path, to, source)
         fitted = reduce.fit(self.document, output.container, select)
         output.write(fitted.document, force=force, verify=verify)
         return fitted.left_out

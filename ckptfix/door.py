@@ -20,6 +20,7 @@ from ckptfix.formats.table import (
     Writable,
     by_extension,
     read_place,
+    split_extension,
     write_place,
 )
 from ckptfix.hints import Hint, command
@@ -163,24 +164,45 @@ TO = {"torch": TORCH_ZIP, "safetensors": SAFETENSORS, "shards": SHARDS}
 """The containers that can be written, as `--to` calls them."""
 
 
-def resolve(path: str | os.PathLike[str], to: str | None = None) -> Output:
+def resolve(
+    path: str | os.PathLike[str], to: str | None = None, source: str | os.PathLike[str] = ""
+) -> Output:
     """What an output path means: the container by its extension, or by name in `to`.
 
-    A folder that is there, and a name that ends in a slash, mean a folder of shards. `to` is one of
-    `TO`. Raises `UnsupportedError` where no container has the extension, or that name.
+    A name that ends in a slash means a folder of shards. Into a folder that is there goes a file
+    under the name of the `source`, as `cp` does it. A source that is a folder becomes a folder
+    where the name has no extension, or is there. `to` is one of `TO`. Raises `UnsupportedError`
+    where no container has the extension, or that name.
     """
-    name = os.fspath(path)
+    name, source = os.fspath(path), os.fspath(source)
     if to is not None and to not in TO:
         what = f"{to!r} is not a container that is written"
         raise UnsupportedError(what, where=name, hint=f"take one of {', '.join(TO)}", code="to")
-    if to is not None:
-        return Output(name, TO[to])
-    return Output(name, SHARDS if is_folder(name) else by_extension(name))
+    if to == "shards" or (to is None and _means_shards(name, source)):
+        return Output(name, SHARDS)
+    container = None if to is None else TO[to]
+    if source and not name.endswith(_SLASHES) and Place(name).is_folder:
+        name = Place(name).below(_named(Place(source), container)).name
+    return Output(name, container or by_extension(name))
 
 
-def is_folder(path: str) -> bool:
-    """Whether an output path means a folder: one that is there, or a name that ends in a slash."""
-    return path.endswith(("/", os.sep)) or Place(path).is_folder
+_SLASHES = ("/", os.sep)
+
+
+def _means_shards(path: str, source: str) -> bool:
+    if path.endswith(_SLASHES):
+        return True
+    if not source or Place(source).is_folder or source.endswith(".index.json"):
+        return Place(path).is_folder or (bool(source) and not split_extension(path)[1])
+    return False
+
+
+def _named(source: Place, container: Writable | None) -> str:
+    """The name of a source, with an extension of the container if that is known."""
+    stem, extension = split_extension(source.base)
+    if container is None or extension.lower() in container.extensions:
+        return source.base
+    return stem + container.extensions[0]
 
 
 def beside(document: Document, suffix: str) -> str:
@@ -188,17 +210,19 @@ def beside(document: Document, suffix: str) -> str:
     from pathlib import PurePath  # which takes 3 ms, and most commands need no other name
 
     source = PurePath(document.name)
+    stem, extension = split_extension(source.name)
     if is_sharded(document):
         folder = source.parent if source.name.endswith(".index.json") else source
         plain = folder.name.strip(".") != ""
         named = folder.with_name(f"{folder.name}.{suffix}") if plain else folder / ".." / suffix
         return f"{named}/"
-    extension = source.suffix if source.suffix.lower() in EXTENSIONS else ".pt"
+    if extension.lower() not in EXTENSIONS:
+        extension = ".pt"
     if document.container == SAFETENSORS.name:
         extension = SAFETENSORS.extensions[0]
     if not source.name:
         return str(PurePath("..", f"{suffix}{extension}"))
-    return str(source.with_name(f"{source.stem}.{suffix}{extension}"))
+    return str(source.with_name(f"{stem}.{suffix}{extension}"))
 
 
 def is_sharded(document: Document) -> bool:

@@ -23,7 +23,7 @@ from ckptfix.bytes.copy import Sink
 from ckptfix.bytes.source import FileSource
 from ckptfix.bytes.sync import try_to_sync_folder
 from ckptfix.errors import CkptfixError, OutputExistsError, ReadError, WriteError
-from ckptfix.hints import Hint, shell
+from ckptfix.hints import Command, Hint, shell
 from ckptfix.words import reason
 
 if TYPE_CHECKING:
@@ -99,6 +99,17 @@ class Place:
         except OSError:
             return False
 
+    @property
+    def leads_elsewhere(self) -> bool:
+        """Whether this is a symbolic link to a file in another folder, as in the Hub's cache."""
+        if not os.path.islink(_without_slash(self.name)):
+            return False
+        return Place(self.resolved).folder.resolved != self.folder.resolved
+
+    def is_below(self, folder: Place) -> bool:
+        """Whether this lies in a folder, or in one below it, wherever links lead."""
+        return self.resolved.startswith(os.path.join(folder.resolved, ""))
+
     def open(self) -> FileSource:
         """The bytes of this file. Where an edit of it was interrupted, that is undone before.
 
@@ -112,6 +123,13 @@ class Place:
     def check_free(self, *, force: bool) -> None:
         """Refuse early what could not be published later. Raises `WriteError`."""
         final = Place(os.path.realpath(self.name))
+        if self.leads_elsewhere:
+            raise WriteError(
+                f"is a link to {final}, which others may use under its own name",
+                where=self.name,
+                hint=Hint("give another name for OUT, or remove the link", _removal(self.name)),
+                code="link",
+            )
         if final.is_folder or self.name.endswith(("/", os.sep)):
             hint = f"give the name of a file: {os.path.join(self.name, 'out.pt')}"
             raise WriteError("is a folder", where=self.name, hint=hint)
@@ -243,6 +261,10 @@ class Place:
             free = shell("df", "-h", files=[self.folder.name])
             hint = Hint("nothing was written; see what is free", free)
         return WriteError(f"cannot be written: {reason(error)}", where=self.name, hint=hint)
+
+
+def _removal(path: str) -> Command:
+    return shell("rm", files=[path])
 
 
 def _without_slash(path: str) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from ckptfix.cli import options, writing
+from ckptfix.cli import options, paths, writing
 from ckptfix.contents.state_dicts import choose
 from ckptfix.edit import edits
 from ckptfix.keys import wrappers
 
 
-@click.command("add-prefix")
+@click.command("add-prefix", cls=paths.Verb)
 @writing.edits
 @options.select
 @click.option("--prefix", metavar="TEXT", default="module.", show_default=True, help="What to add.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptfix import hints
-from ckptfix.cli import findings, options, output, reading
+from ckptfix.cli import findings, options, output, paths, reading
 from ckptfix.contents.state_dicts import StateDict, choose
 from ckptfix.diagnose import damage
 from ckptfix.diagnose.document import diagnose
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 _SHOWN = 12
 
 
-@click.command("check")
-@click.argument("file", metavar="FILE", type=click.Path())
+@click.command("check", cls=paths.Verb)
+@click.argument("file", metavar="FILE", type=paths.Read())
 @options.target
 @options.select
 @click.option("--read-data", is_flag=True, help="Read every byte: checksums, NaN and infinities.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix.cli import casts, options, output, writing
+from ckptfix.cli import casts, options, output, paths, writing
 from ckptfix.contents.state_dicts import choose, choose_all, find, of_models
 from ckptfix.edit import casting, compacting, reduce
 from ckptfix.edit.weights_only import weights_only
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ckptfix.tree.dtypes import DType
 
 
-@click.command("convert")
+@click.command("convert", cls=paths.Verb)
 @writing.writes
 @options.select
 @options.max_shard_size

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from ckptfix.cli import options, output, reading
+from ckptfix.cli import options, output, paths, reading
 from ckptfix.cli.usage import Misuse
 from ckptfix.diffs.documents import diff
 from ckptfix.report import Spec, shape
@@ -25,9 +25,9 @@ _SHOWN = 10
 _KEY_WIDTH = 40
 
 
-@click.command("diff")
-@click.argument("a", metavar="A", type=click.Path())
-@click.argument("b", metavar="B", type=click.Path())
+@click.command("diff", cls=paths.Verb)
+@click.argument("a", metavar="A", type=paths.Read())
+@click.argument("b", metavar="B", type=paths.Read())
 @click.option(
     "--select",
     metavar="PATH",
@@ -37,7 +37,12 @@ _KEY_WIDTH = 40
 @click.option("--keys-only", is_flag=True, help="Keys, shapes and dtypes; no values.")
 @click.option("--read-data", is_flag=True, help="Compare bytes where checksums could tell.")
 @click.option("--all", "everything", is_flag=True, help="List every difference.")
-@click.option("--html", metavar="PAGE", type=click.Path(), help="Draw it as a web page as well.")
+@click.option(
+    "--html",
+    metavar="PAGE",
+    type=paths.Written(),
+    help="Draw it as a web page as well (-: print that instead).",
+)
 @click.option("--force", "-f", is_flag=True, help="Replace PAGE if it is there.")
 @options.as_json
 def command(
@@ -69,16 +74,20 @@ def command(
       1  they differ
       2  one cannot be read, or there is no such state dict
     """
-    paths = _paths(select)
+    selected = _selected(select)
     one, other = reading.read(a), reading.read(b)
     with output.progress("comparing", lambda: nbytes(one.root)) as advance:
         found = diff(
-            one, other, select=paths, keys_only=keys_only, read_data=read_data, progress=advance
+            one, other, select=selected, keys_only=keys_only, read_data=read_data, progress=advance
         )
     if html is not None:
         from ckptfix import page
 
-        page.write(page.of_diff(found, one, other), html, force=force)
+        text = page.of_diff(found, one, other)
+        if html == paths.STDOUT:
+            output.page(text)
+            return 0 if found.same else 1
+        page.write(text, html, force=force)
     data = {"command": "diff", "a": a, "b": b, "same": found.same, "keys_only": keys_only}
     rows = [_data(state) for state in found.state_dicts]
     others = [row._asdict() for row in found.others]
@@ -89,7 +98,7 @@ def command(
     return 0 if found.same else 1
 
 
-def _paths(select: Sequence[str]) -> tuple[str, str] | None:
+def _selected(select: Sequence[str]) -> tuple[str, str] | None:
     if len(select) > 2:
         raise Misuse("--select: give it once for both sides, or twice: A's, then B's")
     return (select[0], select[-1]) if select else None

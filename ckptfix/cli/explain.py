@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ckptfix.cli import options, output
+from ckptfix.cli import options, output, paths
 from ckptfix.diagnose.explain import Explanation, explain
 from ckptfix.findings import CODES
 
@@ -27,7 +27,7 @@ class _FileOrText(click.File):
         return super().convert(value, param, ctx)
 
 
-@click.command("explain")
+@click.command("explain", cls=paths.Verb)
 @click.argument("file", metavar="[FILE|-|TEXT]", default="-", type=_FileOrText(errors="replace"))
 @options.as_json
 def command(file: TextIO) -> int:

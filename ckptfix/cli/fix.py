@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix.cli import options, output, writing
+from ckptfix.cli import options, output, paths, writing
 from ckptfix.diagnose import damage
 from ckptfix.repair.plan import Plan, plan
 from ckptfix.tree.document import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.command("fix")
+@click.command("fix", cls=paths.Verb)
 @writing.writes
 @options.target
 @options.select

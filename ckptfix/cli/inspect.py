@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix.cli import findings, options, output, reading, tree
+from ckptfix.cli import findings, options, output, paths, reading, tree
 from ckptfix.cli.usage import Misuse
 from ckptfix.contents.state_dicts import StateDict, find
 from ckptfix.diagnose.document import diagnose, globals_of, wasted
@@ -22,10 +22,15 @@ if TYPE_CHECKING:
     from ckptfix.tree.document import Document
 
 
-@click.command("inspect")
-@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path())
+@click.command("inspect", cls=paths.Verb)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=paths.Read())
 @click.option("--all", "everything", is_flag=True, help="Show every tensor and value.")
-@click.option("--html", metavar="PAGE", type=click.Path(), help="Draw it as a web page instead.")
+@click.option(
+    "--html",
+    metavar="PAGE",
+    type=paths.Written(),
+    help="Draw it as a web page instead (-: print that).",
+)
 @click.option("--force", "-f", is_flag=True, help="Replace PAGE if it is there.")
 @options.as_json
 def command(files: tuple[str, ...], everything: bool, html: str | None, force: bool) -> int:
@@ -64,7 +69,11 @@ def _write_page(files: tuple[str, ...], html: str, *, force: bool) -> int:
 
     if len(files) > 1:
         raise Misuse("--html: draws one FILE")
-    page.write(page.of_document(reading.read(files[0])), html, force=force)
+    text = page.of_document(reading.read(files[0]))
+    if html == paths.STDOUT:
+        output.page(text)
+        return 0
+    page.write(text, html, force=force)
     output.answer({"command": "inspect", "file": files[0], "page": html}, f"wrote {html}")
     return 0
 

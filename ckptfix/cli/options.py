@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ckptfix.cli import output, reading
+from ckptfix.cli import output, paths, reading
 from ckptfix.cli.usage import Misuse
 
 if TYPE_CHECKING:
@@ -60,13 +60,18 @@ def target(function: _Function) -> _Function:
         click.option(
             "--like",
             metavar="FILE2",
-            type=click.Path(),
+            type=paths.Read(),
             help="Another checkpoint, or the JSON of inspect.",
         ),
         click.option(
             "--init", metavar="JSON", help="Arguments of the model, such as '{\"layers\": 3}'."
         ),
-        click.option("--model", metavar="M", help="A model: FILE.py:NAME or package.module:NAME."),
+        click.option(
+            "--model",
+            metavar="M",
+            type=paths.Code(),
+            help="A model: FILE.py:NAME or package.module:NAME.",
+        ),
     ):
         function = decorate(function)
     return function

@@ -225,6 +225,11 @@ def bug(form: Form, problem: Exception) -> int:
     return error(form, f"internal error: {kind}: {problem}", hint, "internal")
 
 
+def page(text: str) -> None:
+    """Print a web page."""
+    _write(text)
+
+
 @contextmanager
 def progress(label: str, total: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
     """A progress bar on stderr, for work on a terminal that takes more than half a second."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ckptfix.cli import options, output, reading, writing
+from ckptfix.cli import options, output, paths, reading, writing
 from ckptfix.contents.state_dicts import choose
 from ckptfix.match import judge
 from ckptfix.repair.recover import Recovered, recover
@@ -13,7 +13,7 @@ from ckptfix.words import plural
 _SHOWN = 20
 
 
-@click.command("recover")
+@click.command("recover", cls=paths.Verb)
 @writing.writes
 @options.target
 @options.select

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptfix.cli import options, writing
+from ckptfix.cli import options, paths, writing
 from ckptfix.contents.state_dicts import choose_all
 from ckptfix.edit import edits
 from ckptfix.keys import wrappers
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ckptfix.keys.renaming import Renaming
 
 
-@click.command("rename")
+@click.command("rename", cls=paths.Verb)
 @writing.edits
 @options.select_many
 @click.option(

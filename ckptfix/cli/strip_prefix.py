@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptfix.cli import options, output, writing
+from ckptfix.cli import options, output, paths, writing
 from ckptfix.contents.state_dicts import choose_all
 from ckptfix.edit import edits
 from ckptfix.errors import KeyCollisionError, PartialPrefixError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ckptfix.keys.renaming import Renaming
 
 
-@click.command("strip-prefix")
+@click.command("strip-prefix", cls=paths.Verb)
 @writing.edits
 @options.select_many
 @click.option("--prefix", metavar="TEXT", help="Remove this prefix instead, such as model.")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from ckptfix.cli import writing
+from ckptfix.cli import paths, writing
 from ckptfix.edit import edits
 from ckptfix.words import plural
 
 
-@click.command("to-cpu")
+@click.command("to-cpu", cls=paths.Verb)
 @writing.edits
 def command(job: writing.Job) -> int:
     r"""Tag every storage `cpu`, so that it loads where there is no GPU.

@@ -10,11 +10,11 @@ import click
 
 from ckptfix import door
 from ckptfix.bytes.place import Place
-from ckptfix.cli import options, output, reading
+from ckptfix.cli import options, output, paths, reading
 from ckptfix.cli.usage import Misuse
 from ckptfix.edit import reduce
 from ckptfix.errors import InPlaceError, RenameError, WriteError
-from ckptfix.formats.table import EXTENSIONS
+from ckptfix.formats.table import EXTENSIONS, split_extension
 from ckptfix.hints import Command, Hint, command
 from ckptfix.tree.walk import nbytes
 from ckptfix.words import plural
@@ -205,9 +205,9 @@ class Job:
 
     def _copy(self) -> Command:
         """The command that was given, with an output instead of `--in-place`."""
-        stem, dot, extension = self.source.rpartition(".")
-        known = f".{extension}".lower() in EXTENSIONS
-        out = f"{stem}.fixed.{extension}" if dot and known else f"{self.source}.fixed.pt"
+        stem, extension = split_extension(self.source)
+        known = extension.lower() in EXTENSIONS
+        out = f"{stem}.fixed{extension}" if known else f"{self.source}.fixed.pt"
         given = tuple(_given(click.get_current_context()))
         return Command("ckptfix", (self.source, out), self.verb, given)
 
@@ -235,7 +235,7 @@ _SAID: Mapping[Checked | None, str] = {
 
 # --- the options that make one
 
-_IN = click.argument("source", metavar="IN", type=click.Path())
+_IN = click.argument("source", metavar="IN", type=paths.Read())
 _TO = click.option(
     "--to",
     type=click.Choice(list(door.TO)),
@@ -252,14 +252,14 @@ _VERIFY = click.option(
 
 def writes(function: _Function) -> _Function:
     """`IN OUT --to --force --dry-run --json`, which a command gets as its `job`."""
-    out = click.argument("out", metavar="OUT", type=click.Path())
+    out = click.argument("out", metavar="OUT", type=paths.Written())
     decorators = (options.as_json, _DRY_RUN, _VERIFY, _FORCE, _TO, out, _IN)
     return _decorated(_with_job(function), decorators)
 
 
 def edits(function: _Function) -> _Function:
     """As `writes`; or `--in-place IN` without OUT."""
-    out = click.argument("out", metavar="[OUT]", required=False, type=click.Path())
+    out = click.argument("out", metavar="[OUT]", required=False, type=paths.Written())
     flag = click.option("--in-place", is_flag=True, help="Change IN itself; no OUT is written.")
     decorators = (options.as_json, _DRY_RUN, _VERIFY, _FORCE, flag, _TO, out, _IN)
     return _decorated(_with_job(function), decorators)
@@ -288,7 +288,7 @@ def _with_job(function: _Function) -> _Function:
         max_shard_size: int | None = None,
         **others: Any,
     ) -> Any:
-        to_write = None if in_place else _resolved(out, to, max_shard_size)
+        to_write = None if in_place else _resolved(source, out, to, max_shard_size)
         if in_place and (out or to):
             raise Misuse(f"{'OUT' if out else '--to'} and --in-place: give one of them")
         if in_place and verify:
@@ -310,14 +310,14 @@ def _with_job(function: _Function) -> _Function:
     return cast("_Function", called)
 
 
-def _resolved(out: str | None, to: str | None, max_shard_size: int | None) -> Output:
+def _resolved(source: str, out: str | None, to: str | None, max_shard_size: int | None) -> Output:
     """What OUT and `--to` mean together. Raises a usage error, or `UnsupportedError`."""
     if out is None:
         raise Misuse("OUT is missing; to change IN itself, add --in-place")
     if max_shard_size is not None and to not in (None, "shards"):
         raise Misuse(f"--max-shard-size is for shards, and --to {to} writes one file")
-    if max_shard_size is None or to is not None or door.is_folder(out):
-        return door.resolve(out, to)
+    if max_shard_size is None or to is not None or out.endswith("/"):
+        return door.resolve(out, to, source)
     if out.lower().endswith(EXTENSIONS):
         raise click.BadParameter(
             f"{out} is named like a file, and shards want a folder: give {out}/",

@@ -54,7 +54,13 @@ def prepare(document: Document) -> Edit:
     storages = list(walk.storages(document.root))
     source = file_of(document, storages)
     if source.names > 1:
-        raise InPlaceError(document.name, "it has several names (hard links), and all would change")
+        others = (
+            "it has several names (hard links: cp -l, or timm's last and best), and all of them"
+        )
+        raise InPlaceError(document.name, f"{others} would change")
+    if Place(source.name).leads_elsewhere:
+        why = f"it is a link to {Place(source.name).resolved}, which others may use under its name"
+        raise InPlaceError(document.name, why)
     return Edit(document, source, patches.make(document, source, storages), storages)
 
 

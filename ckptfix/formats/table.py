@@ -167,17 +167,31 @@ class Writable(NamedTuple):
         return _module(self.module).difference(document, found)
 
 
-TORCH_ZIP = Writable("torch zip", (".pt", ".pth", ".bin", ".ckpt"), False, "torch_zip")
+TORCH_ZIP = Writable("torch zip", (".pt", ".pth", ".bin", ".ckpt", ".pth.tar"), False, "torch_zip")
 SAFETENSORS = Writable("safetensors", (".safetensors",), True, "safetensors")
 WRITABLE = (TORCH_ZIP, SAFETENSORS)
 EXTENSIONS = tuple(extension for container in WRITABLE for extension in container.extensions)
 
 
+def split_extension(path: str) -> tuple[str, str]:
+    """A path without its extension, and the extension.
+
+    That is the longest that a container has (`.pth.tar`, the name of torch's ImageNet example), or
+    else what follows the last dot.
+    """
+    name = os.path.basename(path).lower()
+    known = [one for one in EXTENSIONS if name.endswith(one) and name != one]
+    if known:
+        length = max(map(len, known))
+        return path[:-length], path[-length:]
+    return os.path.splitext(path)
+
+
 def by_extension(path: str) -> Writable:
     """The container that the extension of a path asks for. Raises `UnsupportedError`."""
-    extension = os.path.splitext(path)[1].lower()
+    _, extension = split_extension(path)
     for container in WRITABLE:
-        if extension in container.extensions:
+        if extension.lower() in container.extensions:
             return container
     raise UnsupportedError(
         f"no container has the extension {extension!r}",

@@ -198,17 +198,25 @@ def test_a_new_file_has_the_mode_that_the_umask_leaves(
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == mode
 
 
-def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:
-    (tmp_path / "far").mkdir()
-    (tmp_path / "link").symlink_to("far/out")
+def test_a_symbolic_link_within_its_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("out")
     write(tmp_path / "link")
-    assert (tmp_path / "far" / "out").read_bytes() == b"new"
+    assert (tmp_path / "out").read_bytes() == b"new"
     with pytest.raises(OutputExistsError):
         write(tmp_path / "link")
     write(tmp_path / "link", b"newer", force=True)
     assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "far" / "out").read_bytes() == b"newer"
-    assert (names(tmp_path), names(tmp_path / "far")) == (["far", "link"], ["out"])
+    assert (tmp_path / "out").read_bytes() == b"newer"
+    assert names(tmp_path) == ["link", "out"]
+
+
+def test_a_symbolic_link_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to("far/out")
+    for force in (False, True):
+        with pytest.raises(WriteError, match=r"link: is a link to .*far/out, which others may use"):
+            write(tmp_path / "link", force=force)
+    assert (names(tmp_path), names(tmp_path / "far")) == (["far", "link"], [])
 
 
 def test_other_names_of_the_old_file_keep_its_contents(folder: Path) -> None:

@@ -69,7 +69,6 @@ def test_a_dry_run_and_json_say_what_to_means(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["out/", "--to", "torch"], "out/: is a folder"),
-        (["there", "--to", "safetensors"], "there: is a folder"),
         (["file.pt", "--to", "shards"], "file.pt: is a file, not a folder"),
         (["out", "--to", "torch", "--max-shard-size", "1GB"], "--max-shard-size is for shards"),
         (["out", "--to", "zip"], "'zip' is not one of"),

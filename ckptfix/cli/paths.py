@@ -1,0 +1,78 @@
+"""Paths on the command line: which are read, and which are written.
+
+No command may write over what it reads, by whatever name. So each argument says what it is for, and
+one guard holds the paths of a command against each other before anything is opened.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptfix.bytes.place import Place
+from ckptfix.errors import WriteError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+STDOUT = "-"
+"""What stands for the standard output where a page is written."""
+
+
+class Read(click.Path):
+    """The path of something that is read: a file, or a folder."""
+
+
+class Code(click.ParamType[str]):
+    """`FILE.py:NAME` or `package.module:NAME`: a file, perhaps, that is read."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text as it is."""
+        return str(value)
+
+
+class Written(click.Path):
+    """The path of something that is written."""
+
+
+class Verb(click.Command):
+    """A command that is not begun where it would write over what it reads."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call the command, once that is sure."""
+        check_apart(ctx)
+        return super().invoke(ctx)
+
+
+def check_apart(context: click.Context) -> None:
+    """Refuse to write over what is read. Raises `WriteError`."""
+    read = [Place(path) for path in _given(context, (Read, Code))]
+    for path in _given(context, (Written,)):
+        written = Place(path)
+        if path != STDOUT and any(_is_in(written, place) for place in read):
+            raise WriteError(
+                "is the input itself, or a part of it",
+                where=path,
+                hint="give another name for the output",
+                code="same-file",
+            )
+
+
+def _given(context: click.Context, kinds: tuple[type, ...]) -> Iterator[str]:
+    for param in context.command.params:
+        if isinstance(param.type, kinds):
+            value = context.params.get(param.name or "")
+            for path in value if isinstance(value, tuple) else (value,):
+                if path is not None:
+                    yield path.rpartition(":")[0] if isinstance(param.type, Code) else path
+
+
+def _is_in(written: Place, read: Place) -> bool:
+    """Whether a place is another, or a file of the folder that the other is, or is the index of."""
+    if written.is_same(read):
+        return True
+    folder = read.folder if read.name.endswith(".index.json") else read
+    return written.is_file and folder.is_folder and written.is_below(folder)
