@@ -93,6 +93,11 @@ CODES: dict[str, Meaning] = {
     "no-state-dict": Meaning(
         _ERROR, "nothing in the file maps names to tensors", "look for another file"
     ),
+    "unknown-state": Meaning(
+        _ERROR,
+        "a pickled model has parts that keep their weights in a way that is not known",
+        "save its `state_dict()` in the program that made it",
+    ),
     "crc-mismatch": Meaning(
         _ERROR,
         "bytes are not those that were saved (`check --read-data`)",

@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptfix import door
-from ckptfix.contents.state_dicts import choose, is_special_tensor
-from ckptfix.contents.tensors import as_tensor
+from ckptfix.contents.state_dicts import choose
+from ckptfix.contents.tensors import as_tensor, is_special_tensor
 from ckptfix.diagnose import damage
 from ckptfix.errors import UnsupportedError
 from ckptfix.keys import wrappers

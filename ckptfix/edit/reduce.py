@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from ckptfix.bytes.copy import check_crc
 from ckptfix.bytes.source import ComputedSource
 from ckptfix.bytes.span import Span
-from ckptfix.contents.state_dicts import StateDict, choose, is_special_tensor
-from ckptfix.contents.tensors import as_tensor
+from ckptfix.contents.state_dicts import StateDict, choose, known
+from ckptfix.contents.tensors import as_tensor, is_packed, is_special_tensor, special_class
 from ckptfix.errors import UnsupportedError
 from ckptfix.hints import Hint
 from ckptfix.tree.document import (
@@ -43,6 +43,7 @@ class Fitted(NamedTuple):
 
 def only(document: Document, state: StateDict) -> Fitted:
     """The document reduced to one state dict."""
+    known(document, state)
     if state.mapping is document.root:
         return Fitted(document, [])
     left_out = _beside(document.root, state.node)
@@ -69,7 +70,9 @@ def flatten(document: Document, state: StateDict) -> Fitted:
                 dense[tensor.view] = _dense(tensor, key, document)
             flat[key] = dense[tensor.view]
         elif is_special_tensor(node):
-            raise cannot_hold(document, key, *_special(node.cls))
+            raise cannot_hold(document, key, *_special(special_class(node)))
+        elif is_packed(node):
+            raise cannot_hold(document, key, "packed quantized weight")
         else:
             left_out.append((_below(state.path, key), kind(node)))
     return Fitted(replace(fitted.document, root=flat, extras={}), left_out)
@@ -106,6 +109,7 @@ _SPECIAL = (
     ("qtensor", "quantized tensor", "x.dequantize()"),
     ("nested", "nested tensor", "x.to_padded_tensor(0.0)"),
     ("meta", "meta tensor, without data", ""),
+    ("Uninitialized", "parameter without a shape, of a lazy module", ""),
 )
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.contents.state_dicts import StateDict, choose, find, is_special_tensor, of_models
-from ckptfix.contents.tensors import as_tensor
+from ckptfix.contents.state_dicts import StateDict, choose, find, of_models
+from ckptfix.contents.tensors import as_tensor, is_special_tensor
 from ckptfix.diagnose import damage
 from ckptfix.door import beside
 from ckptfix.edit import edits, reduce
