@@ -119,7 +119,7 @@ CODES: dict[str, Meaning] = {
     "averaged-copy": Meaning(
         _NOTE,
         "averages of the weights fit as well (`fix --model`)",
-        "not taken; `--select` takes them, `strip-prefix --partial --prefix` where they are a part",
+        "not taken; `--average` takes them, `--select` one of several",
     ),
     "nested": Meaning(
         _NOTE,

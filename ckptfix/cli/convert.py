@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.command("convert")
 @writing.writes
 @options.select
+@options.average
 @options.max_shard_size
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors: float16, bf16, …")
 @click.option("--weights-only", "bare", is_flag=True, help="Keep the tensors of one state dict.")
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 def command(
     job: writing.Job,
     select: str | None,
+    average: bool,
     dtype: str | None,
     bare: bool,
     compact: bool,
@@ -64,6 +66,11 @@ def command(
     container = job.container
     data: dict[str, Any] = {"from": document.container, "to": container.name}
     left_out: list[tuple[str, str]] = []
+    alone = bare or container.tensors_only
+    if average:
+        document, select = options.averages(document, select)
+    elif alone and select is None:
+        options.say_averages(document)
     if bare or (select is not None and not container.tensors_only):
         state = choose(document, select)
         fitted = weights_only(document, state) if bare else reduce.only(document, state)

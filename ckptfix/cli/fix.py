@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @writing.writes
 @options.target
 @options.select
+@options.average
 @click.option("--keep-training-state", is_flag=True, help="Repair the weights where they are.")
 def command(
     job: writing.Job,
@@ -27,6 +28,7 @@ def command(
     init: str | None,
     like: str | None,
     select: str | None,
+    average: bool,
     keep_training_state: bool,
 ) -> int:
     r"""Find what is wrong with a checkpoint, and repair it.
@@ -35,7 +37,7 @@ def command(
     the container; everything else is carried along. With a model, or a checkpoint that loads, OUT
     is a state dict that load_state_dict takes strictly: prefixes are stripped, added or exchanged,
     the part of a larger model that is meant is taken out, and what the model does not want is
-    dropped, by name. Averages (EMA, SWA) are taken only where nothing else fits, or by --select.
+    dropped, by name. Averages (EMA, SWA) are taken only where nothing else fits, or by --average.
 
     \b
     Examples:
@@ -56,6 +58,7 @@ def command(
         document,
         wanted,
         select=select,
+        average=average,
         keep_training_state=keep_training_state,
         tensors_only=job.container.tensors_only,
         verify=not job.dry_run,

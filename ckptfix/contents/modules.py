@@ -2,8 +2,8 @@
 
 An `nn.Module` keeps `_parameters`, `_buffers` and `_modules` in its state; its class need not be
 there. Some projects pickle it as a call that is given this state (StyleGAN's `persistence`).
-Buffers named in `_non_persistent_buffers_set` are left out, as `Module.state_dict` does. A TorchScript
-module (class `__torch__.…`) keeps all of them as plain attributes.
+Buffers named in `_non_persistent_buffers_set` are left out, as `Module.state_dict` does. A
+TorchScript module (class `__torch__.…`) keeps all of them as plain attributes.
 
 What a class keeps elsewhere is not known: quantized modules pack their weights into objects of the
 program. Such parts are named, so that a model is never taken without them.

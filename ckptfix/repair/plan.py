@@ -16,7 +16,7 @@ from ckptfix.contents.state_dicts import StateDict, choose, find, of_models
 from ckptfix.contents.tensors import as_tensor, is_special_tensor
 from ckptfix.diagnose import damage
 from ckptfix.door import beside
-from ckptfix.edit import edits, reduce
+from ckptfix.edit import averages, edits, reduce
 from ckptfix.errors import KeyCollisionError
 from ckptfix.hints import Hint, command
 from ckptfix.keys import wrappers
@@ -62,13 +62,15 @@ def plan(
     wanted: Target | None = None,
     *,
     select: str | None = None,
+    average: bool = False,
     keep_training_state: bool = False,
     tensors_only: bool = False,
     verify: bool = True,
 ) -> Plan:
     """What repairs a document, for a target if there is one.
 
-    With `keep_training_state` the weights are repaired where they are, and everything else stays.
+    With `average` the averages of the weights are taken instead of the weights, and without a target
+    they alone. With `keep_training_state` the weights are repaired where they are, and everything else stays.
     With `tensors_only`, for containers that hold nothing else and a tied tensor once, keys that the
     target does not tie get tensors of their own. Unless `verify` is unset, every byte that the plan
     keeps is held against the checksum on record: nothing that is damaged is called repaired.
@@ -80,6 +82,8 @@ def plan(
         KeyMismatchError: a key is missing or a shape differs; carries the report.
         UnsupportedError: with `tensors_only`, the target wants a value that is not a tensor.
     """
+    if average:
+        return _of_averages(document, wanted, select, keep_training_state, tensors_only, verify)
     if wanted is None:
         return _verified(_on_cpu(_certain(document, select)), verify)
     found = match(document, wanted, select)
@@ -89,6 +93,31 @@ def plan(
     if not keep_training_state:
         made = _alone(made, document, found.state, mapping)
     return _verified(_on_cpu(made), verify)
+
+
+def _of_averages(
+    document: Document,
+    wanted: Target | None,
+    select: str | None,
+    keep_training_state: bool,
+    tensors_only: bool,
+    verify: bool,
+) -> Plan:
+    """The plan for the averages of a document."""
+    document, path, place = averages.take(document, select)
+    left_out: list[tuple[str, str]] = []
+    if wanted is None:
+        document, left_out = reduce.only(document, choose(document, path))
+    made = plan(
+        document,
+        wanted,
+        select=None if wanted is None else path,
+        keep_training_state=keep_training_state,
+        tensors_only=tensors_only,
+        verify=verify,
+    )
+    row = Cure("averaged-copy", path, f"averages of the weights at {place}", "taken")
+    return replace(made, cures=[row, *made.cures], left_out=[*left_out, *made.left_out])
 
 
 def _verified(made: Plan, verify: bool) -> Plan:
@@ -164,7 +193,7 @@ def _cures(found: Match, wanted: Target) -> Iterable[Cure]:
         yield _renaming_cure(found.state, found.renaming)
     if found.report.passed_over:
         what = f"averages that fit as well: {', '.join(found.report.passed_over)}"
-        yield Cure("averaged-copy", path, what, "not taken")
+        yield Cure("averaged-copy", path, what, "not taken; --average takes them")
     for key, other in found.tied.items():
         yield Cure("tied-tensors", path, f"{key} is missing", f"tied to {other}")
     if dropped:
