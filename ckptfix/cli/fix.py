@@ -64,11 +64,13 @@ def command(
         verify=not job.dry_run,
     )
     if not made.cures and document.container == job.container.name:
-        return job.nothing("nothing to repair")
+        _say_remaining(document.name, made)
+        return job.nothing("nothing to repair", remaining=_remaining(made))
     if made.cures:
         output.aside(lambda console: _draw(console, made))
     _say_keys("dropped", made.dropped)
     _say_keys("of another dtype; torch casts them as it loads", made.of_another_dtype)
+    _say_remaining(document.name, made)
     tensors = sum(isinstance(node, Tensor) for _, node in walk(made.document.root))
     data = {**_data(made), "copied": tensors}
     return job.finish(made.document, _summary(made, tensors), data, left_out=made.left_out)
@@ -83,6 +85,17 @@ def _summary(made: Plan, tensors: int) -> str:
     )
 
 
+def _remaining(made: Plan) -> list[dict[str, str]]:
+    return [row._asdict() for row in made.remaining]
+
+
+def _say_remaining(name: str, made: Plan) -> None:
+    """What is left as it is, and why."""
+    for row in made.remaining:
+        where = "" if row.where == "/" else f" ({row.where})"
+        output.note(f"{name}{where}: left as it is: {row.found}; {row.reason}")
+
+
 def _say_keys(what: str, keys: list[str]) -> None:
     if keys:
         output.note_names(f"{plural(len(keys), 'key')} {what}", keys)
@@ -94,6 +107,7 @@ def _data(made: Plan) -> dict[str, Any]:
         "renamed": dict(made.renamed),
         "dropped": made.dropped,
         "of_another_dtype": made.of_another_dtype,
+        "remaining": _remaining(made),
     }
 
 

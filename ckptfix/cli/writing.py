@@ -91,7 +91,7 @@ class Job:
 
     # --- finish
 
-    def nothing(self, why: str) -> int:
+    def nothing(self, why: str, **more: Any) -> int:
         """Say that there was nothing to do; returns the exit code for it."""
         data = {
             "command": self.verb,
@@ -99,6 +99,7 @@ class Job:
             "output": None,
             "dry_run": self.dry_run,
             "done": why,
+            **more,
         }
         output.answer(data, f"{self.source}: {why}; nothing written")
         return 1

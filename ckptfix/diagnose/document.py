@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.state_dicts import StateDict, find, of_models
 from ckptfix.door import beside, is_sharded
 from ckptfix.edit.compacting import compact
@@ -14,7 +15,7 @@ from ckptfix.formats.table import EXTENSIONS
 from ckptfix.hints import command, shell
 from ckptfix.keys import wrappers
 from ckptfix.pickles.allowed import is_allowed
-from ckptfix.tree.document import Document, Global, Tensor
+from ckptfix.tree.document import Document, Global, Inert, Tensor
 from ckptfix.tree.walk import storages, walk
 from ckptfix.words import listed
 
@@ -66,6 +67,8 @@ def _prefixes(document: Document, state: StateDict) -> Iterator[Finding]:
     if state.origin is None and seen.collision is None:
         out = beside(document, "stripped")
         strip = command("strip-prefix", document.name, out, select=state.selection)
+    elif isinstance(state.origin, Inert) and unwrapped(state.origin) is not state.origin:
+        strip = command("fix", document.name, beside(document, "fixed"))
     if seen.collision is not None:
         first, second = seen.collision
         yield Finding("key-collision", f"{first!r} and {second!r} would become one", state.path)

@@ -6,8 +6,10 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.state_dicts import StateDict, optimizers
 from ckptfix.contents.tensors import DEVICE_TENSORS
+from ckptfix.door import beside
 from ckptfix.errors import UnsupportedError
 from ckptfix.hints import Hint, command
 from ckptfix.tree.document import (
@@ -38,7 +40,7 @@ def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) 
     for state, renaming in renamings:
         if state.origin is not None:
             raise _has_no_keys(document, state)
-        renamed[id(state.mapping)] = _renamed_mapping(state.mapping, renaming)
+        renamed[id(state.mapping)] = renamed_mapping(state.mapping, renaming)
         names.update(renaming.changes)
     for optimizer in optimizers(document.root):
         if _is_keyed_by_name(optimizer, names):
@@ -48,14 +50,19 @@ def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) 
 
 
 def _has_no_keys(document: Document, state: StateDict) -> UnsupportedError:
+    hint = Hint("take its tensors first", command("convert", document.name, "OUT.safetensors"))
+    if isinstance(state.origin, Inert) and unwrapped(state.origin) is not state.origin:
+        fix = command("fix", document.name, beside(document, "fixed"))
+        hint = Hint("take the model out of its wrapper", fix)
     return UnsupportedError(
         f"is a {kind(state.origin)}, not a mapping whose keys could be renamed",
         where=state.path,
-        hint=Hint("take its tensors first", command("convert", document.name, "OUT.safetensors")),
+        hint=hint,
     ).within(document.name)
 
 
-def _renamed_mapping(mapping: dict[str, Node], renaming: Renaming) -> dict[str, Node]:
+def renamed_mapping(mapping: dict[str, Node], renaming: Renaming) -> dict[str, Node]:
+    """A state dict under new keys, its `_metadata` under new paths."""
     items = {renaming.keys.get(key, key): value for key, value in mapping.items()}
     if not isinstance(mapping, OrderedMap):
         return items

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from functools import partial as bind
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ckptfix.errors import PartialPrefixError, RenameError
@@ -25,6 +24,7 @@ from ckptfix.keys.renaming import (
     rename,
     renamed_by,
     shared_prefix,
+    shared_start,
     without_collisions,
 )
 
@@ -103,9 +103,9 @@ def strip(keys: Iterable[str], *, prefix: str | None = None, partial: bool = Fal
     """Remove wrapper components, or the one prefix that is named.
 
     Without a prefix, `ANYWHERE` components go wherever they stand, and `module` and `_module` where
-    every key leads with them. With one (`module`, `model.net.`) it goes from the start of the keys, once.
-    `partial` removes either from the keys that have it and leaves the others. Where there is
-    nothing to strip, nothing is changed.
+    every key leads with them. With one (`module`, `model.net.`) it goes from the start of the
+    keys, once. `partial` removes either from the keys that have it and leaves the others. Where
+    there is nothing to strip, nothing is changed.
 
     Raises:
         PartialPrefixError: only some of the keys carry the prefix that is named.
@@ -229,11 +229,13 @@ def _shared_lead(bare: Collection[str]) -> str:
     """The `module`s and `_module`s that all prefixes begin with."""
     if not bare:
         return ""
-    shared = commonprefix([min(bare), max(bare)])  # what both begin with, all between them do
-    return _LEAD.match(shared)[0]  # type: ignore[index]  # it matches nothing, too
+    ends = map(components_of, (min(bare), max(bare)))
+    shared = shared_start(*ends)  # what both begin with, all between them do
+    others = (i for i, component in enumerate(shared) if component not in _LEADS)
+    return joined(shared[: next(others, len(shared))])
 
 
-_LEAD = re.compile(r"(?:_?module\.)*")
+_LEADS = frozenset(WRAPPERS) - ANYWHERE
 
 
 def _common_wrappers(keys: Iterable[str]) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ from tests.oracles import ckptfix_command, done, unlike
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("net.py").write_text(
-        "from torch import nn\ndef Net(): return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))\n"
+        "from torch import nn\n"
+        "def Net(): return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))\n"
     )
 
 

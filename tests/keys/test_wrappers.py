@@ -199,7 +199,9 @@ def test_9_averages_of_latent_diffusion_are_a_layout() -> None:
 # strip and add
 
 
-@pytest.mark.parametrize("stack", ["_module.", "module._module.", "_module.module.", "_orig_mod._module."])
+@pytest.mark.parametrize(
+    "stack", ["_module.", "module._module.", "_module.module.", "_orig_mod._module."]
+)
 def test_what_opacus_adds_goes_where_every_key_leads_with_it(stack: str) -> None:
     keys = ["conv.weight", "fc.0.bias"]
     renaming = wrappers.strip([stack + key for key in keys])
