@@ -22,7 +22,7 @@ from ckptfix.formats.table import (
     read_place,
     write_place,
 )
-from ckptfix.hints import Hint, command
+from ckptfix.hints import Command, Hint, command
 from ckptfix.layouts import table
 from ckptfix.limits import DEFAULT, Limits
 
@@ -156,6 +156,11 @@ def resolve(path: str | os.PathLike[str], to: str | None = None) -> Output:
 def is_folder(path: str) -> bool:
     """Whether an output path means a folder: one that is there, or a name that ends in a slash."""
     return path.endswith(("/", os.sep)) or Place(path).is_folder
+
+
+def taking(document: Document, path: str) -> Command:
+    """The command that takes a checkpoint out of the bytes in which a document keeps it."""
+    return command("convert", document.name, beside(document, "inner"), select=path)
 
 
 def beside(document: Document, suffix: str) -> str:

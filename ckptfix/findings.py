@@ -93,6 +93,16 @@ CODES: dict[str, Meaning] = {
     "no-state-dict": Meaning(
         _ERROR, "nothing in the file maps names to tensors", "look for another file"
     ),
+    "checkpoint-in-bytes": Meaning(
+        _WARNING,
+        "the bytes of another checkpoint are kept as a value (skorch)",
+        "`ckptfix convert --select` takes it out",
+    ),
+    "script-constants": Meaning(
+        _WARNING,
+        "a TorchScript program holds tensors as constants, without names, as a frozen one does",
+        "none; `torch.jit.load` runs it, and the model before it was frozen has the names",
+    ),
     "unknown-state": Meaning(
         _ERROR,
         "a pickled model has parts that keep their weights in a way that is not known",

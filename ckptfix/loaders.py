@@ -16,6 +16,7 @@ from ckptfix.contents.tensors import as_tensor, is_special_tensor
 from ckptfix.diagnose import damage
 from ckptfix.edit import averages
 from ckptfix.errors import UnsupportedError
+from ckptfix.formats import embedded
 from ckptfix.keys import wrappers
 from ckptfix.match import mismatches
 from ckptfix.match import target as targets
@@ -97,7 +98,7 @@ def load_state_dict(
         UnsupportedError: it holds a sparse, quantized or other special tensor.
         KeyMismatchError: with `strict`, the keys or shapes do not fit; carries the `Report`.
     """
-    document = door.read(path)
+    document, select = embedded.taken(door.read(path), select)
     if average:
         document, select, _ = averages.take(document, select)
     if model is None:
@@ -138,7 +139,7 @@ def load_into(
         KeyMismatchError: the keys or shapes do not fit; carries the `Report`, and prints as a list.
         ReadError, SelectionError, RenameError, UnsupportedError: as in `load_state_dict`.
     """
-    document = door.read(path)
+    document, select = embedded.taken(door.read(path), select)
     if average:
         document, select, _ = averages.take(document, select)
     wanted = targets.of_module(model)

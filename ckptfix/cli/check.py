@@ -13,6 +13,7 @@ from ckptfix.diagnose import damage
 from ckptfix.diagnose.document import diagnose
 from ckptfix.door import beside
 from ckptfix.errors import CkptfixError, DamagedError, KeyMismatchError
+from ckptfix.formats import embedded
 from ckptfix.hints import Hint
 from ckptfix.match import judge, mismatches
 from ckptfix.match.choose import Match, match
@@ -75,6 +76,7 @@ def command(
     except DamagedError as error:
         return _say_damaged(answer, file, error)
     found = diagnose(document)
+    document, select = embedded.taken(document, select)
     if average:
         document, select = options.averages(document, select)
     if read_data:

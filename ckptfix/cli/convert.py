@@ -10,6 +10,7 @@ from ckptfix.cli import casts, options, output, writing
 from ckptfix.contents.state_dicts import choose, choose_all, find, of_models
 from ckptfix.edit import casting, compacting, reduce
 from ckptfix.edit.weights_only import weights_only
+from ckptfix.formats import embedded
 from ckptfix.words import plural
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def command(
          --select), or OUT cannot hold it; nothing was written
     """
     wanted = None if dtype is None else casting.dtype_of(dtype)
-    document = job.open()
+    document, select = embedded.taken(job.open(), select)
     container = job.container
     data: dict[str, Any] = {"from": document.container, "to": container.name}
     left_out: list[tuple[str, str]] = []

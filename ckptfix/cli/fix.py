@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptfix.cli import options, output, writing
+from ckptfix.formats import embedded
 from ckptfix.repair.plan import Plan, plan
 from ckptfix.tree.document import Tensor
 from ckptfix.tree.walk import walk
@@ -53,7 +54,7 @@ def command(
          written; nothing was written
     """
     wanted = options.wanted(model, init, like)
-    document = job.open()
+    document, select = embedded.taken(job.open(), select)
     made = plan(
         document,
         wanted,

@@ -19,7 +19,7 @@ from ckptfix.contents.tensors import as_tensor, is_array, is_packed, is_special_
 from ckptfix.errors import SelectionError, UnsupportedError
 from ckptfix.hints import Hint, adding, command, naming
 from ckptfix.tree.document import Inert, Node, OrderedMap, Tensor
-from ckptfix.tree.walk import LEAVES, PATH_DEPTH, Path, children, has_names, walk
+from ckptfix.tree.walk import LEAVES, PATH_DEPTH, Path, children, has_names, script_constants, walk
 from ckptfix.words import listed
 
 if TYPE_CHECKING:
@@ -402,8 +402,12 @@ def _listed(states: Sequence[StateDict]) -> str:
 
 
 def _none(document: Document) -> SelectionError:
+    frozen = len(script_constants(document))
     return SelectionError(
-        "holds no state dict (nothing maps names to tensors)",
+        f"holds no state dict: its {frozen} tensors are constants of a frozen TorchScript program, "
+        "and have no names"
+        if frozen
+        else "holds no state dict (nothing maps names to tensors)",
         where=document.name,
         hint=Hint("see what it holds", command("inspect", document.name)),
         code="no-state-dict",

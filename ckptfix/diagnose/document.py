@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 
 from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.state_dicts import StateDict, find, of_models
-from ckptfix.door import beside, is_sharded
+from ckptfix.door import beside, is_sharded, taking
 from ckptfix.edit.compacting import compact
 from ckptfix.findings import Finding
+from ckptfix.formats import embedded
 from ckptfix.formats.table import EXTENSIONS
 from ckptfix.hints import command, shell
 from ckptfix.keys import wrappers
 from ckptfix.pickles.allowed import is_allowed
 from ckptfix.tree.document import Document, Global, Inert, Tensor
-from ckptfix.tree.walk import storages, walk
+from ckptfix.tree.walk import script_constants, storages, walk
 from ckptfix.words import listed
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def diagnose(document: Document) -> list[Finding]:
     findings = [*document.notes, *_containers(document), *_devices(document)]
     for state in states:
         findings += [*_prefixes(document, state), *_ties(state), *_unknown(state)]
-    findings += [*_globals(document), *_bloat(document)]
+    findings += [*_globals(document), *_bloat(document), *_constants(document)]
+    findings += _embedded(document)
     if not states:
         findings.append(Finding("no-state-dict", "nothing in the file maps names to tensors"))
     return findings
@@ -47,6 +49,22 @@ def _containers(document: Document) -> Iterator[Finding]:
             f"named {extension}, but the bytes are {document.container}",
             command=shell("mv", files=[document.name, str(right)]),
         )
+
+
+def _constants(document: Document) -> Iterator[Finding]:
+    tensors = script_constants(document)
+    if tensors:
+        size = sum(tensor.nbytes for tensor in tensors)
+        shown = listed((f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors), 8)
+        message = f"{len(tensors)} tensors of {size} bytes are constants of the program: {shown}"
+        yield Finding("script-constants", message)
+
+
+def _embedded(document: Document) -> Iterator[Finding]:
+    for path, inner in embedded.places(document):
+        tensors = sum(isinstance(node, Tensor) for _, node in walk(inner.root))
+        message = f"these bytes are a checkpoint of {tensors} tensors, which no edit reaches"
+        yield Finding("checkpoint-in-bytes", message, path, taking(document, path))
 
 
 def _devices(document: Document) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ from ckptfix.tree.document import (
     contiguous_stride,
     kind,
 )
-from ckptfix.tree.walk import children, walk
+from ckptfix.tree.walk import children, script_constants, walk
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -47,6 +47,9 @@ def only(document: Document, state: StateDict) -> Fitted:
     if state.mapping is document.root:
         return Fitted(document, [])
     left_out = _beside(document.root, state.node)
+    constants = len(script_constants(document))
+    if constants:
+        left_out.append(("constants.pkl", f"{constants} tensors without names"))
     if isinstance(state.origin, Inert):
         left_out.append((state.path, f"{state.origin.cls}, apart from its weights"))
     return Fitted(replace(document, root=state.mapping, extras={}), left_out)

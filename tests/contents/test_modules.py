@@ -3,6 +3,8 @@
 import pickle
 import subprocess
 import sys
+import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,7 @@ def test_its_keys_cannot_be_renamed_in_the_model(tmp_path: Path) -> None:
     torch.save(nn.DataParallel(Net()), tmp_path / "net.pt")
     with pytest.raises(UnsupportedError, match="keys") as caught:
         ckptfix.open(tmp_path / "net.pt").strip_prefix()
-    assert "convert" in str(caught.value.hint)
+    assert "ckptfix fix" in str(caught.value.hint)
 
 
 def test_torchscript_by_attribute_path(tmp_path: Path) -> None:
@@ -159,3 +161,35 @@ def test_a_model_that_is_pickled_with_its_source_gives_its_tensors(tmp_path: Pat
     (tmp_path / "net.pkl").write_bytes(pickle.dumps({"G": net, "D": None, "G_ema": Persistent()}))
     assert same(ckptfix.load_state_dict(tmp_path / "net.pkl"), net.state_dict())
     assert ckptfix.load_into(Net(), tmp_path / "net.pkl").loads
+
+
+def test_what_a_frozen_program_holds_is_shown(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = torch.jit.script(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).eval())
+        torch.jit.freeze(net).save(tmp_path / "net.pt")
+    shown = done("inspect", tmp_path / "net.pt")
+    assert "4 tensors of 92 bytes are constants of the program" in shown
+    ran = ckptfix_command("convert", tmp_path / "net.pt", tmp_path / "out.safetensors")
+    assert ran.returncode == 2
+    assert "its 4 tensors are constants of a frozen TorchScript program" in ran.stderr
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_constants_on_another_device_are_not_called_those_of_the_cpu(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = torch.jit.script(nn.Sequential(nn.Linear(4, 3)).eval())
+        torch.jit.freeze(net).save(tmp_path / "cpu.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "cpu.pt") as old,
+        zipfile.ZipFile(tmp_path / "net.pt", "w") as new,
+    ):
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("constants.pkl"):
+                data = data.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            new.writestr(name, data)
+    ran = ckptfix_command("to-cpu", tmp_path / "net.pt", tmp_path / "out.pt")
+    assert ran.returncode == 2
+    assert "is a TorchScript program with constants on cuda:0" in ran.stderr
