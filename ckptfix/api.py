@@ -9,7 +9,7 @@ from ckptfix import door
 from ckptfix.bytes.place import Place
 from ckptfix.contents.state_dicts import choose, choose_all, find
 from ckptfix.diagnose.document import diagnose
-from ckptfix.edit import casting, compacting, edits, reduce
+from ckptfix.edit import averages, casting, compacting, edits, reduce
 from ckptfix.keys import wrappers
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.tree.document import Document
@@ -132,6 +132,14 @@ class Checkpoint:
     def select(self, path: str | None = None) -> Checkpoint:
         """Reduced to the state dict at `path`, or to the only one. Raises `SelectionError`."""
         return Checkpoint(reduce.only(self.document, choose(self.document, path)).document)
+
+    def average(self, select: str | None = None) -> Checkpoint:
+        """Reduced to the averages of the weights (EMA, SWA), under the names of the weights.
+
+        Raises `SelectionError` where there are none, or several.
+        """
+        taken = averages.take(self.document, select)
+        return Checkpoint(reduce.only(taken.document, choose(taken.document, taken.path)).document)
 
     def check(self, model: nn.Module, *, select: str | None = None) -> Report:
         """How its keys, shapes and dtypes compare with a model's, as they stand."""

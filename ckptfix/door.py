@@ -23,7 +23,7 @@ from ckptfix.formats.table import (
     split_extension,
     write_place,
 )
-from ckptfix.hints import Hint, command
+from ckptfix.hints import Command, Hint, command
 from ckptfix.layouts import table
 from ckptfix.limits import DEFAULT, Limits
 
@@ -203,6 +203,11 @@ def _named(source: Place, container: Writable | None) -> str:
     if container is None or extension.lower() in container.extensions:
         return source.base
     return stem + container.extensions[0]
+
+
+def taking(document: Document, path: str) -> Command:
+    """The command that takes a checkpoint out of the bytes in which a document keeps it."""
+    return command("convert", document.name, beside(document, "inner"), select=path)
 
 
 def beside(document: Document, suffix: str) -> str:

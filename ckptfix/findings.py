@@ -93,6 +93,21 @@ CODES: dict[str, Meaning] = {
     "no-state-dict": Meaning(
         _ERROR, "nothing in the file maps names to tensors", "look for another file"
     ),
+    "checkpoint-in-bytes": Meaning(
+        _WARNING,
+        "the bytes of another checkpoint are kept as a value (skorch)",
+        "`ckptfix convert --select` takes it out",
+    ),
+    "script-constants": Meaning(
+        _WARNING,
+        "a TorchScript program holds tensors as constants, without names, as a frozen one does",
+        "none; `torch.jit.load` runs it, and the model before it was frozen has the names",
+    ),
+    "unknown-state": Meaning(
+        _ERROR,
+        "a pickled model has parts that keep their weights in a way that is not known",
+        "save its `state_dict()` in the program that made it",
+    ),
     "crc-mismatch": Meaning(
         _ERROR,
         "bytes are not those that were saved (`check --read-data`)",
@@ -114,7 +129,7 @@ CODES: dict[str, Meaning] = {
     "averaged-copy": Meaning(
         _NOTE,
         "averages of the weights fit as well (`fix --model`)",
-        "not taken; `--select` takes them, `strip-prefix --partial --prefix` where they are a part",
+        "not taken; `--average` takes them, `--select` one of several",
     ),
     "nested": Meaning(
         _NOTE,

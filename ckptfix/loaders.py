@@ -11,10 +11,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptfix import door
-from ckptfix.contents.state_dicts import choose, is_special_tensor
-from ckptfix.contents.tensors import as_tensor
+from ckptfix.contents.state_dicts import choose
+from ckptfix.contents.tensors import as_tensor, is_special_tensor
 from ckptfix.diagnose import damage
+from ckptfix.edit import averages
 from ckptfix.errors import UnsupportedError
+from ckptfix.formats import embedded
 from ckptfix.keys import wrappers
 from ckptfix.match import mismatches
 from ckptfix.match import target as targets
@@ -67,6 +69,7 @@ def load_state_dict(
     *,
     model: nn.Module | None = None,
     select: str | None = None,
+    average: bool = False,
     strict: bool = True,
     map_location: MapLocation = "cpu",
     verify: bool = False,
@@ -82,6 +85,7 @@ def load_state_dict(
         path: a file in any container that ckptfix reads.
         model: what the keys have to fit; it is not changed.
         select: the path of the state dict inside the checkpoint, where it holds several.
+        average: whether to take the averages of the weights (EMA, SWA) instead of the weights.
         strict: whether every key and shape of the model has to be there; otherwise the nearest
             names are taken.
         map_location: as in `load`.
@@ -94,7 +98,9 @@ def load_state_dict(
         UnsupportedError: it holds a sparse, quantized or other special tensor.
         KeyMismatchError: with `strict`, the keys or shapes do not fit; carries the `Report`.
     """
-    document = door.read(path)
+    document, select = embedded.taken(door.read(path), select)
+    if average:
+        document, select, _ = averages.take(document, select)
     if model is None:
         return _loaded(document, choose(document, select).mapping, map_location, verify)
     found = match(document, targets.of_module(model), select, partly=not strict)
@@ -108,6 +114,7 @@ def load_into(
     path: str | os.PathLike[str],
     *,
     select: str | None = None,
+    average: bool = False,
     strict: bool = True,
     verify: bool = False,
 ) -> Report:
@@ -117,6 +124,7 @@ def load_into(
         model: the module to load into; unchanged where this raises.
         path: a file in any container that ckptfix reads.
         select: the path of the state dict inside the checkpoint, where it holds several.
+        average: whether to take the averages of the weights (EMA, SWA) instead of the weights.
         strict: whether every key of the model has to be there. Shapes have to match where keys do,
             as in torch.
         verify: as in `load`, for the bytes that are loaded, before the model is touched.
@@ -131,7 +139,9 @@ def load_into(
         KeyMismatchError: the keys or shapes do not fit; carries the `Report`, and prints as a list.
         ReadError, SelectionError, RenameError, UnsupportedError: as in `load_state_dict`.
     """
-    document = door.read(path)
+    document, select = embedded.taken(door.read(path), select)
+    if average:
+        document, select, _ = averages.take(document, select)
     wanted = targets.of_module(model)
     found = match(document, wanted, select, partly=not strict)
     if found.report.shape_mismatch:

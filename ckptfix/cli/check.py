@@ -13,6 +13,7 @@ from ckptfix.diagnose import damage
 from ckptfix.diagnose.document import diagnose
 from ckptfix.door import beside
 from ckptfix.errors import CkptfixError, DamagedError, KeyMismatchError
+from ckptfix.formats import embedded
 from ckptfix.hints import Hint
 from ckptfix.match import judge, mismatches
 from ckptfix.match.choose import Match, match
@@ -36,6 +37,7 @@ _SHOWN = 12
 @click.argument("file", metavar="FILE", type=paths.Read())
 @options.target
 @options.select
+@options.average
 @click.option("--read-data", is_flag=True, help="Read every byte: checksums, NaN and infinities.")
 @options.as_json
 def command(
@@ -44,6 +46,7 @@ def command(
     init: str | None,
     like: str | None,
     select: str | None,
+    average: bool,
     read_data: bool,
 ) -> int:
     r"""Say whether a checkpoint is sound, and whether it fits a model.
@@ -67,12 +70,16 @@ def command(
       2  it is not a checkpoint, or the model cannot be built
     """
     wanted = options.wanted(model, init, like)
+    asked = select
     answer: dict[str, Any] = {"command": "check", "input": file}
     try:
         document = reading.read(file)
     except DamagedError as error:
         return _say_damaged(answer, file, error)
     found = diagnose(document)
+    document, select = embedded.taken(document, select)
+    if average:
+        document, select = options.averages(document, select)
     if read_data:
         with output.progress(f"reading {file}", lambda: nbytes(document.root)) as advance:
             data_read = damage.read_data(document, advance)
@@ -90,7 +97,13 @@ def command(
     meant = _match(document, wanted, select)
     state = meant.state if isinstance(meant, Match) else choose(document, select)
     report = judge.report(state, wanted)
-    given = {"select": select, "model": model, "init": init, "like": like}
+    given: dict[str, str | bool | None] = {
+        "select": asked,
+        "average": average,
+        "model": model,
+        "init": init,
+        "like": like,
+    }
     cure = None if report.loads else _cure(document, state, wanted, meant, given)
     beside = [finding for finding in found if finding.code not in _ABOUT_NAMES]
 
@@ -116,7 +129,7 @@ def _cure(
     state: StateDict,
     wanted: Target,
     meant: Match | CkptfixError,
-    given: dict[str, str | None],
+    given: dict[str, str | bool | None],
 ) -> Remedy:
     """What makes it load, or the sentence that says why nothing does."""
     if isinstance(meant, CkptfixError):
@@ -125,7 +138,8 @@ def _cure(
             what, hint = mismatches.cause(document, state, meant.report)
         return Remedy(what if hint is None else f"{what}\n{hint}", None)
     fix = hints.command("fix", document.name, beside(document, "fixed"), **given)
-    return remedy(document, state, wanted) or Remedy("This makes a file that loads:", fix)
+    found = None if given["average"] else remedy(document, state, wanted)
+    return found or Remedy("This makes a file that loads:", fix)
 
 
 _ABOUT_NAMES = frozenset(

@@ -10,6 +10,7 @@ from ckptfix.cli import casts, options, output, paths, writing
 from ckptfix.contents.state_dicts import choose, choose_all, find, of_models
 from ckptfix.edit import casting, compacting, reduce
 from ckptfix.edit.weights_only import weights_only
+from ckptfix.formats import embedded
 from ckptfix.words import plural
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 @click.command("convert", cls=paths.Verb)
 @writing.writes
 @options.select
+@options.average
 @options.max_shard_size
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors: float16, bf16, …")
 @click.option("--weights-only", "bare", is_flag=True, help="Keep the tensors of one state dict.")
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 def command(
     job: writing.Job,
     select: str | None,
+    average: bool,
     dtype: str | None,
     bare: bool,
     compact: bool,
@@ -60,10 +63,15 @@ def command(
          --select), or OUT cannot hold it; nothing was written
     """
     wanted = None if dtype is None else casting.dtype_of(dtype)
-    document = job.open()
+    document, select = embedded.taken(job.open(), select)
     container = job.container
     data: dict[str, Any] = {"from": document.container, "to": container.name}
     left_out: list[tuple[str, str]] = []
+    alone = bare or container.tensors_only
+    if average:
+        document, select = options.averages(document, select)
+    elif alone and select is None:
+        options.say_averages(document)
     if bare or (select is not None and not container.tensors_only):
         state = choose(document, select)
         fitted = weights_only(document, state) if bare else reduce.only(document, state)

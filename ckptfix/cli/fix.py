@@ -8,6 +8,7 @@ import click
 
 from ckptfix.cli import options, output, paths, writing
 from ckptfix.diagnose import damage
+from ckptfix.formats import embedded
 from ckptfix.repair.plan import Plan, plan
 from ckptfix.tree.document import Tensor
 from ckptfix.tree.walk import walk
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 @writing.writes
 @options.target
 @options.select
+@options.average
 @click.option("--keep-training-state", is_flag=True, help="Repair the weights where they are.")
 def command(
     job: writing.Job,
@@ -28,6 +30,7 @@ def command(
     init: str | None,
     like: str | None,
     select: str | None,
+    average: bool,
     keep_training_state: bool,
 ) -> int:
     r"""Find what is wrong with a checkpoint, and repair it.
@@ -36,7 +39,7 @@ def command(
     the container; everything else is carried along. With a model, or a checkpoint that loads, OUT
     is a state dict that load_state_dict takes strictly: prefixes are stripped, added or exchanged,
     the part of a larger model that is meant is taken out, and what the model does not want is
-    dropped, by name. Averages (EMA, SWA) are taken only where nothing else fits, or by --select.
+    dropped, by name. Averages (EMA, SWA) are taken only where nothing else fits, or by --average.
 
     \b
     Examples:
@@ -52,22 +55,25 @@ def command(
          written; nothing was written
     """
     wanted = options.wanted(model, init, like)
-    document = job.open()
+    document, select = embedded.taken(job.open(), select)
     made = plan(
         document,
         wanted,
         select=select,
+        average=average,
         keep_training_state=keep_training_state,
         tensors_only=job.container.tensors_only,
     )
     if not made.cures and document.container == job.container.name:
         if not job.dry_run:  # nothing is copied, so nothing else reads it
             damage.check_sums(document)
-        return job.nothing("nothing to repair")
+        _say_remaining(document.name, made)
+        return job.nothing("nothing to repair", remaining=_remaining(made))
     if made.cures:
         output.aside(lambda console: _draw(console, made))
     _say_keys("dropped", made.dropped)
     _say_keys("of another dtype; torch casts them as it loads", made.of_another_dtype)
+    _say_remaining(document.name, made)
     tensors = sum(isinstance(node, Tensor) for _, node in walk(made.document.root))
     data = {**_data(made), "copied": tensors}
     return job.finish(made.document, _summary(made, tensors), data, left_out=made.left_out)
@@ -82,6 +88,17 @@ def _summary(made: Plan, tensors: int) -> str:
     )
 
 
+def _remaining(made: Plan) -> list[dict[str, str]]:
+    return [row._asdict() for row in made.remaining]
+
+
+def _say_remaining(name: str, made: Plan) -> None:
+    """What is left as it is, and why."""
+    for row in made.remaining:
+        where = "" if row.where == "/" else f" ({row.where})"
+        output.note(f"{name}{where}: left as it is: {row.found}; {row.reason}")
+
+
 def _say_keys(what: str, keys: list[str]) -> None:
     if keys:
         output.note_names(f"{plural(len(keys), 'key')} {what}", keys)
@@ -93,6 +110,7 @@ def _data(made: Plan) -> dict[str, Any]:
         "renamed": dict(made.renamed),
         "dropped": made.dropped,
         "of_another_dtype": made.of_another_dtype,
+        "remaining": _remaining(made),
     }
 
 

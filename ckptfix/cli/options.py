@@ -9,11 +9,13 @@ import click
 
 from ckptfix.cli import output, paths, reading
 from ckptfix.cli.usage import Misuse
+from ckptfix.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ckptfix.match.target import Target
+    from ckptfix.tree.document import Document
 
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
@@ -41,6 +43,33 @@ def select(function: _Function) -> _Function:
         "--select", metavar="PATH", help="The state dict to take, such as model_state_dict."
     )
     return option(function)
+
+
+def average(function: _Function) -> _Function:
+    """`--average`: the averages of the weights instead of the weights."""
+    option = click.option(
+        "--average", is_flag=True, help="Take the averages of the weights (EMA, SWA) instead."
+    )
+    return option(function)
+
+
+def averages(document: Document, select: str | None) -> tuple[Document, str]:
+    """What `--average` means: a document, and the path in it at which the averages stand."""
+    from ckptfix.edit.averages import take
+
+    taken = take(document, select)
+    output.note(f"{document.name}: taking the averages at {taken.place}")
+    return taken.document, taken.path
+
+
+def say_averages(document: Document) -> None:
+    """Name the averages that are not taken."""
+    from ckptfix.edit.averages import places
+
+    found = places(document)
+    if found:
+        take = "--average takes them" if len(found) == 1 else "--select takes one of them"
+        output.note(f"{document.name}: averages are not taken: {listed(found, 8)}; {take}")
 
 
 def select_many(function: _Function) -> _Function:

@@ -30,10 +30,10 @@ def command(
 ) -> int:
     r"""Remove what DataParallel and other wrappers put before keys.
 
-    `module.` goes where every key of a state dict begins with it; `_orig_mod`,
-    `_fsdp_wrapped_module`, `_checkpoint_wrapped_module` and `_forward_module` go wherever they
-    stand. Everything else in IN is carried along: optimizer, epoch, objects of any class. --to or
-    the extension of OUT names its container.
+    `module.` and Opacus' `_module.` go where every key of a state dict begins with them;
+    `_orig_mod`, `_fsdp_wrapped_module`, `_checkpoint_wrapped_module` and `_forward_module` go
+    wherever they stand. Everything else in IN is carried along: optimizer, epoch, objects of any
+    class. --to or the extension of OUT names its container.
 
     \b
     Examples:

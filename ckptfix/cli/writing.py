@@ -94,7 +94,7 @@ class Job:
 
     # --- finish
 
-    def nothing(self, why: str) -> int:
+    def nothing(self, why: str, **more: Any) -> int:
         """Say that there was nothing to do; returns the exit code for it."""
         data = {
             "command": self.verb,
@@ -102,6 +102,7 @@ class Job:
             "output": None,
             "dry_run": self.dry_run,
             "done": why,
+            **more,
         }
         output.answer(data, f"{self.source}: {why}; nothing written")
         return 1

@@ -1,87 +1,184 @@
 """Whole pickled models as state dicts: a tensor's name is the path of attributes that leads to it.
 
 An `nn.Module` keeps `_parameters`, `_buffers` and `_modules` in its state; its class need not be
-there. Buffers named in `_non_persistent_buffers_set` are left out, as `Module.state_dict` does. A
+there. Some projects pickle it as a call that is given this state (StyleGAN's `persistence`).
+Buffers named in `_non_persistent_buffers_set` are left out, as `Module.state_dict` does. A
 TorchScript module (class `__torch__.…`) keeps all of them as plain attributes.
+
+What a class keeps elsewhere is not known: quantized modules pack their weights into objects of the
+program. Such parts are named, so that a model is never taken without them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptfix.contents.tensors import as_tensor
-from ckptfix.tree.document import Global, Inert, Node, OrderedMap
+from ckptfix.contents.tensors import as_tensor, is_special_tensor
+from ckptfix.errors import UnsafeError
+from ckptfix.tree.document import Global, Inert, Node, OrderedMap, kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 _SCRIPTED = "__torch__"
+_KEPT = ("_parameters", "_buffers", "_modules")
+_PACKED = "torch.ScriptObject"
+"""What quantized modules keep their weights in: an object of TorchScript's own classes."""
+
+
+class Taken(NamedTuple):
+    """What could be taken of a pickled model."""
+
+    mapping: OrderedMap
+    """Its tensors by dotted path."""
+    unknown: dict[str, str]
+    """Parts that may hold weights which are in no key, by path, and the class of each."""
 
 
 def is_module(node: Node) -> bool:
     """Whether a node is a pickled model, eager or scripted."""
-    return isinstance(node, Inert) and (_is_eager(node) or _is_scripted(node))
+    return isinstance(node, Inert) and (_is_scripted(node) or _state(node) is not None)
 
 
-def state_dict(module: Inert) -> OrderedMap:
+def take(module: Inert) -> Taken:
     """The tensors of a pickled model by dotted path, in the order of `Module.state_dict`."""
-    found = OrderedMap()
-    pending: list[tuple[str, Inert]] = [("", module)]
+    found, unknown = OrderedMap(), dict[str, str]()
+    pending: list[tuple[str, Node]] = [("", module)]
     seen: set[int] = set()
+    visited = 0
     while pending:
         prefix, node = pending.pop()
+        visited += 1
+        if visited > _MODULES:
+            raise UnsafeError(f"a pickled model holds more than {_MODULES} modules")
         if id(node) in seen and prefix.count(".") > _DEPTH:
             continue  # a module that holds itself
         seen.add(id(node))
-        found.update((prefix + name, value) for name, value in _own(node))
-        children = [(f"{prefix}{name}.", child) for name, child in _children(node)]
-        pending.extend(reversed(children))
-    return found
+        tensors, children, packed = _scripted(node) if _is_scripted(node) else _eager(node)
+        found.update((prefix + name, value) for name, value in tensors)
+        if packed is not None:
+            unknown[prefix.removesuffix(".") or "/"] = packed
+        for name, child in reversed(children):
+            if is_module(child):
+                pending.append((f"{prefix}{name}.", child))
+            else:
+                unknown[prefix + name] = kind(child)
+    return Taken(found, unknown)
 
 
+def unwrapped(module: Inert) -> Inert:
+    """The model in the `DataParallel` or `DistributedDataParallel` that was pickled round it."""
+    for _ in range(_DEPTH):
+        state = _state(module) or {}
+        inner = state.get("_modules", {}).get("module")
+        if module.cls not in _AROUND or not isinstance(inner, Inert) or not is_module(inner):
+            break
+        module = inner
+    return module
+
+
+_AROUND = frozenset(
+    {
+        "torch.nn.parallel.data_parallel.DataParallel",
+        "torch.nn.parallel.distributed.DistributedDataParallel",
+    }
+)
 _DEPTH = 64
+_MODULES = 1_000_000
+_Parts = tuple[list[tuple[str, Node]], list[tuple[str, Node]], str | None]
+"""Tensors by name, children by name, and the class that keeps weights elsewhere, if one does."""
 
 
-def _own(node: Inert) -> Iterator[tuple[str, Node]]:
-    """The tensors of a module itself, by name."""
-    if _is_scripted(node):
-        yield from ((name, value) for name, value in _named(node.attributes) if _has_tensor(value))
-        return
-    attributes = node.attributes
-    hidden = _strings(attributes.get("_non_persistent_buffers_set"))
-    for name, value in _named(attributes["_parameters"]):
-        if value is not None:
-            yield name, value
-    for name, value in _named(attributes["_buffers"]):
-        if value is not None and name not in hidden:
-            yield name, value
+def _eager(node: Inert) -> _Parts:
+    state = _state(node) or {}
+    hidden = _strings(state.get("_non_persistent_buffers_set"))
+    tensors = [(name, value) for name, value in _named(state["_parameters"]) if value is not None]
+    tensors += [
+        (name, value)
+        for name, value in _named(state["_buffers"])
+        if value is not None and name not in hidden
+    ]
+    children = [(name, child) for name, child in _named(state["_modules"]) if child is not None]
+    packs = any(isinstance(value, Inert) and value.cls == _PACKED for value in state.values())
+    return tensors, children, node.cls if packs or _is_quantized(node) else None
 
 
-def _children(node: Inert) -> Iterator[tuple[str, Inert]]:
-    held = node.attributes if _is_scripted(node) else node.attributes["_modules"]
-    yield from ((name, child) for name, child in _named(held) if is_module(child))
+def _is_quantized(node: Inert) -> bool:
+    """Whether torch packs the weights of a module of that class, or keeps scales beside them."""
+    module, _, name = node.cls.rpartition(".")
+    if name in ("Quantize", "DeQuantize"):
+        return False
+    return module.startswith("torch.") and "quantized" in module.split(".")
 
 
-def _is_eager(node: Inert) -> bool:
-    attributes = node.attributes
+def _scripted(node: Inert) -> _Parts:
+    tensors, children = list[tuple[str, Node]](), list[tuple[str, Node]]()
+    for name, value in _named(node.attributes):
+        if as_tensor(value) is not None or is_special_tensor(value):
+            tensors.append((name, value))
+        elif isinstance(value, Inert) and _is_named_as_scripted(value) and _holds_something(value):
+            children.append((name, value))
+    return tensors, children, None
+
+
+def _holds_something(node: Inert) -> bool:
+    return bool(node.state)
+
+
+def _state(node: Inert) -> Mapping[Any, Node] | None:
+    """The state of a pickled eager module: its own, or what the call that makes it is given."""
+    own = node.attributes
+    if _is_state(own):
+        return own
+    if node.how != "reduce" or node.has_state:
+        return None
+    pending, visited = [*_below(node.args)], 0
+    found: dict[int, Mapping[Any, Node]] = {}
+    while pending and visited < _SEARCHED:
+        one = pending.pop()
+        visited += 1
+        mapping = _mapping(one)
+        if mapping is not None and _is_state(mapping):
+            found[id(one)] = mapping
+        else:
+            pending.extend(_below(one))
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+_SEARCHED = 64
+"""Nodes among the arguments of a call that are looked at for the state of a module."""
+
+
+def _below(node: Node) -> list[Node]:
+    """What a plain container, or an object that is a mapping, holds."""
+    mapping = _mapping(node)
+    held = mapping.values() if mapping is not None else node if type(node) is tuple else ()
+    return [value for value in held if isinstance(value, (dict, tuple, Inert))]
+
+
+def _mapping(node: Node) -> Mapping[Any, Node] | None:
+    if isinstance(node, dict):
+        return node
+    if isinstance(node, Inert) and node.pairs:
+        return {key: value for key, value in node.pairs if type(key) is str}
+    return None
+
+
+def _is_state(attributes: Mapping[Any, Node]) -> bool:
     return all(isinstance(attributes.get(name), dict) for name in _KEPT)
 
 
-def _is_scripted(node: Inert) -> bool:
+def _is_scripted(node: Node) -> bool:
+    return isinstance(node, Inert) and _is_named_as_scripted(node) and isinstance(node.state, dict)
+
+
+def _is_named_as_scripted(node: Inert) -> bool:
     function = node.function
-    named = isinstance(function, Global) and function.module.split(".")[0] == _SCRIPTED
-    return named and isinstance(node.state, dict)
+    return isinstance(function, Global) and function.module.split(".")[0] == _SCRIPTED
 
 
-_KEPT = ("_parameters", "_buffers", "_modules")
-
-
-def _named(mapping: dict[Any, Node]) -> Iterator[tuple[str, Node]]:
+def _named(mapping: Mapping[Any, Node]) -> Iterator[tuple[str, Node]]:
     yield from ((name, value) for name, value in mapping.items() if type(name) is str)
-
-
-def _has_tensor(value: Node) -> bool:
-    return as_tensor(value) is not None
 
 
 def _strings(node: Node) -> set[str]:

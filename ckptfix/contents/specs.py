@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptfix.contents.state_dicts import is_special_tensor
-from ckptfix.contents.tensors import as_tensor
+from ckptfix.contents.tensors import as_tensor, is_special_tensor
 from ckptfix.report import SPECIAL, Spec
 
 if TYPE_CHECKING:

@@ -3,41 +3,39 @@
 A state dict is a mapping of names to tensors, at least half of whose values are tensors. Where
 one lies inside another mapping, the inner one counts (`{"model": {…}, "rng_state": tensor}` is no
 state dict), unless most of the outer one's values are tensors themselves. What an optimizer keeps
-is found, but it is not a state dict of a model.
+is found, but it is not a state dict of a model. Numpy arrays count only where all of a mapping is
+arrays and numbers, and never inside an object: there they are a table's columns, or a palette.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ckptfix.contents.modules import is_module, state_dict
-from ckptfix.contents.tensors import as_tensor
-from ckptfix.errors import SelectionError
+from ckptfix.contents.modules import is_module, take
+from ckptfix.contents.tensors import as_tensor, is_array, is_packed, is_special_tensor
+from ckptfix.errors import SelectionError, UnsupportedError
 from ckptfix.hints import Hint, adding, command, naming
-from ckptfix.tree.document import Global, Inert, Node, OrderedMap, Tensor
-from ckptfix.tree.walk import PATH_DEPTH, Path, has_names, walk
+from ckptfix.tree.document import Inert, Node, OrderedMap, Tensor
+from ckptfix.tree.walk import LEAVES, PATH_DEPTH, Path, children, has_names, script_constants, walk
 from ckptfix.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
+    from ckptfix.contents.modules import Taken
     from ckptfix.tree.document import Document
 
 Role = Literal["model", "ema", "swa", "optimizer", "loose"]
 """`loose`: tensors that stand in no state dict, by their paths, where there is no state dict."""
 
-_AVERAGES = r"(?i)(?:^|_)(?:ema|swa|shadow)(?:_|$)|^encoder_k$|^momentum_encoder|_momentum$"
-_SPECIAL_TENSORS = frozenset(
-    Global("torch._utils", f"_rebuild_{kind}")
-    for kind in (
-        "qtensor", "sparse_tensor", "sparse_csr_tensor", "nested_tensor", "meta_tensor_no_storage",
-        "wrapper_subclass", "device_tensor_from_cpu_tensor", "device_tensor_from_numpy",
-        "xla_tensor",
-    )
-) | {Global("torch._tensor", "_rebuild_from_type_v2")}  # fmt: skip
+_AVERAGES = re.compile(
+    r"(?i)(?:^|_)(?:ema|swa|shadow|averaged?)(?:_|$)|^avg_model|_avg$|^encoder_k$|^momentum_encoder|"
+    r"_momentum$"
+)
+_PLAIN = re.compile(r"(?i)(?:^|_)(?:online|current)(?:_|$)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +48,8 @@ class StateDict:
     origin: Node = None
     """What the mapping was made of, where it is not in the tree itself: a pickled model, a list of
     tensors. Its keys cannot be renamed where they are."""
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """Parts of a pickled model that may hold weights which are in no key: path, and class."""
 
     @property
     def node(self) -> Node:
@@ -95,24 +95,37 @@ class StateDict:
 def is_average(name: str) -> bool:
     """Whether a key or a module is called as averages of the weights are.
 
-    Such are `state_dict_ema`, `params_ema`, `swa_model`, `shadow`; and the momentum encoders of
-    contrastive learning: MoCo's `encoder_k`, `momentum_encoder` in its third version.
+    Such are `state_dict_ema`, `params_ema`, `swa_model`, `shadow`, `average_model_state`; and the
+    momentum encoders of contrastive learning: MoCo's `encoder_k`, `momentum_encoder` in its third
+    version.
     """
-    return re.search(_AVERAGES, name) is not None
+    return _AVERAGES.search(name) is not None
 
 
-def is_special_tensor(node: Node) -> bool:
-    """Whether a node is a tensor that is not dense: quantized, sparse, nested, meta, a subclass."""
-    return isinstance(node, Inert) and node.function in _SPECIAL_TENSORS
+def are_averages(names: Iterable[str]) -> bool:
+    """Whether what lies at a path holds averages; the innermost name that says so decides.
+
+    `ema/online_model` has the weights that are trained, beside their averages.
+    """
+    for name in reversed(tuple(names)):
+        if _PLAIN.search(name) or is_average(name):
+            return _PLAIN.search(name) is None
+    return False
 
 
 def is_optimizer(node: Node) -> bool:
     """Whether a node is the state dict of a `torch.optim` optimizer."""
-    return (
-        isinstance(node, dict)
-        and isinstance(node.get("state"), dict)
-        and isinstance(node.get("param_groups"), list)
-    )
+    return isinstance(node, dict) and _has_parameter_groups(node)
+
+
+def _is_optimizer_object(node: Node) -> bool:
+    """Whether a node is a pickled optimizer itself."""
+    return isinstance(node, Inert) and _has_parameter_groups(node.attributes)
+
+
+def _has_parameter_groups(attributes: Mapping[Any, Node]) -> bool:
+    state, groups = attributes.get("state"), attributes.get("param_groups")
+    return isinstance(state, (dict, Inert)) and isinstance(groups, list)
 
 
 def optimizers(root: Node) -> Iterator[dict[str, Node]]:
@@ -131,51 +144,99 @@ def find(root: Node) -> list[StateDict]:
     """Every state dict in a tree, in order, each once."""
     found: list[tuple[Path, StateDict]] = []
     whole: set[Path] = set()
+    objects: set[Path] = set()
     for path, node in _candidates(root):
         if is_optimizer(node):
             found.append((path, StateDict(_join(path), node, "optimizer")))
         elif is_module(node):
-            mapping = state_dict(node)
-            if mapping:
-                found.append((path, StateDict(_join(path), mapping, _role(path, mapping), node)))
-        elif (kinds := _kinds(node)) is not None and not _within(path, whole):
-            found.append((path, StateDict(_join(path), node, _role(path, node))))
-            if _mostly_tensors(kinds, node):
-                whole.add(path)
+            taken = take(node)
+            if taken.mapping or taken.unknown:
+                found.append((path, _of_module(path, node, taken)))
+        elif isinstance(node, Inert):
+            if node.has_state or node.args:  # apart from mappings of a class of their own
+                objects.add(path)
+        elif not _within(path, whole):
+            kinds = _kinds(node, deep=bool(path), arrays=not _within(path, objects))
+            if kinds is not None and not _are_scores(path, node):
+                found.append((path, StateDict(_join(path), node, _role(path, node))))
+                if _mostly_tensors(kinds, node):
+                    whole.add(path)
     holders = {path[:depth] for path, _ in found for depth in range(len(path))}
     states = [
-        state
+        (path, state)
         for path, state in found
         if state.role == "optimizer" or path in whole or path not in holders
     ]
-    return states if of_models(states) else [*states, *_loose(root)]
+    chosen = _with_swapped_averages(states)
+    return chosen if of_models(chosen) else [*chosen, *_loose(root)]
+
+
+def _of_module(path: Path, module: Inert, taken: Taken) -> StateDict:
+    role = _role(path, taken.mapping)
+    return StateDict(_join(path), taken.mapping, role, module, taken.unknown)
+
+
+def _with_swapped_averages(states: list[tuple[Path, StateDict]]) -> list[StateDict]:
+    """Lightning's `WeightAveraging` saves the averages as `state_dict`, the weights beside it."""
+    paths = {path for path, _ in states}
+    return [
+        replace(state, role="ema")
+        if path[-1:] == ("state_dict",) and (*path[:-1], "current_model_state") in paths
+        else state
+        for path, state in states
+    ]
 
 
 def _loose(root: Node) -> list[StateDict]:
-    """The tensors of a tree that has no state dict: a bare tensor, a list of them, RNG states."""
+    """The tensors of a tree that has no state dict: a bare tensor, a list of them, RNG states.
+
+    A tensor that stands in several places has a name for each.
+    """
     tensors: dict[str, Node] = {}
-    for path, node in walk(root, descend=_may_hold_some_loose):
+    seen: set[int] = set()
+    pending: list[tuple[Path, Node]] = [((), root)]
+    while pending:
+        path, node = pending.pop()
         if _is_tensor(node):
             tensors[".".join(path) or "tensor"] = node
+        elif id(node) not in seen and _may_hold_some(node):
+            seen.add(id(node))
+            deep = len(path) >= PATH_DEPTH
+            below = [
+                (path if deep else (*path, name), child)
+                for name, child in children(node)
+                if type(child) not in LEAVES
+            ]
+            pending.extend(reversed(below))
     return [StateDict("/", tensors, "loose", root)] if tensors else []
 
 
-def _may_hold_some_loose(node: Node) -> bool:
-    return _may_hold_some(node) and not _is_tensor(node)
-
-
 def _may_hold_some(node: Node) -> bool:
-    return not is_optimizer(node) and not is_module(node)
+    return not is_optimizer(node) and not is_module(node) and not _is_optimizer_object(node)
 
 
-def _kinds(node: Node) -> list[bool] | None:
-    """Which values of a state dict are tensors, in order; None for what does not look like one."""
+def _kinds(node: Node, *, deep: bool, arrays: bool) -> list[bool] | None:
+    """Which values of a state dict are tensors, in order; None for what does not look like one.
+
+    `deep` says that the node is not the root, `arrays` whether numpy arrays can be weights there.
+    """
     if not isinstance(node, dict) or not has_names(node):
         return None
-    kinds = [type(value) is Tensor or _is_tensor(value) for value in node.values()]
+    kinds = [
+        type(value) is Tensor or _is_tensor(value) or is_packed(value) for value in node.values()
+    ]
     tensors = sum(kinds)
-    few = 2 * tensors < len(node) and 2 * tensors < len(node) - _extra_states(node)
-    return None if few or not tensors else kinds
+    if not tensors:
+        return None
+    if 2 * tensors < len(node) and 2 * tensors < len(node) - _extra_states(node):
+        return None
+    rest = [value for value, kind in zip(node.values(), kinds, strict=True) if not kind]
+    texts = any(type(value) in (str, list, tuple) for value in rest)
+    if deep and texts and 2 * tensors == len(node):
+        return None
+    if (not arrays or texts) and any(map(is_array, node.values())):
+        return None
+    return kinds
 
 
 def _is_tensor(node: Node) -> bool:
@@ -184,6 +245,15 @@ def _is_tensor(node: Node) -> bool:
 
 def _extra_states(mapping: dict[Node, Node]) -> int:
     return sum(1 for key in mapping if key.endswith("_extra_state"))
+
+
+def _are_scores(path: Path, mapping: dict[str, Node]) -> bool:
+    """Whether a mapping holds what callbacks keep: single numbers, by file or in `callbacks`."""
+    if "callbacks" not in path and not any("/" in key or "\\" in key for key in mapping):
+        return False
+    return all(
+        (tensor := as_tensor(value)) is None or not tensor.shape for value in mapping.values()
+    )
 
 
 def _mostly_tensors(kinds: list[bool], mapping: dict[str, Node]) -> bool:
@@ -201,11 +271,13 @@ def _within(path: Path, whole: set[Path]) -> bool:
 
 
 def _role(path: Path, mapping: dict[str, Node]) -> Role:
-    if "n_averaged" in mapping and all(
-        key == "n_averaged" or key.startswith("module.") for key in mapping
+    if (
+        len(mapping) > 1
+        and "n_averaged" in mapping
+        and all(key == "n_averaged" or key.startswith("module.") for key in mapping)
     ):
         return "swa"
-    return "ema" if any(map(is_average, path)) else "model"
+    return "ema" if are_averages(path) else "model"
 
 
 def _join(path: Path) -> str:
@@ -223,25 +295,54 @@ def of_models(states: Iterable[StateDict]) -> list[StateDict]:
 def choose(document: Document, path: str | None = None) -> StateDict:
     """The state dict at `path`, or without one the only one that can be meant.
 
-    Averages (`ema`, `swa`), and mappings of nothing but single numbers (the scores that Lightning
-    keeps, a normalizer's mean), stand back where exactly one other state dict is there. Raises
-    `SelectionError`, which lists what there is.
+    Averages (`ema`, `swa`), and mappings of nothing but single numbers (a normalizer's mean), stand
+    back where exactly one other state dict is there; copies that share their tensors are one.
+
+    Raises:
+        SelectionError: there is none, or several; it lists what there is.
+        UnsupportedError: a part of the model that is meant keeps its weights in an unknown way.
     """
-    states = of_models(find(document.root))
     if path is not None:
-        return choose_all(document, [path])[0]
-    weights = [state for state in states if not _only_numbers(state)] or states
-    candidates = [state for state in weights if not state.is_average] or weights
-    if len(candidates) == 1:
-        return candidates[0]
-    if not candidates:
+        return known(document, choose_all(document, [path])[0])
+    states = of_models(find(document.root))
+    if not states:
         raise _none(document)
-    raise SelectionError(
-        f"holds {len(states)} state dicts: {_listed(states)}",
-        where=document.name,
-        hint=adding("choose one", "select", states[0].path),
-        code="ambiguous-state-dict",
+    weights = [state for state in states if not _only_numbers(state)] or states
+    candidates = distinct([state for state in weights if not state.is_average] or weights)
+    if len(candidates) > 1:
+        raise SelectionError(
+            f"holds {len(states)} state dicts: {_listed(states)}",
+            where=document.name,
+            hint=adding("choose one", "select", candidates[0].path),
+            code="ambiguous-state-dict",
+        )
+    return known(document, candidates[0])
+
+
+def known(document: Document, state: StateDict) -> StateDict:
+    """A state dict, unless it is only a part of a pickled model. Raises `UnsupportedError`."""
+    if not state.unknown:
+        return state
+    names = (f"{path} ({cls})" for path, cls in state.unknown.items())
+    raise UnsupportedError(
+        f"keeps weights in a way that is not known: {listed(names, 4)}",
+        where=f"{document.name}: {state.path}" if state.selection else document.name,
+        hint="in the program that made it, save the state_dict() of the model instead",
     )
+
+
+def distinct(states: Sequence[StateDict]) -> list[StateDict]:
+    """The state dicts, but of copies that share all their tensors only the first."""
+    if len(states) < 2:
+        return list(states)
+    return list({_identity(state): state for state in reversed(states)}.values())[::-1]
+
+
+def _identity(state: StateDict) -> Hashable:
+    if not state.tensors or any(type(value) not in LEAVES for value in state.others.values()):
+        return id(state.node)
+    views = tuple((key, tensor.view) for key, tensor in state.tensors.items())
+    return views, repr(state.others)
 
 
 def _only_numbers(state: StateDict) -> bool:
@@ -258,8 +359,16 @@ def choose_all(document: Document, paths: Sequence[str] = ()) -> list[StateDict]
 
 def _at(document: Document, states: Sequence[StateDict], path: str) -> StateDict:
     """The state dict at a path; keys that hold a `/`, or are no text, may make two of one path."""
-    found = [state for state in states if state.path == (path.strip("/") or "/")]
-    if len(found) > 1:
+    path = path.strip("/") or "/"
+    found = [state for state in states if state.path == path]
+    if not found:
+        there = list(_nodes_at(document.root, path))
+        found = [
+            replace(state, path=path, role=_role(tuple(path.split("/")), state.mapping))
+            for state in states
+            if any(node is state.node for node in there)
+        ]
+    if len(distinct(found)) > 1:
         raise SelectionError(
             f"has {len(found)} state dicts at {path!r}",
             where=document.name,
@@ -276,13 +385,29 @@ def _at(document: Document, states: Sequence[StateDict], path: str) -> StateDict
     return found[0]
 
 
+def _nodes_at(root: Node, path: str) -> Iterator[Node]:
+    """What stands at a path, also where the same thing stands elsewhere before it."""
+    pending: list[tuple[str, Node]] = [(path, root)]
+    while pending:
+        rest, node = pending.pop()
+        for name, child in children(node) if type(node) not in LEAVES else ():
+            if rest == name:
+                yield child
+            elif rest.startswith(f"{name}/"):
+                pending.append((rest[len(name) + 1 :], child))
+
+
 def _listed(states: Sequence[StateDict]) -> str:
     return listed((state.path for state in states), 20)
 
 
 def _none(document: Document) -> SelectionError:
+    frozen = len(script_constants(document))
     return SelectionError(
-        "holds no state dict (nothing maps names to tensors)",
+        f"holds no state dict: its {frozen} tensors are constants of a frozen TorchScript program, "
+        "and have no names"
+        if frozen
+        else "holds no state dict (nothing maps names to tensors)",
         where=document.name,
         hint=Hint("see what it holds", command("inspect", document.name)),
         code="no-state-dict",

@@ -1,6 +1,8 @@
-"""The dense tensor that a node is, or plainly wraps: parameters, tensor subclasses, numpy arrays.
+"""The tensor that a node is, or plainly wraps: parameters, tensor subclasses, numpy arrays.
 
 Such nodes stay in the tree as they were pickled; this is how the rest of ckptfix sees through them.
+A tensor that is not dense, or that was saved in a way that is not known, is special: it is never
+taken for a value that may be left out.
 Sources: `torch._utils._rebuild_parameter`, `torch._tensor._rebuild_from_type_v2`, `Variable` and
 `Parameter` of torch before 0.4, `numpy.ndarray.__reduce__`.
 """
@@ -16,6 +18,7 @@ from ckptfix.limits import DEFAULT
 from ckptfix.pickles.torch_objects import BUILDERS
 from ckptfix.tree.document import Global, Inert, Node, Storage, Tensor, contiguous_stride
 from ckptfix.tree.dtypes import BY_NAME, DType
+from ckptfix.tree.walk import walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,12 +26,56 @@ if TYPE_CHECKING:
 
 def as_tensor(node: Node) -> Tensor | None:
     """The dense tensor behind a node, or None. Nothing is decoded."""
-    for _ in range(_DEPTH):
-        if not isinstance(node, Inert):
-            break
-        unwrap = _WRAPPERS.get(node.function) if type(node.function) is Global else None
-        node = unwrap(node) if unwrap is not None else None
+    if type(node) is Inert:
+        node = _unwrapped(node)
     return node if isinstance(node, Tensor) else None
+
+
+def is_array(node: Node) -> bool:
+    """Whether a node is a numpy array."""
+    return type(node) is Inert and node.function in _ARRAYS
+
+
+def is_special_tensor(node: Node) -> bool:
+    """Whether a node is a tensor that is not dense: quantized, sparse, nested, meta, a subclass.
+
+    So is a parameter round such a tensor, and one whose state is not what any torch writes.
+    """
+    if type(node) is not Inert or type(node.function) is not Global or not _makes_tensors(node):
+        return False
+    return as_tensor(node) is None
+
+
+def is_packed(node: Node) -> bool:
+    """Whether a node is a tuple with a special tensor in it, as quantized modules save theirs."""
+    return type(node) is tuple and any(is_special_tensor(inner) for _, inner in walk(node))
+
+
+def special_class(node: Inert) -> str:
+    """What a person would call the class of a special tensor, apart from a parameter round it."""
+    inner = _unwrapped(node)
+    return inner.cls if isinstance(inner, Inert) else node.cls
+
+
+def _unwrapped(node: Inert) -> Node:
+    """What lies in all wrappers of a node."""
+    for _ in range(_DEPTH):
+        unwrap = _WRAPPERS.get(node.function) if type(node.function) is Global else None
+        inner = node if unwrap is None else unwrap(node)
+        if inner is node or type(inner) is not Inert:
+            return inner
+        node = inner
+    return None
+
+
+def _makes_tensors(node: Inert) -> bool:
+    """Whether what makes an object makes nothing but tensors, dense or not."""
+    module, name = str(node.function.module), str(node.function.name)
+    if module == "torch._utils" or module == "torch._tensor":
+        return name.startswith("_rebuild_")
+    if module in _TENSOR_MODULES:
+        return name.endswith("Tensor")
+    return node.function in _TENSOR_CLASSES or name in ("DTensor", "ShardedTensor")
 
 
 def without_disguise(node: Node) -> Node:
@@ -53,9 +100,17 @@ def _first_argument(node: Inert) -> Node:
     return node.args[0] if node.args else None
 
 
-def _first_of_state(node: Inert) -> Node:
-    """`Parameter` and `Variable` before 0.4: state `(data, …)`; later ones are given it at once."""
-    return node.state[0] if isinstance(node.state, tuple) and node.state else _first_argument(node)
+def _of_variable(node: Inert) -> Node:
+    """`Parameter` and `Variable` before 0.4, which are given their data at once, or as state.
+
+    The state is `(requires_grad, volatile, hooks)` or begins with the data.
+    """
+    if not node.has_state:
+        return _first_argument(node)
+    state = node.state if isinstance(node.state, tuple) else ()
+    if len(state) == 3 and type(state[0]) in (bool, int):
+        return _first_argument(node)
+    return state[0] if state else None
 
 
 def _of_type(node: Inert) -> Node:
@@ -77,11 +132,17 @@ def _of_device(node: Inert) -> Node:
 _WRAPPERS: dict[Global, Callable[[Inert], Node]] = {
     Global("torch._utils", "_rebuild_parameter"): _first_argument,
     Global("torch._utils", "_rebuild_parameter_with_state"): _first_argument,
-    Global("torch.nn.parameter", "Parameter"): _first_of_state,
-    Global("torch.autograd.variable", "Variable"): _first_of_state,
+    Global("torch.nn.parameter", "Parameter"): _of_variable,
+    Global("torch.autograd.variable", "Variable"): _of_variable,
     Global("torch._tensor", "_rebuild_from_type_v2"): _of_type,
     **dict.fromkeys(DEVICE_TENSORS, _of_device),
 }
+
+_TENSOR_MODULES = frozenset({"torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse"})
+_TENSOR_CLASSES = frozenset(
+    Global("torch.nn.parameter", name)
+    for name in ("Parameter", "Buffer", "UninitializedParameter", "UninitializedBuffer")
+) | {Global("torch.autograd.variable", "Variable")}
 
 
 # --- numpy
@@ -156,6 +217,5 @@ _NUMPY = {
 for _core in ("core", "_core"):  # since numpy 2
     _WRAPPERS[Global(f"numpy.{_core}.multiarray", "_reconstruct")] = _array
     _WRAPPERS[Global(f"numpy.{_core}.numeric", "_frombuffer")] = _frombuffer
-_DISGUISES = DEVICE_TENSORS | {
-    function for function, unwrap in _WRAPPERS.items() if unwrap in (_array, _frombuffer)
-}
+_ARRAYS = {function for function, unwrap in _WRAPPERS.items() if unwrap in (_array, _frombuffer)}
+_DISGUISES = DEVICE_TENSORS | _ARRAYS

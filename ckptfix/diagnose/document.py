@@ -6,16 +6,18 @@ from collections import Counter
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.state_dicts import StateDict, find, of_models
-from ckptfix.door import beside, is_sharded
+from ckptfix.door import beside, is_sharded, taking
 from ckptfix.edit.compacting import compact
 from ckptfix.findings import Finding
+from ckptfix.formats import embedded
 from ckptfix.formats.table import EXTENSIONS
 from ckptfix.hints import command, shell
 from ckptfix.keys import wrappers
 from ckptfix.pickles.allowed import is_allowed
-from ckptfix.tree.document import Document, Global, Tensor
-from ckptfix.tree.walk import storages, walk
+from ckptfix.tree.document import Document, Global, Inert, Tensor
+from ckptfix.tree.walk import script_constants, storages, walk
 from ckptfix.words import listed
 
 if TYPE_CHECKING:
@@ -27,8 +29,9 @@ def diagnose(document: Document) -> list[Finding]:
     states = of_models(find(document.root))
     findings = [*document.notes, *_containers(document), *_devices(document)]
     for state in states:
-        findings += [*_prefixes(document, state), *_ties(state)]
-    findings += [*_globals(document), *_bloat(document)]
+        findings += [*_prefixes(document, state), *_ties(state), *_unknown(state)]
+    findings += [*_globals(document), *_bloat(document), *_constants(document)]
+    findings += _embedded(document)
     if not states:
         findings.append(Finding("no-state-dict", "nothing in the file maps names to tensors"))
     return findings
@@ -46,6 +49,22 @@ def _containers(document: Document) -> Iterator[Finding]:
             f"named {extension}, but the bytes are {document.container}",
             command=shell("mv", files=[document.name, str(right)]),
         )
+
+
+def _constants(document: Document) -> Iterator[Finding]:
+    tensors = script_constants(document)
+    if tensors:
+        size = sum(tensor.nbytes for tensor in tensors)
+        shown = listed((f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors), 8)
+        message = f"{len(tensors)} tensors of {size} bytes are constants of the program: {shown}"
+        yield Finding("script-constants", message)
+
+
+def _embedded(document: Document) -> Iterator[Finding]:
+    for path, inner in embedded.places(document):
+        tensors = sum(isinstance(node, Tensor) for _, node in walk(inner.root))
+        message = f"these bytes are a checkpoint of {tensors} tensors, which no edit reaches"
+        yield Finding("checkpoint-in-bytes", message, path, taking(document, path))
 
 
 def _devices(document: Document) -> Iterator[Finding]:
@@ -66,6 +85,8 @@ def _prefixes(document: Document, state: StateDict) -> Iterator[Finding]:
     if state.origin is None and seen.collision is None:
         out = beside(document, "stripped")
         strip = command("strip-prefix", document.name, out, select=state.selection)
+    elif isinstance(state.origin, Inert) and unwrapped(state.origin) is not state.origin:
+        strip = command("fix", document.name, beside(document, "fixed"))
     if seen.collision is not None:
         first, second = seen.collision
         yield Finding("key-collision", f"{first!r} and {second!r} would become one", state.path)
@@ -96,6 +117,12 @@ def _ties(state: StateDict) -> Iterator[Finding]:
         shown = " = ".join(groups[0])
         more = f", and {len(groups) - 1} more" if len(groups) > 1 else ""
         yield Finding("tied-tensors", f"one tensor, several names: {shown}{more}", state.path)
+
+
+def _unknown(state: StateDict) -> Iterator[Finding]:
+    if state.unknown:
+        names = listed((f"{path} ({cls})" for path, cls in state.unknown.items()), 4)
+        yield Finding("unknown-state", f"what these parts hold is not known: {names}", state.path)
 
 
 def wasted(document: Document) -> int:

@@ -6,8 +6,10 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.state_dicts import StateDict, optimizers
 from ckptfix.contents.tensors import DEVICE_TENSORS
+from ckptfix.door import beside, taking
 from ckptfix.errors import UnsupportedError
 from ckptfix.hints import Hint, command
 from ckptfix.tree.document import (
@@ -20,6 +22,7 @@ from ckptfix.tree.document import (
     kind,
 )
 from ckptfix.tree.rebuild import rebuild
+from ckptfix.tree.walk import packed_bytes, script_constants, storages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -38,7 +41,7 @@ def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) 
     for state, renaming in renamings:
         if state.origin is not None:
             raise _has_no_keys(document, state)
-        renamed[id(state.mapping)] = _renamed_mapping(state.mapping, renaming)
+        renamed[id(state.mapping)] = renamed_mapping(state.mapping, renaming)
         names.update(renaming.changes)
     for optimizer in optimizers(document.root):
         if _is_keyed_by_name(optimizer, names):
@@ -48,14 +51,19 @@ def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) 
 
 
 def _has_no_keys(document: Document, state: StateDict) -> UnsupportedError:
+    hint = Hint("take its tensors first", command("convert", document.name, "OUT.safetensors"))
+    if isinstance(state.origin, Inert) and unwrapped(state.origin) is not state.origin:
+        fix = command("fix", document.name, beside(document, "fixed"))
+        hint = Hint("take the model out of its wrapper", fix)
     return UnsupportedError(
         f"is a {kind(state.origin)}, not a mapping whose keys could be renamed",
         where=state.path,
-        hint=Hint("take its tensors first", command("convert", document.name, "OUT.safetensors")),
+        hint=hint,
     ).within(document.name)
 
 
-def _renamed_mapping(mapping: dict[str, Node], renaming: Renaming) -> dict[str, Node]:
+def renamed_mapping(mapping: dict[str, Node], renaming: Renaming) -> dict[str, Node]:
+    """A state dict under new keys, its `_metadata` under new paths."""
     items = {renaming.keys.get(key, key): value for key, value in mapping.items()}
     if not isinstance(mapping, OrderedMap):
         return items
@@ -106,11 +114,35 @@ def _new_name(name: Node, names: Mapping[str, str]) -> Node:
 # --- devices
 
 
+def _check_embedded(document: Document) -> None:
+    """Refuse a checkpoint that is kept as bytes, and has storages elsewhere than on the CPU."""
+    from ckptfix.formats import embedded  # few documents have such bytes
+
+    for path, inner in embedded.places(document):
+        if any(storage.device != "cpu" for storage in storages(inner.root)):
+            raise UnsupportedError(
+                f"keeps a checkpoint as bytes at {path!r}, with storages that are not on the CPU",
+                where=document.name,
+                hint=Hint("take it out first", taking(document, path)),
+            )
+
+
 def to_cpu(document: Document) -> tuple[Document, Counter[str]]:
     """The document with every storage tagged `cpu`, and how many storages each other tag had.
 
-    `torch.device` values among hyper-parameters are values like any other, and stay.
+    `torch.device` values among hyper-parameters are values like any other, and stay. Raises
+    `UnsupportedError` where constants of a TorchScript program are on another device: they are part
+    of the program; and where a checkpoint that is kept as bytes has some.
     """
+    away = {tensor.storage.device for tensor in script_constants(document)} - {"cpu"}
+    if away:
+        raise UnsupportedError(
+            f"is a TorchScript program with constants on {', '.join(sorted(away))}",
+            where=document.name,
+            hint="load it with torch.jit.load(path, map_location='cpu')",
+        )
+    if any(packed_bytes(document.root)):
+        _check_embedded(document)
     moved: dict[int, Storage] = {}
     tags: Counter[str] = Counter()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.contents.state_dicts import StateDict, choose, is_special_tensor
-from ckptfix.contents.tensors import as_tensor
+from ckptfix.contents.state_dicts import StateDict, choose, known
+from ckptfix.contents.tensors import as_tensor, is_packed, is_special_tensor, special_class
 from ckptfix.edit.compacting import gathered
 from ckptfix.errors import UnsafeError, UnsupportedError
 from ckptfix.hints import Hint
@@ -21,7 +21,7 @@ from ckptfix.tree.document import (
     contiguous_stride,
     kind,
 )
-from ckptfix.tree.walk import children, walk
+from ckptfix.tree.walk import children, script_constants, walk
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -42,9 +42,13 @@ class Fitted(NamedTuple):
 
 def only(document: Document, state: StateDict) -> Fitted:
     """The document reduced to one state dict."""
+    known(document, state)
     if state.mapping is document.root:
         return Fitted(document, [])
     left_out = _beside(document.root, state.node)
+    constants = len(script_constants(document))
+    if constants:
+        left_out.append(("constants.pkl", f"{constants} tensors without names"))
     if isinstance(state.origin, Inert):
         left_out.append((state.path, f"{state.origin.cls}, apart from its weights"))
     return Fitted(replace(document, root=state.mapping, extras={}), left_out)
@@ -71,7 +75,9 @@ def flatten(document: Document, state: StateDict) -> Fitted:
                 _check_repeated(repeated, key, document)
             flat[key] = dense[tensor.view]
         elif is_special_tensor(node):
-            raise cannot_hold(document, key, *_special(node.cls))
+            raise cannot_hold(document, key, *_special(special_class(node)))
+        elif is_packed(node):
+            raise cannot_hold(document, key, "packed quantized weight")
         else:
             left_out.append((_below(state.path, key), kind(node)))
     return Fitted(replace(fitted.document, root=flat, extras={}), left_out)
@@ -112,6 +118,7 @@ _SPECIAL = (
     ("qtensor", "quantized tensor", "x.dequantize()"),
     ("nested", "nested tensor", "x.to_padded_tensor(0.0)"),
     ("meta", "meta tensor, without data", ""),
+    ("Uninitialized", "parameter without a shape, of a lazy module", ""),
 )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ckptfix.contents.state_dicts import StateDict, is_special_tensor
-from ckptfix.contents.tensors import as_tensor
+from ckptfix.contents.tensors import as_tensor, is_packed, is_special_tensor
 from ckptfix.edit.reduce import Fitted, only
 from ckptfix.errors import UnsupportedError
 from ckptfix.hints import Hint
@@ -13,13 +13,17 @@ from ckptfix.pickles.allowed import is_allowed
 from ckptfix.tree.document import Document, Global, Node, OrderedMap, Tensor, kind
 from ckptfix.tree.walk import walk
 
+if TYPE_CHECKING:
+    from ckptfix.contents.state_dicts import StateDict
+
 
 def weights_only(document: Document, state: StateDict) -> Fitted:
     """The document reduced to the tensors of one state dict, in an OrderedDict.
 
-    Parameters become the tensors in them. Module versions (`_metadata`) stay; what else is not
-    a tensor is left out. Raises `UnsupportedError` for a tensor of a class that `weights_only=True`
-    refuses: to leave that out would be to lose weights.
+    Parameters become the tensors in them. Module versions (`_metadata`) and the packed weights and
+    dtypes of quantized modules stay; what else is not a tensor is left out. Raises
+    `UnsupportedError` for a tensor of a class that `weights_only=True` refuses: to leave that out
+    would be to lose weights.
     """
     fitted = only(document, state)
     left_out = fitted.left_out
@@ -29,7 +33,7 @@ def weights_only(document: Document, state: StateDict) -> Fitted:
         tensor = as_tensor(node)
         if tensor is not None:
             kept[key] = plain.setdefault(id(node), _plain(tensor))
-        elif not is_special_tensor(node):
+        elif not (is_special_tensor(node) or is_packed(node) or _is_dtype(node)):
             left_out.append((f"{prefix}{key}", kind(node)))
         elif _is_loadable(node):
             kept[key] = node
@@ -45,6 +49,10 @@ def _plain(tensor: Tensor) -> Tensor:
     pickled = tensor.metadata if isinstance(tensor.metadata, dict) else {}
     bits = {name: True for name in ("conj", "neg") if pickled.get(name) is True}
     return replace(tensor, requires_grad=False, hooks=None, metadata=bits or None)
+
+
+def _is_dtype(node: Node) -> bool:
+    return type(node) is Global and node.module == "torch" and is_allowed(node)
 
 
 def _is_loadable(node: Node) -> bool:

@@ -148,7 +148,26 @@ def from_records(
         extras=extras,
         archive=folder.rstrip("/"),
         notes=notes,
+        constants=_constants(records, folder, name, limits),
     )
+
+
+def _constants(records: Mapping[str, Span], folder: str, name: str, limits: Limits) -> Node:
+    """The constants of a TorchScript program, their storages under `constants/`; else None.
+
+    They are carried along as they are, whatever they hold: where they cannot be read, None.
+    """
+    record = f"{folder}constants.pkl"
+    pickle = records.get(record)
+    if pickle is None or pickle.length > limits.pickle_bytes:
+        return None
+    storages = _Storages(records, folder, Reading(limits), "constants/")
+    try:
+        return pickles.read(pickle.read(), storages.load, name=f"{name}: {record}", limits=limits)[
+            0
+        ]
+    except ReadError:
+        return None
 
 
 def _folder(records: Mapping[str, Span], name: str) -> str:
@@ -179,9 +198,11 @@ def _byteorder(records: Mapping[str, Span], folder: str, name: str) -> Literal["
 class _Storages:
     """Turns persistent ids into storages over the records of an archive, one for each key."""
 
-    def __init__(self, records: Mapping[str, Span], folder: str, reading: Reading) -> None:
+    def __init__(
+        self, records: Mapping[str, Span], folder: str, reading: Reading, data: str = "data/"
+    ) -> None:
         self._reading = reading
-        self._data = f"{folder}data/"
+        self._data = folder + data
         self._known: dict[str, Storage] = {}
         self.unclaimed = dict(records)
         """Records that are no storage's, as far as was seen."""

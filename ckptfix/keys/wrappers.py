@@ -24,6 +24,7 @@ from ckptfix.keys.renaming import (
     rename,
     renamed_by,
     shared_prefix,
+    shared_start,
     without_collisions,
 )
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 WRAPPERS: Mapping[str, str] = {
     "module": "nn.DataParallel or DistributedDataParallel",
+    "_module": "Opacus",
     "_orig_mod": "torch.compile",
     "_fsdp_wrapped_module": "FullyShardedDataParallel",
     "_checkpoint_wrapped_module": "activation checkpointing",
@@ -40,8 +42,11 @@ WRAPPERS: Mapping[str, str] = {
 """The components that wrappers add, and the wrapper that adds each."""
 
 
-ANYWHERE = frozenset(WRAPPERS) - {"module"}
-"""Those that nobody calls a child of their own, so that they may be removed wherever they stand."""
+ANYWHERE = frozenset(WRAPPERS) - {"module", "_module"}
+"""Those that nobody calls a child of their own, so that they may be removed wherever they stand.
+
+`_module` is what AllenNLP calls children of its own; it goes only where every key leads with it.
+"""
 
 
 Layout = Literal["swa", "ema"]
@@ -97,10 +102,10 @@ def own_children(keys: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]
 def strip(keys: Iterable[str], *, prefix: str | None = None, partial: bool = False) -> Renaming:
     """Remove wrapper components, or the one prefix that is named.
 
-    Without a prefix, `ANYWHERE` components go wherever they stand, and leading `module`s as far as
-    every key has them. With one (`module`, `model.net.`) it goes from the start of the keys, once.
-    `partial` removes either from the keys that have it and leaves the others. Where there is
-    nothing to strip, nothing is changed.
+    Without a prefix, `ANYWHERE` components go wherever they stand, and `module` and `_module` where
+    every key leads with them. With one (`module`, `model.net.`) it goes from the start of the
+    keys, once. `partial` removes either from the keys that have it and leaves the others. Where
+    there is nothing to strip, nothing is changed.
 
     Raises:
         PartialPrefixError: only some of the keys carry the prefix that is named.
@@ -188,11 +193,11 @@ def _leading_modules(bare: str) -> int:
 _LEADING = re.compile(r"\A(?:module\.)+")
 
 
-def bare_prefix(prefix: str, modules: int | None = None) -> str:
-    """A prefix without `ANYWHERE` components and at most so many leading `module`s, or any."""
+def bare_prefix(prefix: str, lead: str | None = None) -> str:
+    """A prefix without `ANYWHERE` components and without `lead`, or any leading `module`s."""
     bare = without_names(prefix)
-    if modules is not None and bare.startswith("module." * modules):
-        return bare[len("module.") * modules :]
+    if lead is not None and bare.startswith(lead):
+        return bare[len(lead) :]
     return _LEADING.sub("", bare)
 
 
@@ -205,26 +210,32 @@ def _without_wrappers(keys: list[str], *, partial: bool) -> Renaming:
     text = "\n".join(keys)  # the names of all other wrappers begin with an underscore
     if partial or not keys or "._" in text or "\n_" in text or text.startswith("_"):
         return rename(keys, _wrapper_rule(keys, partial=partial))
-    modules = _shared_modules([prefix_of(min(keys)), prefix_of(max(keys))])
-    start = len("module.") * modules
-    return Renaming({key: key[start:] for key in keys}, bind(bare_prefix, modules=modules))
+    lead = _shared_lead([prefix_of(min(keys)), prefix_of(max(keys))])
+    return Renaming({key: key[len(lead) :] for key in keys}, bind(bare_prefix, lead=lead))
 
 
 def _wrapper_rule(keys: Iterable[str], *, partial: bool) -> Rule:
-    """The rule for wrappers: `module` goes as often as every key leads with it.
+    """The rule for wrappers: `module` and `_module` go as far as every key leads with them.
 
-    With `partial`, as often as every key that leads with it at all.
+    With `partial`, as far as every key that leads with `module` at all.
     """
     bare = set(map(without_names, set(map(prefix_of, keys))))
     if partial:
         bare = {prefix for prefix in bare if prefix.startswith("module.")}
-    return bind(bare_prefix, modules=_shared_modules(bare))
+    return bind(bare_prefix, lead=_shared_lead(bare))
 
 
-def _shared_modules(bare: Collection[str]) -> int:
-    """How many `module`s all prefixes begin with."""
-    ends = (min(bare), max(bare)) if bare else ()  # what both begin with, all between them do
-    return min(map(_leading_modules, ends), default=0)
+def _shared_lead(bare: Collection[str]) -> str:
+    """The `module`s and `_module`s that all prefixes begin with."""
+    if not bare:
+        return ""
+    ends = map(components_of, (min(bare), max(bare)))
+    shared = shared_start(*ends)  # what both begin with, all between them do
+    others = (i for i, component in enumerate(shared) if component not in _LEADS)
+    return joined(shared[: next(others, len(shared))])
+
+
+_LEADS = frozenset(WRAPPERS) - ANYWHERE
 
 
 def _common_wrappers(keys: Iterable[str]) -> tuple[str, ...]:

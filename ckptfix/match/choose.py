@@ -12,7 +12,15 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.contents.state_dicts import StateDict, choose, find, is_average, of_models
+from ckptfix.contents.state_dicts import (
+    StateDict,
+    are_averages,
+    choose,
+    distinct,
+    find,
+    known,
+    of_models,
+)
 from ckptfix.contents.tensors import as_tensor, without_disguise
 from ckptfix.diffs.values import Side, same_values
 from ckptfix.door import beside
@@ -29,10 +37,10 @@ from ckptfix.keys.renaming import (
 )
 from ckptfix.keys.wrappers import bare_prefix
 from ckptfix.match import judge, mismatches
-from ckptfix.tree.document import Document, OrderedMap
+from ckptfix.tree.document import Document, OrderedMap, kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Hashable, Iterable, Mapping
 
     from ckptfix.keys.renaming import Renaming
     from ckptfix.match.target import Target
@@ -59,7 +67,8 @@ class Match(NamedTuple):
     @property
     def is_average(self) -> bool:
         """Whether it takes averages of weights, which stand in a state dict or a part of one."""
-        return self.state.is_average or any(map(is_average, components_of(self.part)))
+        within = components_of(self.part)
+        return are_averages((*(["ema"] if self.state.is_average else []), *within))
 
     @property
     def place(self) -> str:
@@ -103,17 +112,31 @@ def match(
             differ that are one in the target. Has the report.
     """
     states = [choose(document, select)] if select is not None else of_models(find(document.root))
-    states = states or [choose(document)]  # which says that there is none
+    states = distinct(states) or [choose(document)]  # which says that there is none
+    if all(state.role == "loose" for state in states):
+        raise _no_names(document, wanted)
     whole = _whole(states, wanted)
     found = _plain(whole) or _nearest(states, wanted)
     if len(found) > 1 and (whole or partly):
         raise _several(document, found, wanted)
     _check_twice(document, found[0], wanted)
+    if not whole:
+        known(document, found[0].state)
     if not whole and not partly:
         raise mismatches.error(document, found[0].state, found[0].report, wanted.name)
     _check_ties(document, found[0], wanted)
     passed_over = [one.place for one in whole if one is not found[0]]
     return found[0]._replace(report=replace(found[0].report, passed_over=passed_over))
+
+
+def _no_names(document: Document, wanted: Target) -> SelectionError:
+    return SelectionError(
+        f"is a {kind(document.root)} with tensors, and no state dict: nothing in it has the names "
+        f"that {wanted.name} gives its tensors",
+        where=document.name,
+        hint=Hint("see what it holds", command("inspect", document.name)),
+        code="no-state-dict",
+    )
 
 
 def _check_twice(document: Document, found: Match, wanted: Target) -> None:
@@ -158,8 +181,21 @@ def _whole(states: list[StateDict], wanted: Target) -> list[Match]:
     for exchange in (False, True):
         found = [one for state in states for one in _fitting(state, wanted, exchange)]
         if found:
-            return found
+            return _distinct(found)
     return []
+
+
+def _distinct(found: list[Match]) -> list[Match]:
+    """Without those that give the target the very tensors that an earlier one gives it."""
+    if len(found) < 2:
+        return found
+    by_tensors: dict[Hashable, Match] = {}
+    for one in found:
+        new, wanted = one.renaming.keys, set(one.report.matched)
+        pairs = ((new[key], tensor.view) for key, tensor in one.state.tensors.items())
+        given = frozenset(pair for pair in pairs if pair[0] in wanted)
+        by_tensors.setdefault(given, one)
+    return list(by_tensors.values())
 
 
 def _fitting(state: StateDict, wanted: Target, exchange: bool) -> list[Match]:
@@ -179,7 +215,7 @@ def _nearest(states: list[StateDict], wanted: Target) -> list[Match]:
         ]
     )
     best = max(one.report.share for one in found)
-    return [one for one in found if one.report.share == best]
+    return _distinct([one for one in found if one.report.share == best])
 
 
 def _held_against(state: StateDict, wanted: Target, renaming: Renaming) -> Match:

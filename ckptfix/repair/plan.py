@@ -12,20 +12,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.contents.state_dicts import StateDict, choose, find, is_special_tensor, of_models
-from ckptfix.contents.tensors import as_tensor
+from ckptfix.contents.modules import unwrapped
+from ckptfix.contents.state_dicts import StateDict, choose, find, of_models
+from ckptfix.contents.tensors import as_tensor, is_special_tensor
+from ckptfix.diagnose.document import diagnose
 from ckptfix.door import beside
-from ckptfix.edit import edits, reduce
+from ckptfix.edit import averages, edits, reduce
 from ckptfix.errors import KeyCollisionError
+from ckptfix.findings import CODES, Severity
 from ckptfix.hints import Hint, command
 from ckptfix.keys import wrappers
+from ckptfix.keys.renaming import joined, shared_prefix
 from ckptfix.match.choose import match
-from ckptfix.tree.document import kind
+from ckptfix.tree.document import Inert, kind
 from ckptfix.tree.rebuild import rebuild
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping
 
+    from ckptfix.findings import Finding
     from ckptfix.keys.renaming import Renaming
     from ckptfix.match.choose import Match
     from ckptfix.match.target import Target
@@ -41,6 +46,15 @@ class Cure(NamedTuple):
     cure: str
 
 
+class Remaining(NamedTuple):
+    """What a plan leaves as it is: a finding, where it is, and the reason."""
+
+    code: str
+    where: str
+    found: str
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What would be done, and the document that comes of it. Nothing is written yet."""
@@ -54,6 +68,8 @@ class Plan:
     """Path and kind of what lies beside the state dict and is not carried along."""
     of_another_dtype: list[str] = field(default_factory=list)
     """Keys whose dtype is not the target's: they are left, and torch casts them."""
+    remaining: list[Remaining] = field(default_factory=list)
+    """What is still wrong, or may be, and why it is left as it is."""
 
 
 def plan(
@@ -61,15 +77,17 @@ def plan(
     wanted: Target | None = None,
     *,
     select: str | None = None,
+    average: bool = False,
     keep_training_state: bool = False,
     tensors_only: bool = False,
 ) -> Plan:
     """What repairs a document, for a target if there is one.
 
-    With `keep_training_state` the weights are repaired where they are, and everything else stays.
-    With `tensors_only`, for containers that hold nothing else and a tied tensor once, keys that the
-    target does not tie get tensors of their own. Bytes are not read: whoever writes the document
-    holds them against the checksums on record.
+    With `average` the averages of the weights are taken instead of the weights, and without a
+    target nothing but them. With `keep_training_state` the weights are repaired where they are, and
+    everything else stays. With `tensors_only`, for containers that hold nothing else and a tied
+    tensor once, keys that the target does not tie get tensors of their own. Bytes are not read:
+    whoever writes the document holds them against the checksums on record.
 
     Raises:
         SelectionError: there is no state dict, or several fit.
@@ -77,27 +95,131 @@ def plan(
         KeyMismatchError: a key is missing or a shape differs; carries the report.
         UnsupportedError: with `tensors_only`, the target wants a value that is not a tensor.
     """
+    if average:
+        return _of_averages(document, wanted, select, keep_training_state, tensors_only)
     if wanted is None:
-        return _on_cpu(_certain(document, select))
+        return _finished(_certain(document, select, tensors_only), None)
     found = match(document, wanted, select)
     mapping = found.mapping()
     untied = _untie(document, mapping, wanted) if tensors_only else []
     made = _fitting(document, wanted, found, mapping, untied)
     if not keep_training_state:
         made = _alone(made, document, found.state, mapping)
-    return _on_cpu(made)
+    return _finished(made, wanted)
 
 
-def _certain(document: Document, select: str | None) -> Plan:
-    """Without the wrappers that every key of a state dict carries."""
-    states = [choose(document, select)] if select is not None else of_models(find(document.root))
-    states = [state for state in states if state.origin is None]
+def _of_averages(
+    document: Document,
+    wanted: Target | None,
+    select: str | None,
+    keep_training_state: bool,
+    tensors_only: bool,
+) -> Plan:
+    """The plan for the averages of a document."""
+    document, path, place = averages.take(document, select)
+    left_out: list[tuple[str, str]] = []
+    if wanted is None:
+        document, left_out = reduce.only(document, choose(document, path))
+    made = plan(
+        document,
+        wanted,
+        select=None if wanted is None else path,
+        keep_training_state=keep_training_state,
+        tensors_only=tensors_only,
+    )
+    row = Cure("averaged-copy", path, f"averages of the weights at {place}", "taken")
+    return replace(made, cures=[row, *made.cures], left_out=[*left_out, *made.left_out])
+
+
+def _finished(made: Plan, wanted: Target | None) -> Plan:
+    """With every storage on the CPU, and what is still wrong named."""
+    made = _on_cpu(made)
+    found = diagnose(replace(made.document, notes=()))  # those are about the container that was
+    errors = [finding for finding in found if finding.severity is Severity.ERROR]
+    rows = [Remaining(row.code, row.where, row.message, _reason(row, wanted)) for row in errors]
+    return replace(made, remaining=[*made.remaining, *rows])
+
+
+def _reason(finding: Finding, wanted: Target | None) -> str:
+    """Why an error is left as it is."""
+    if finding.code == "prefix-wrapper":
+        if wanted is None:
+            return "these are not keys that could be renamed where they are: convert takes them out"
+        return f"only what {wanted.name} wants is repaired"
+    return _REASONS.get(finding.code, f"fix does not repair it: {CODES[finding.code].cure}")
+
+
+_REASONS = {
+    "no-state-dict": "fix renames keys and tags storages; it cannot tell what the tensors are",
+    "key-collision": "one of the two has to get another name, or to go: rename does it",
+    "unknown-state": "the model is carried along whole; save its state_dict() where its code is",
+}
+
+
+def _certain(document: Document, select: str | None, tensors_only: bool) -> Plan:
+    """Without the wrappers that every key of a state dict carries.
+
+    A model that was pickled in a wrapper is taken out of it. With `tensors_only`, what is written
+    is the one state dict that is meant.
+    """
+    states = of_models(find(document.root))
+    if select is not None or tensors_only:
+        states = [choose(document, select)]
+    if tensors_only:
+        return _alone_and_certain(document, states[0])
+    cures = list(_unwrapping(states))
+    document = _unwrapped(document, states)
+    if cures:
+        states = [choose(document, select)] if select is not None else find(document.root)
+    states = [state for state in of_models(states) if state.origin is None]
     _check_collisions(document, states)
     found = [(state, wrappers.strip(state.mapping)) for state in states]
     changes = [(state, renaming) for state, renaming in found if renaming.changed]
-    cures = [_renaming_cure(state, renaming) for state, renaming in changes]
+    cures += [_renaming_cure(state, renaming) for state, renaming in changes]
     renamed = _changed(renaming for _, renaming in changes)
-    return Plan(edits.rename(document, changes), cures, renamed)
+    kept = [row for state, renaming in changes for row in _kept(state, renaming)]
+    return Plan(edits.rename(document, changes), cures, renamed, remaining=kept)
+
+
+def _alone_and_certain(document: Document, state: StateDict) -> Plan:
+    """One state dict, or that of a pickled model, without what is beside it."""
+    _check_collisions(document, [state])
+    renaming = wrappers.strip(state.mapping)
+    left_out = reduce.only(document, state).left_out
+    mapping = edits.renamed_mapping(state.mapping, renaming)
+    root = mapping if renaming.changed or state.mapping is not document.root else document.root
+    cures = [_renaming_cure(state, renaming)] if renaming.changed else []
+    kept = list(_kept(state, renaming)) if renaming.changed else []
+    if root is not document.root:
+        document = replace(document, root=root, extras={})
+    return Plan(document, cures, dict(renaming.changes), left_out=left_out, remaining=kept)
+
+
+def _unwrapping(states: Iterable[StateDict]) -> Iterable[Cure]:
+    for state in states:
+        if isinstance(state.origin, Inert) and unwrapped(state.origin) is not state.origin:
+            what = f"a model pickled in {state.origin.cls}"
+            yield Cure("prefix-wrapper", state.path, what, "taken out of it")
+
+
+def _unwrapped(document: Document, states: Iterable[StateDict]) -> Document:
+    inner = {
+        id(state.origin): unwrapped(state.origin)
+        for state in states
+        if isinstance(state.origin, Inert)
+    }
+    if not any(id(node) != key for key, node in inner.items()):
+        return document
+    return replace(document, root=rebuild(document.root, lambda node: inner.get(id(node), node)))
+
+
+def _kept(state: StateDict, renaming: Renaming) -> Iterable[Remaining]:
+    """The prefix that all keys still share, of which only a model can say whether it is one."""
+    start = joined(shared_prefix(renaming.keys.values()))
+    if start and len(renaming.keys) > 1:
+        what = f"all {len(renaming.keys)} keys begin with {start!r}"
+        why = "only a model can say whether that is a wrapper's name or its own: add --model"
+        yield Remaining("shared-prefix", state.path, what, why)
 
 
 def _check_collisions(document: Document, states: Iterable[StateDict]) -> None:
@@ -155,7 +277,7 @@ def _cures(found: Match, wanted: Target) -> Iterable[Cure]:
         yield _renaming_cure(found.state, found.renaming)
     if found.report.passed_over:
         what = f"averages that fit as well: {', '.join(found.report.passed_over)}"
-        yield Cure("averaged-copy", path, what, "not taken")
+        yield Cure("averaged-copy", path, what, "not taken; --average takes them")
     for key, other in found.tied.items():
         yield Cure("tied-tensors", path, f"{key} is missing", f"tied to {other}")
     if dropped:

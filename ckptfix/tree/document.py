@@ -197,6 +197,8 @@ class Document:
     """The folder inside a zip that holds its records."""
     notes: tuple[Finding, ...] = ()
     """What was noticed while reading."""
+    constants: Node = None
+    """The constants of a TorchScript program, which are among its `extras`."""
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

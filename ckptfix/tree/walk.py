@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptfix.tree.document import Global, Inert, Node, OrderedMap, Storage, Tensor
+from ckptfix.tree.document import Document, Global, Inert, Node, OrderedMap, Storage, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -116,6 +116,27 @@ def storages(root: Node) -> Iterator[Storage]:
         if isinstance(storage, Storage) and id(storage) not in seen:
             seen.add(id(storage))
             yield storage
+
+
+def packed_bytes(root: Node) -> Iterator[tuple[Path, bytes]]:
+    """The values of bytes in a tree that begin as a zip or a pickle does, each once."""
+    seen: set[int] = set()
+    for path, node in walk(root, tensors=False):
+        for name, value in children(node):
+            is_bytes = type(value) in (bytes, bytearray) and value[:2] in (b"PK", b"\x80\x02")
+            if is_bytes and id(value) not in seen:
+                seen.add(id(value))
+                yield (*path, name), value
+
+
+def script_constants(document: Document) -> list[Tensor]:
+    """The tensors that a TorchScript program holds as constants, without names.
+
+    All weights of a frozen one are. They go where the program goes: with the extras of a document.
+    """
+    if not document.extras:
+        return []
+    return [node for _, node in walk(document.constants) if isinstance(node, Tensor)]
 
 
 def nbytes(root: Node) -> int:

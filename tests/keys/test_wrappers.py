@@ -199,6 +199,34 @@ def test_9_averages_of_latent_diffusion_are_a_layout() -> None:
 # strip and add
 
 
+@pytest.mark.parametrize(
+    "stack", ["_module.", "module._module.", "_module.module.", "_orig_mod._module."]
+)
+def test_what_opacus_adds_goes_where_every_key_leads_with_it(stack: str) -> None:
+    keys = ["conv.weight", "fc.0.bias"]
+    renaming = wrappers.strip([stack + key for key in keys])
+    assert new_keys(renaming) == keys
+    assert renaming.removed == stack
+    assert wrappers.detect([stack + key for key in keys]).leading == tuple(stack.split(".")[:-1])
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["_module.weight", "weight"],
+        ["_module.0.weight", "_encoder._module.weight", "head.bias"],
+        ["embedder._module.weight", "embedder._module.bias"],
+        ["_module_list.0.w", "_module_list.1.w"],
+    ],
+)
+@pytest.mark.parametrize("partial", [True, False])
+def test_a_child_of_the_models_own_called_underscore_module_stays(
+    keys: list[str], partial: bool
+) -> None:
+    assert not wrappers.strip(keys, partial=partial).changed
+    assert wrappers.detect(keys).collision is None
+
+
 @pytest.mark.parametrize("prefix", ["model.net", "model.net."])
 def test_a_named_prefix_goes_from_the_start_once(prefix: str) -> None:
     renaming = wrappers.strip(["model.net.a.w", "model.net.model.net.w"], prefix=prefix)

@@ -313,3 +313,111 @@ def test_a_tie_is_made_where_the_other_checkpoint_has_one(tmp_path: Path) -> Non
     path = saved(tmp_path / "in.pt", {"module.embed.weight": torch.rand(5, 2)})
     assert run(path, tmp_path / "out.pt", "--like", tmp_path / "like.pt").returncode == 0
     Tied().load_state_dict(torch.load(tmp_path / "out.pt"), strict=True)
+
+
+def _opacus() -> dict[str, torch.Tensor]:
+    return prefixed("_module.", Net())
+
+
+def _quantized() -> nn.Module:
+    net: nn.Module = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 2)))
+    return net
+
+
+class Child(nn.Module):
+    """A model whose only child is called as a wrapper's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(2, 2)
+
+
+SAVED = {
+    "a model in DataParallel": lambda: {"model": nn.DataParallel(Net()), "epoch": 3},
+    "a model in two of them": lambda: nn.DataParallel(nn.DataParallel(Net())),
+    "a model with a child called module": lambda: {"model": Child()},
+    "that child's state dict": lambda: prefixed("module.", Child()),
+    "Opacus": _opacus,
+    "compiled, on another device": lambda: prefixed("_orig_mod.model.", Net()),
+    "averages in a wrapper": lambda: {
+        "model": Net().state_dict(),
+        "ema": prefixed("module.", Net()),
+    },
+    "a quantized model": _quantized,
+    "no state dict": lambda: {"epoch": 3},
+    "a list of tensors": lambda: [torch.ones(2), torch.zeros(3)],
+    "an optimizer": lambda: torch.optim.SGD(Net().parameters(), 0.1).state_dict(),
+}
+
+
+def _errors_are_named(source: Path, out: Path, *options: str) -> None:
+    """Whether each error that `inspect` finds in what `fix` wrote was named, with a reason."""
+    ran = run(source, out, "--json", *options)
+    if ran.returncode == 2:
+        assert not out.exists()
+        return
+    left = {
+        (row["code"], row["where"]) for row in json.loads(ran.stdout)["remaining"] if row["reason"]
+    }
+    found = ckptfix.open(out if out.exists() else source).findings
+    assert {(row.code, row.where) for row in found if row.severity == "error"} <= left
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
+@pytest.mark.parametrize("make", SAVED.values(), ids=SAVED)
+def test_no_error_is_left_without_its_reason(tmp_path: Path, make, name: str) -> None:
+    torch.save(make(), tmp_path / "in.pt")
+    _errors_are_named(tmp_path / "in.pt", tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
+def test_no_error_of_a_fixture_is_left_without_its_reason(
+    tmp_path: Path, checkpoint: Path, name: str
+) -> None:
+    _errors_are_named(checkpoint, tmp_path / name)
+    if checkpoint.name in FOONETS:
+        _errors_are_named(checkpoint, tmp_path / f"kept.{name}", *MODEL, "--keep-training-state")
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda net: nn.DataParallel(nn.DataParallel(net))]
+)
+def test_a_model_that_was_pickled_in_a_wrapper_is_taken_out_of_it(tmp_path: Path, wrap) -> None:
+    net = Net()
+    torch.save({"model": wrap(net), "epoch": 3}, tmp_path / "in.pt")
+    assert "taken out of it" in run(tmp_path / "in.pt", tmp_path / "out.pt").stdout
+    loaded = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert (type(loaded["model"]), loaded["epoch"]) == (Net, 3)
+    assert same(loaded["model"].state_dict(), net.state_dict())
+    assert run(tmp_path / "in.pt", tmp_path / "out.safetensors").returncode == 0
+    assert same(safetensors.torch.load_file(tmp_path / "out.safetensors"), net.state_dict())
+    [finding] = [
+        row for row in ckptfix.open(tmp_path / "in.pt").findings if row.severity == "error"
+    ]
+    assert finding.code == "prefix-wrapper"
+    assert finding.command is not None
+    assert run(*finding.command.arguments, "--force").returncode == 0
+
+
+def test_what_opacus_adds_goes_without_a_model(tmp_path: Path) -> None:
+    torch.save(_opacus(), tmp_path / "in.pt")
+    assert run(tmp_path / "in.pt", tmp_path / "out.pt").returncode == 0
+    Net().load_state_dict(torch.load(tmp_path / "out.pt"))
+
+
+def test_a_prefix_that_only_a_model_can_judge_is_left_and_named(tmp_path: Path) -> None:
+    torch.save(prefixed("_orig_mod.model.", Net()), tmp_path / "in.pt")
+    ran = run(tmp_path / "in.pt", tmp_path / "out.pt")
+    assert "left as it is: all 7 keys begin with 'model.'; only a model can say" in ran.stderr
+    assert list(torch.load(tmp_path / "out.pt")) == list(prefixed("model.", Net()))
+
+
+def test_the_state_dict_that_is_selected_is_the_one_that_is_written(tmp_path: Path) -> None:
+    first, second = Net(), Net()
+    both = {"a": nn.DataParallel(first).state_dict(), "b": nn.DataParallel(second).state_dict()}
+    torch.save(both, tmp_path / "in.pt")
+    out = tmp_path / "out.safetensors"
+    assert run(tmp_path / "in.pt", out, "--select", "b").returncode == 0
+    assert same(safetensors.torch.load_file(out), second.state_dict())
+    assert run(tmp_path / "in.pt", tmp_path / "other.safetensors").returncode == 2
