@@ -60,6 +60,11 @@ CODES: dict[str, Meaning] = {
         "`weights_only=True` refuses classes that the file names",
         "`ckptfix convert --weights-only`",
     ),
+    "dangerous-globals": Meaning(
+        _ERROR,
+        "the file calls what runs commands or code, or reaches files or the network",
+        "`ckptfix fix` leaves it out; ask where the file comes from",
+    ),
     "view-bloat": Meaning(
         _WARNING,
         "storages are larger than the tensors that use them",

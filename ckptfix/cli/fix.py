@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 @options.target
 @options.select
 @click.option("--keep-training-state", is_flag=True, help="Repair the weights where they are.")
+@click.option(
+    "--keep-dangerous", is_flag=True, help="Carry along what runs commands where it is unpickled."
+)
 def command(
     job: writing.Job,
     model: str | None,
@@ -28,6 +31,7 @@ def command(
     like: str | None,
     select: str | None,
     keep_training_state: bool,
+    keep_dangerous: bool,
 ) -> int:
     r"""Find what is wrong with a checkpoint, and repair it.
 
@@ -36,6 +40,7 @@ def command(
     is a state dict that load_state_dict takes strictly: prefixes are stripped, added or exchanged,
     the part of a larger model that is meant is taken out, and what the model does not want is
     dropped, by name. Averages (EMA, SWA) are taken only where nothing else fits, or by --select.
+    What would run commands or code where it is unpickled is left out, by name.
 
     \b
     Examples:
@@ -57,6 +62,7 @@ def command(
         wanted,
         select=select,
         keep_training_state=keep_training_state,
+        keep_dangerous=keep_dangerous,
         tensors_only=job.container.tensors_only,
         verify=not job.dry_run,
     )

@@ -14,6 +14,7 @@ from ckptfix.formats.table import EXTENSIONS
 from ckptfix.hints import command, shell
 from ckptfix.keys import wrappers
 from ckptfix.pickles.allowed import is_allowed
+from ckptfix.pickles.dangerous import dangers, name_of
 from ckptfix.tree.document import Document, Global, Tensor
 from ckptfix.tree.walk import storages, walk
 from ckptfix.words import listed
@@ -139,7 +140,16 @@ def globals_of(document: Document) -> list[Global]:
 
 
 def _globals(document: Document) -> Iterator[Finding]:
-    refused = [name.today for name in globals_of(document) if not is_allowed(name)]
+    calls = dict.fromkeys(map(name_of, dangers(document.root)))
+    if calls:
+        yield Finding(
+            "dangerous-globals",
+            f"names {listed(calls)}, which would run or reach out where it is unpickled; "
+            "ckptfix reads without running it",
+            command=command("fix", document.name, beside(document, "fixed")),
+        )
+    names = (name for name in globals_of(document) if not is_allowed(name))
+    refused = [name.today for name in names if name.today not in calls]
     if refused:
         yield Finding(
             "blocked-globals",

@@ -17,6 +17,7 @@ from ckptfix.contents.tensors import as_tensor
 from ckptfix.diagnose import damage
 from ckptfix.door import beside
 from ckptfix.edit import edits, reduce
+from ckptfix.edit.dangers import Removed, without_dangers
 from ckptfix.errors import KeyCollisionError
 from ckptfix.hints import Hint, command
 from ckptfix.keys import wrappers
@@ -63,12 +64,14 @@ def plan(
     *,
     select: str | None = None,
     keep_training_state: bool = False,
+    keep_dangerous: bool = False,
     tensors_only: bool = False,
     verify: bool = True,
 ) -> Plan:
     """What repairs a document, for a target if there is one.
 
     With `keep_training_state` the weights are repaired where they are, and everything else stays.
+    What would run commands or code where it is unpickled is left out, unless `keep_dangerous`.
     With `tensors_only`, for containers that hold nothing else and a tied tensor once, keys that the
     target does not tie get tensors of their own. Unless `verify` is unset, every byte that the plan
     keeps is held against the checksum on record: nothing that is damaged is called repaired.
@@ -77,18 +80,32 @@ def plan(
         DamagedError: with `verify`, a byte is not the one that was saved.
         SelectionError: there is no state dict, or several fit.
         RenameError: the keys fit in two ways, or two would become one without their wrappers.
+        UnsafeError: there is nothing but what is left out as dangerous.
         KeyMismatchError: a key is missing or a shape differs; carries the report.
         UnsupportedError: with `tensors_only`, the target wants a value that is not a tensor.
     """
+    removed = Removed(document, []) if keep_dangerous else without_dangers(document)
+    document = removed.document
     if wanted is None:
-        return _verified(_on_cpu(_certain(document, select)), verify)
+        made = _certain(document, select)
+        return _verified(_without(removed, _on_cpu(made)), verify)
     found = match(document, wanted, select)
     mapping = found.mapping()
     untied = _untie(document, mapping, wanted) if tensors_only else []
     made = _fitting(document, wanted, found, mapping, untied)
     if not keep_training_state:
         made = _alone(made, document, found.state, mapping)
-    return _verified(_on_cpu(made), verify)
+    return _verified(_without(removed, _on_cpu(made)), verify)
+
+
+def _without(removed: Removed, made: Plan) -> Plan:
+    """The plan, with what was left out of the document before it was made."""
+    cures = [
+        Cure("dangerous-globals", path, f"names {name}", "left out")
+        for path, name in removed.left_out
+    ]
+    left_out = [*removed.left_out, *made.left_out]
+    return replace(made, cures=[*cures, *made.cures], left_out=left_out)
 
 
 def _verified(made: Plan, verify: bool) -> Plan:

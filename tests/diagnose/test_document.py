@@ -66,6 +66,11 @@ def with_a_tail() -> str:
     return "in.pt"
 
 
+def with_a_command() -> str:
+    torch.save({"w": torch.ones(2), "f": os.system}, "in.pt")
+    return "in.pt"
+
+
 def misnamed() -> str:
     shutil.copy(FIXTURES / "plain.safetensors", "in.pt")
     return "in.pt"
@@ -84,6 +89,7 @@ PRODUCED: dict[str, Any] = {
     "swa-layout": lambda: FIXTURES / "swa.pt",
     "device-tag": lambda: FIXTURES / "cuda.pt",
     "blocked-globals": lambda: FIXTURES / "uninstalled_class.pt",
+    "dangerous-globals": with_a_command,
     "view-bloat": lambda: FIXTURES / "views.pt",
     "tied-tensors": lambda: FIXTURES / "tied.pt",
     "no-checksums": without_checksums,
