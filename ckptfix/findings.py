@@ -116,6 +116,28 @@ CODES: dict[str, Meaning] = {
     "unexpected-keys": Meaning(
         _NOTE, "keys that the target does not have (`fix`)", "dropped, and named"
     ),
+    "unseen-transpose": Meaning(
+        _NOTE,
+        "square weights of layers that keep them as `[in, out]` in one program, and turned round "
+        "in another (`check`, `fix`)",
+        "look where they come from",
+    ),
+    "other-framework": Meaning(
+        _ERROR,
+        "a state dict of PaddlePaddle, which keeps the weight of each Linear transposed",
+        "look for a file for torch",
+    ),
+    "dropped-keys": Meaning(_NOTE, "keys that `--drop` names (`fix`)", "dropped, and named"),
+    "pruned-weights": Meaning(
+        _NOTE,
+        "weights beside the masks of `torch.nn.utils.prune` (`fix --apply-masks`)",
+        "multiplied by them",
+    ),
+    "optimizer-state": Meaning(
+        _NOTE,
+        "the optimizer has parameters that were dropped, or in another order (`fix`)",
+        "it follows the parameters, or is left out, and named",
+    ),
     "averaged-copy": Meaning(
         _NOTE,
         "averages of the weights fit as well (`fix --model`)",

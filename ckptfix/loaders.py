@@ -14,8 +14,9 @@ from ckptfix import door
 from ckptfix.contents.state_dicts import choose, is_special_tensor
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.diagnose import damage
+from ckptfix.edit import edits
 from ckptfix.errors import UnsupportedError
-from ckptfix.keys import wrappers
+from ckptfix.keys import globs, wrappers
 from ckptfix.match import mismatches
 from ckptfix.match import target as targets
 from ckptfix.match.choose import match
@@ -24,7 +25,7 @@ from ckptfix.words import listed
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -67,6 +68,7 @@ def load_state_dict(
     *,
     model: nn.Module | None = None,
     select: str | None = None,
+    drop: str | Sequence[str] = (),
     strict: bool = True,
     map_location: MapLocation = "cpu",
     verify: bool = False,
@@ -82,6 +84,7 @@ def load_state_dict(
         path: a file in any container that ckptfix reads.
         model: what the keys have to fit; it is not changed.
         select: the path of the state dict inside the checkpoint, where it holds several.
+        drop: keys to leave out, by a pattern of the whole key, such as `*lora_*`, or several.
         strict: whether every key and shape of the model has to be there; otherwise the nearest
             names are taken.
         map_location: as in `load`.
@@ -96,8 +99,13 @@ def load_state_dict(
     """
     document = door.read(path)
     if model is None:
-        return _loaded(document, choose(document, select).mapping, map_location, verify)
-    found = match(document, targets.of_module(model), select, partly=not strict)
+        mapping = choose(document, select).mapping
+        gone = globs.matching(mapping, _patterns(drop), document.name)
+        kept = edits.mapping_without(mapping, gone) if gone else mapping
+        return _loaded(document, kept, map_location, verify)
+    found = match(
+        document, targets.of_module(model), select, partly=not strict, drop=_patterns(drop)
+    )
     if found.unused:
         warnings.warn(_left_out(document, model, found), stacklevel=2)
     return _loaded(document, found.mapping(), map_location, verify)
@@ -108,6 +116,7 @@ def load_into(
     path: str | os.PathLike[str],
     *,
     select: str | None = None,
+    drop: str | Sequence[str] = (),
     strict: bool = True,
     verify: bool = False,
 ) -> Report:
@@ -117,6 +126,7 @@ def load_into(
         model: the module to load into; unchanged where this raises.
         path: a file in any container that ckptfix reads.
         select: the path of the state dict inside the checkpoint, where it holds several.
+        drop: keys to leave out, by a pattern of the whole key, such as `*lora_*`, or several.
         strict: whether every key of the model has to be there. Shapes have to match where keys do,
             as in torch.
         verify: as in `load`, for the bytes that are loaded, before the model is touched.
@@ -133,11 +143,15 @@ def load_into(
     """
     document = door.read(path)
     wanted = targets.of_module(model)
-    found = match(document, wanted, select, partly=not strict)
+    found = match(document, wanted, select, partly=not strict, drop=_patterns(drop))
     if found.report.shape_mismatch:
         raise mismatches.error(document, found.state, found.report, wanted.name)
     model.load_state_dict(_loaded(document, found.mapping(), "cpu", verify), strict=strict)
     return replace(found.report, left_out=True)
+
+
+def _patterns(drop: str | Sequence[str]) -> Sequence[str]:
+    return [drop] if isinstance(drop, str) else drop
 
 
 def _left_out(document: Document, model: nn.Module, found: Match) -> str:

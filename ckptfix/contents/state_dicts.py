@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from ckptfix.contents import foreign
 from ckptfix.contents.modules import is_module, state_dict
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.errors import SelectionError
@@ -229,11 +230,11 @@ def choose(document: Document, path: str | None = None) -> StateDict:
     """
     states = of_models(find(document.root))
     if path is not None:
-        return choose_all(document, [path])[0]
+        return _known(document, choose_all(document, [path])[0])
     weights = [state for state in states if not _only_numbers(state)] or states
     candidates = [state for state in weights if not state.is_average] or weights
     if len(candidates) == 1:
-        return candidates[0]
+        return _known(document, candidates[0])
     if not candidates:
         raise _none(document)
     raise SelectionError(
@@ -242,6 +243,11 @@ def choose(document: Document, path: str | None = None) -> StateDict:
         hint=adding("choose one", "select", states[0].path),
         code="ambiguous-state-dict",
     )
+
+
+def _known(document: Document, state: StateDict) -> StateDict:
+    foreign.check(document, state.path, state.mapping)
+    return state
 
 
 def _only_numbers(state: StateDict) -> bool:

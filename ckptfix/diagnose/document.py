@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from ckptfix.contents.foreign import framework_of
 from ckptfix.contents.state_dicts import StateDict, find, of_models
 from ckptfix.door import beside, is_sharded
 from ckptfix.edit.compacting import compact
@@ -28,6 +29,10 @@ def diagnose(document: Document) -> list[Finding]:
     states = of_models(find(document.root))
     findings = [*document.notes, *_containers(document), *_devices(document)]
     for state in states:
+        framework = framework_of(state.mapping)
+        if framework is not None:
+            message = f"of {framework}, which keeps the weight of each Linear transposed"
+            findings.append(Finding("other-framework", message, state.path))
         findings += [*_prefixes(document, state), *_ties(state)]
     findings += [*_globals(document), *_bloat(document)]
     if not states:

@@ -12,22 +12,33 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.contents.state_dicts import StateDict, choose, find, is_special_tensor, of_models
+from ckptfix.contents import foreign
+from ckptfix.contents.state_dicts import (
+    StateDict,
+    choose,
+    choose_all,
+    find,
+    is_special_tensor,
+    of_models,
+)
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.diagnose import damage
 from ckptfix.door import beside
-from ckptfix.edit import edits, reduce
+from ckptfix.edit import edits, masks, optimizers, reduce
 from ckptfix.edit.dangers import Removed, without_dangers
 from ckptfix.errors import KeyCollisionError
 from ckptfix.hints import Hint, command
-from ckptfix.keys import wrappers
+from ckptfix.keys import globs, wrappers
+from ckptfix.match import transposes
 from ckptfix.match.choose import match
 from ckptfix.tree.document import kind
 from ckptfix.tree.rebuild import rebuild
+from ckptfix.words import plural
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping
+    from collections.abc import Hashable, Iterable, Mapping, Sequence
 
+    from ckptfix.edit.masks import Applied
     from ckptfix.keys.renaming import Renaming
     from ckptfix.match.choose import Match
     from ckptfix.match.target import Target
@@ -56,6 +67,8 @@ class Plan:
     """Path and kind of what lies beside the state dict and is not carried along."""
     of_another_dtype: list[str] = field(default_factory=list)
     """Keys whose dtype is not the target's: they are left, and torch casts them."""
+    unseen: list[str] = field(default_factory=list)
+    """Square weights that may be transposed, which does not show."""
 
 
 def plan(
@@ -65,6 +78,8 @@ def plan(
     select: str | None = None,
     keep_training_state: bool = False,
     keep_dangerous: bool = False,
+    apply_masks: bool = False,
+    drop: Sequence[str] = (),
     tensors_only: bool = False,
     verify: bool = True,
 ) -> Plan:
@@ -72,40 +87,72 @@ def plan(
 
     With `keep_training_state` the weights are repaired where they are, and everything else stays.
     What would run commands or code where it is unpickled is left out, unless `keep_dangerous`.
+    Keys that a pattern of `drop` matches are dropped; pruned weights are multiplied by their masks
+    with `apply_masks`. An optimizer that stays follows its parameters, or is left out.
     With `tensors_only`, for containers that hold nothing else and a tied tensor once, keys that the
     target does not tie get tensors of their own. Unless `verify` is unset, every byte that the plan
     keeps is held against the checksum on record: nothing that is damaged is called repaired.
 
     Raises:
         DamagedError: with `verify`, a byte is not the one that was saved.
-        SelectionError: there is no state dict, or several fit.
+        SelectionError: there is no state dict, or several fit; a pattern of `drop` matches no key,
+            or nothing is pruned.
         RenameError: the keys fit in two ways, or two would become one without their wrappers.
         UnsafeError: there is nothing but what is left out as dangerous.
         KeyMismatchError: a key is missing or a shape differs; carries the report.
+        ChangedMeaningError: keys would be dropped that change what others mean.
         UnsupportedError: with `tensors_only`, the target wants a value that is not a tensor.
     """
     removed = Removed(document, []) if keep_dangerous else without_dangers(document)
-    document = removed.document
+    applied = masks.apply_masks(removed.document, select) if apply_masks else None
+    document = removed.document if applied is None else applied.document
+    before = [*_dangers(removed), *_masks(applied)]
     if wanted is None:
-        made = _certain(document, select)
-        return _verified(_without(removed, _on_cpu(made)), verify)
-    found = match(document, wanted, select)
+        made = _certain(document, select, drop)
+        return _verified(_after(before, removed, _on_cpu(made)), verify)
+    found = match(document, wanted, select, drop=drop)
     mapping = found.mapping()
     untied = _untie(document, mapping, wanted) if tensors_only else []
     made = _fitting(document, wanted, found, mapping, untied)
-    if not keep_training_state:
+    if keep_training_state:
+        kept = {old: new for old, new in found.renaming.keys.items() if new in mapping}
+        order = {new: old for old, new in kept.items()}
+        names = {order[new]: new for new in wanted.specs if new in order}
+        made = _followed(made, found.state, names)
+    else:
         made = _alone(made, document, found.state, mapping)
-    return _verified(_without(removed, _on_cpu(made)), verify)
+    return _verified(_after(before, removed, _on_cpu(made)), verify)
 
 
-def _without(removed: Removed, made: Plan) -> Plan:
-    """The plan, with what was left out of the document before it was made."""
-    cures = [
+def _dangers(removed: Removed) -> list[Cure]:
+    return [
         Cure("dangerous-globals", path, f"names {name}", "left out")
         for path, name in removed.left_out
     ]
+
+
+def _masks(applied: Applied | None) -> list[Cure]:
+    found = {} if applied is None else applied.keys
+    return [
+        Cure("pruned-weights", path, f"{plural(len(keys), 'weight')} with a mask", "multiplied")
+        for path, keys in found.items()
+    ]
+
+
+def _after(before: list[Cure], removed: Removed, made: Plan) -> Plan:
+    """The plan, with what was done to the document before it was made."""
     left_out = [*removed.left_out, *made.left_out]
-    return replace(made, cures=[*cures, *made.cures], left_out=left_out)
+    return replace(made, cures=[*before, *made.cures], left_out=left_out)
+
+
+def _followed(made: Plan, state: StateDict, names: Mapping[str, str]) -> Plan:
+    """The plan, whose optimizers go with the parameters that stay, or are left out."""
+    found = optimizers.follow(made.document, state, names)
+    cures = [Cure("optimizer-state", path, what, "kept") for path, what in found.changed]
+    what = "it cannot be told which of it belongs to which parameter"
+    cures += [Cure("optimizer-state", path, what, "left out") for path in found.left_out]
+    left_out = [*made.left_out, *((path, "the state of an optimizer") for path in found.left_out)]
+    return replace(made, document=found.document, cures=[*made.cures, *cures], left_out=left_out)
 
 
 def _verified(made: Plan, verify: bool) -> Plan:
@@ -114,16 +161,42 @@ def _verified(made: Plan, verify: bool) -> Plan:
     return made
 
 
-def _certain(document: Document, select: str | None) -> Plan:
-    """Without the wrappers that every key of a state dict carries."""
+def _certain(document: Document, select: str | None, drop: Sequence[str]) -> Plan:
+    """Without the keys that are to be dropped, and the wrappers that every key then carries."""
+    if drop:
+        return _without(document, select, drop)
     states = [choose(document, select)] if select is not None else of_models(find(document.root))
     states = [state for state in states if state.origin is None]
+    for state in states:
+        foreign.check(document, state.path, state.mapping)
     _check_collisions(document, states)
     found = [(state, wrappers.strip(state.mapping)) for state in states]
     changes = [(state, renaming) for state, renaming in found if renaming.changed]
     cures = [_renaming_cure(state, renaming) for state, renaming in changes]
     renamed = _changed(renaming for _, renaming in changes)
     return Plan(edits.rename(document, changes), cures, renamed)
+
+
+def _without(document: Document, select: str | None, drop: Sequence[str]) -> Plan:
+    """Without keys, and then what is certain."""
+    states = choose_all(document, [] if select is None else [select])
+    gone = globs.matching((key for state in states for key in state.mapping), drop, document.name)
+    states = [state for state in states if not gone.isdisjoint(state.mapping)]
+    smaller = Plan(edits.without(document, states, gone))
+    for state in states:
+        dropped = [key for key in state.mapping if key in gone]
+        found = Cure("dropped-keys", state.path, plural(len(dropped), "key"), "dropped")
+        smaller.cures.append(found)
+        smaller.dropped.extend(dropped)
+        names = {key: key for key in state.mapping if key not in gone}
+        smaller = _followed(smaller, state, names)
+    made = _certain(smaller.document, select, ())
+    return replace(
+        made,
+        cures=[*smaller.cures, *made.cures],
+        dropped=smaller.dropped,
+        left_out=smaller.left_out,
+    )
 
 
 def _check_collisions(document: Document, states: Iterable[StateDict]) -> None:
@@ -163,7 +236,7 @@ def _on_cpu(made: Plan) -> Plan:
 def _fitting(
     document: Document, wanted: Target, found: Match, mapping: OrderedMap, untied: list[str]
 ) -> Plan:
-    path, dropped = found.state.path, found.unused
+    path, dropped = found.state.path, found.dropped
     renamed = _changed([found.renaming])
     own = [Cure("tied-tensors", path, f"{key} is tied", "untied") for key in untied]
     return Plan(
@@ -172,11 +245,12 @@ def _fitting(
         {old: new for old, new in renamed.items() if new in wanted.specs},
         dropped,
         of_another_dtype=[row.key for row in found.report.dtype_difference],
+        unseen=transposes.unseen(found.report, wanted.specs),
     )
 
 
 def _cures(found: Match, wanted: Target) -> Iterable[Cure]:
-    path, dropped = found.state.path, found.unused
+    path, dropped = found.state.path, found.dropped
     if found.renaming.changed:
         yield _renaming_cure(found.state, found.renaming)
     if found.report.passed_over:
@@ -184,8 +258,11 @@ def _cures(found: Match, wanted: Target) -> Iterable[Cure]:
         yield Cure("averaged-copy", path, what, "not taken")
     for key, other in found.tied.items():
         yield Cure("tied-tensors", path, f"{key} is missing", f"tied to {other}")
-    if dropped:
-        what = f"{len(dropped)} keys that {wanted.name} does not have"
+    told = sum(key not in found.renaming.keys for key in dropped)
+    if told:
+        yield Cure("dropped-keys", path, f"{plural(told, 'key')} that --drop names", "dropped")
+    if len(dropped) > told:
+        what = f"{plural(len(dropped) - told, 'key')} that {wanted.name} does not have"
         yield Cure("unexpected-keys", path, what, "dropped")
 
 

@@ -148,10 +148,11 @@ def _freest_device() -> str:
 
 def contiguous_bytes(tensor: Tensor, byteorder: str = "little") -> bytes:
     """The elements of a tensor in row-major order, as little-endian bytes."""
-    return _bytes_of(Materializer(byteorder=byteorder).tensor(tensor).detach())
+    return bytes_of(Materializer(byteorder=byteorder).tensor(tensor).detach())
 
 
-def _bytes_of(tensor: torch.Tensor) -> bytes:
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """The elements of a tensor that torch has, likewise."""
     if not tensor.numel():
         return b""
     data = bytearray(tensor.nbytes)  # MemoryError, where torch raises what it raises for all else
