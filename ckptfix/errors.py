@@ -17,6 +17,7 @@
     │   └── PartialPrefixError     only some of the keys carry the prefix
     ├── TargetError                the model or key list to check against cannot be had
     └── KeyMismatchError           the keys do not match the target; carries the report
+        └── ChangedMeaningError    keys that change what others mean would be dropped
 
 An error is data: `where` (a file, a state dict in it, a byte), `what` (one line), `details` (more
 lines, if any), a `hint` and a `code` (a slug that scripts can test). `str()` puts where, what and
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ckptfix.hints import Hint, adding, command
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ckptfix.report import Report
 
@@ -233,3 +234,25 @@ class KeyMismatchError(CkptfixError):
     ) -> None:
         super().__init__(what, where=where, hint=hint, details=details)
         self.report = report
+
+
+class ChangedMeaningError(KeyMismatchError):
+    """Keys that the target does not have change what those mean that it has.
+
+    `options` are those of `fix` that would do what can be done, by name.
+    """
+
+    code = "changed-meaning"
+
+    def __init__(
+        self,
+        report: Report,
+        what: str,
+        *,
+        where: object = None,
+        hint: Hint | str | None = None,
+        details: Sequence[str] = (),
+        options: Mapping[str, tuple[str, ...] | bool] | None = None,
+    ) -> None:
+        super().__init__(report, what, where=where, hint=hint, details=details)
+        self.options = dict(options or {})

@@ -60,6 +60,11 @@ CODES: dict[str, Meaning] = {
         "`weights_only=True` refuses classes that the file names",
         "`ckptfix convert --weights-only`",
     ),
+    "dangerous-globals": Meaning(
+        _ERROR,
+        "the file calls what runs commands or code, or reaches files or the network",
+        "`ckptfix fix` leaves it out; ask where the file comes from",
+    ),
     "view-bloat": Meaning(
         _WARNING,
         "storages are larger than the tensors that use them",
@@ -125,6 +130,28 @@ CODES: dict[str, Meaning] = {
     ),
     "unexpected-keys": Meaning(
         _NOTE, "keys that the target does not have (`fix`)", "dropped, and named"
+    ),
+    "unseen-transpose": Meaning(
+        _NOTE,
+        "square weights of layers that keep them as `[in, out]` in one program, and turned round "
+        "in another (`check`, `fix`)",
+        "look where they come from",
+    ),
+    "other-framework": Meaning(
+        _ERROR,
+        "a state dict of PaddlePaddle, which keeps the weight of each Linear transposed",
+        "look for a file for torch",
+    ),
+    "dropped-keys": Meaning(_NOTE, "keys that `--drop` names (`fix`)", "dropped, and named"),
+    "pruned-weights": Meaning(
+        _NOTE,
+        "weights beside the masks of `torch.nn.utils.prune` (`fix --apply-masks`)",
+        "multiplied by them",
+    ),
+    "optimizer-state": Meaning(
+        _NOTE,
+        "the optimizer has parameters that were dropped, or in another order (`fix`)",
+        "it follows the parameters, or is left out, and named",
     ),
     "averaged-copy": Meaning(
         _NOTE,

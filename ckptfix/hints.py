@@ -35,7 +35,7 @@ class Command(NamedTuple):
             return shlex.join([self.program, *self.arguments])
         words = [self.program, self.verb, *map(_as_argument, self.arguments)]
         for name, values in self.options:
-            words += [f"--{name}", *values]
+            words += _as_option(name, values)
         return shlex.join(words)
 
     def in_python(self) -> str:
@@ -66,6 +66,16 @@ _CALLS = {
 def _as_argument(text: str) -> str:
     """A path as an argument: one that begins with a dash would be taken for an option."""
     return f"./{text}" if text.startswith("-") and text != "-" else text
+
+
+def _as_option(name: str, values: tuple[str, ...]) -> list[str]:
+    """An option with its values; one that takes a single value is given once for each."""
+    if name in _REPEATED:
+        return [word for value in values for word in (f"--{name}", value)]
+    return [f"--{name}", *values]
+
+
+_REPEATED = frozenset({"drop"})
 
 
 def _keyword(name: str, values: tuple[str, ...]) -> str:
@@ -120,7 +130,7 @@ class Hint(NamedTuple):
             said = f"{said}: {self.command}"
         if self.option is not None:
             name, values = self.option
-            said = f"{said} {shlex.join([f'--{name}', *values])}"
+            said = f"{said} {shlex.join(_as_option(name, values))}"
         return said if self.otherwise is None else f"{said}; or {self.otherwise}"
 
     def in_python(self) -> str:

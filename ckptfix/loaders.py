@@ -14,10 +14,10 @@ from ckptfix import door
 from ckptfix.contents.state_dicts import choose
 from ckptfix.contents.tensors import as_tensor, is_special_tensor
 from ckptfix.diagnose import damage
-from ckptfix.edit import averages
+from ckptfix.edit import averages, edits
 from ckptfix.errors import UnsupportedError
 from ckptfix.formats import embedded
-from ckptfix.keys import wrappers
+from ckptfix.keys import globs, wrappers
 from ckptfix.match import mismatches
 from ckptfix.match import target as targets
 from ckptfix.match.choose import match
@@ -26,7 +26,7 @@ from ckptfix.words import listed
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -70,6 +70,7 @@ def load_state_dict(
     model: nn.Module | None = None,
     select: str | None = None,
     average: bool = False,
+    drop: str | Sequence[str] = (),
     strict: bool = True,
     map_location: MapLocation = "cpu",
     verify: bool = False,
@@ -86,6 +87,7 @@ def load_state_dict(
         model: what the keys have to fit; it is not changed.
         select: the path of the state dict inside the checkpoint, where it holds several.
         average: whether to take the averages of the weights (EMA, SWA) instead of the weights.
+        drop: keys to leave out, by a pattern of the whole key, such as `*lora_*`, or several.
         strict: whether every key and shape of the model has to be there; otherwise the nearest
             names are taken.
         map_location: as in `load`.
@@ -102,8 +104,13 @@ def load_state_dict(
     if average:
         document, select, _ = averages.take(document, select)
     if model is None:
-        return _loaded(document, choose(document, select).mapping, map_location, verify)
-    found = match(document, targets.of_module(model), select, partly=not strict)
+        mapping = choose(document, select).mapping
+        gone = globs.matching(mapping, _patterns(drop), document.name)
+        kept = edits.mapping_without(mapping, gone) if gone else mapping
+        return _loaded(document, kept, map_location, verify)
+    found = match(
+        document, targets.of_module(model), select, partly=not strict, drop=_patterns(drop)
+    )
     if found.unused:
         warnings.warn(_left_out(document, model, found), stacklevel=2)
     return _loaded(document, found.mapping(), map_location, verify)
@@ -115,6 +122,7 @@ def load_into(
     *,
     select: str | None = None,
     average: bool = False,
+    drop: str | Sequence[str] = (),
     strict: bool = True,
     verify: bool = False,
 ) -> Report:
@@ -125,6 +133,7 @@ def load_into(
         path: a file in any container that ckptfix reads.
         select: the path of the state dict inside the checkpoint, where it holds several.
         average: whether to take the averages of the weights (EMA, SWA) instead of the weights.
+        drop: keys to leave out, by a pattern of the whole key, such as `*lora_*`, or several.
         strict: whether every key of the model has to be there. Shapes have to match where keys do,
             as in torch.
         verify: as in `load`, for the bytes that are loaded, before the model is touched.
@@ -143,11 +152,15 @@ def load_into(
     if average:
         document, select, _ = averages.take(document, select)
     wanted = targets.of_module(model)
-    found = match(document, wanted, select, partly=not strict)
+    found = match(document, wanted, select, partly=not strict, drop=_patterns(drop))
     if found.report.shape_mismatch:
         raise mismatches.error(document, found.state, found.report, wanted.name)
     model.load_state_dict(_loaded(document, found.mapping(), "cpu", verify), strict=strict)
     return replace(found.report, left_out=True)
+
+
+def _patterns(drop: str | Sequence[str]) -> Sequence[str]:
+    return [drop] if isinstance(drop, str) else drop
 
 
 def _left_out(document: Document, model: nn.Module, found: Match) -> str:

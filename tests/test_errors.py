@@ -11,6 +11,7 @@ import pytest
 from ckptfix import errors
 from ckptfix.errors import (
     BusyError,
+    ChangedMeaningError,
     CkptfixError,
     DamagedError,
     InPlaceError,
@@ -30,6 +31,7 @@ SPECIAL = {
     KeyCollisionError: lambda: KeyCollisionError("a", "b", "c"),
     PartialPrefixError: lambda: PartialPrefixError("module.", ["module.a"], ["b"]),
     KeyMismatchError: lambda: KeyMismatchError(REPORT, "differs", where="x", details=["- b"]),
+    ChangedMeaningError: lambda: ChangedMeaningError(REPORT, "LoRA", options={"drop": ("*A",)}),
 }
 CLASSES = [
     value

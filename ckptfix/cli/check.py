@@ -12,21 +12,22 @@ from ckptfix.contents.state_dicts import StateDict, choose
 from ckptfix.diagnose import damage
 from ckptfix.diagnose.document import diagnose
 from ckptfix.door import beside
-from ckptfix.errors import CkptfixError, DamagedError, KeyMismatchError
+from ckptfix.errors import ChangedMeaningError, CkptfixError, DamagedError
+from ckptfix.findings import Finding
 from ckptfix.formats import embedded
 from ckptfix.hints import Hint
-from ckptfix.match import judge, mismatches
+from ckptfix.match import judge, transposes
 from ckptfix.match.choose import Match, match
 from ckptfix.match.remedy import Remedy, remedy
 from ckptfix.report import Difference, Report, counts, sections
 from ckptfix.tree.walk import nbytes
+from ckptfix.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
-    from ckptfix.findings import Finding
     from ckptfix.match.target import Target
     from ckptfix.tree.document import Document
 
@@ -105,6 +106,11 @@ def command(
         "like": like,
     }
     cure = None if report.loads else _cure(document, state, wanted, meant, given)
+    square = transposes.unseen(report, wanted.specs)
+    if square:
+        what = f"they may be transposed, which square weights do not tell: {listed(square)}"
+        found.append(Finding("unseen-transpose", what, state.path))
+        answer["findings"] = findings.rows(found)
     beside = [finding for finding in found if finding.code not in _ABOUT_NAMES]
 
     def draw(console: Console) -> None:
@@ -133,9 +139,11 @@ def _cure(
 ) -> Remedy:
     """What makes it load, or the sentence that says why nothing does."""
     if isinstance(meant, CkptfixError):
-        what, hint = meant.what, meant.hint
-        if isinstance(meant, KeyMismatchError):
-            what, hint = mismatches.cause(document, state, meant.report)
+        what, hint = meant.what.removeprefix(f"does not match {wanted.name}: "), meant.hint
+        if isinstance(meant, ChangedMeaningError) and meant.options and hint is not None:
+            options = {**given, **meant.options}
+            fix = hints.command("fix", document.name, beside(document, "fixed"), **options)
+            return Remedy(f"{what}\n{hint.text.partition(':')[0]}:", fix)
         return Remedy(what if hint is None else f"{what}\n{hint}", None)
     fix = hints.command("fix", document.name, beside(document, "fixed"), **given)
     found = None if given["average"] else remedy(document, state, wanted)

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 @options.select
 @options.average
 @click.option("--keep-training-state", is_flag=True, help="Repair the weights where they are.")
+@options.drop
+@click.option(
+    "--apply-masks", is_flag=True, help="Multiply pruned weights by their masks (…_orig, …_mask)."
+)
+@click.option(
+    "--keep-dangerous", is_flag=True, help="Carry along what runs commands where it is unpickled."
+)
 def command(
     job: writing.Job,
     model: str | None,
@@ -32,6 +39,9 @@ def command(
     select: str | None,
     average: bool,
     keep_training_state: bool,
+    drop: tuple[str, ...],
+    apply_masks: bool,
+    keep_dangerous: bool,
 ) -> int:
     r"""Find what is wrong with a checkpoint, and repair it.
 
@@ -40,6 +50,8 @@ def command(
     is a state dict that load_state_dict takes strictly: prefixes are stripped, added or exchanged,
     the part of a larger model that is meant is taken out, and what the model does not want is
     dropped, by name. Averages (EMA, SWA) are taken only where nothing else fits, or by --average.
+    Keys that change what others mean (LoRA, masks, scales) are dropped only by --drop.
+    What would run commands or code where it is unpickled is left out, by name.
 
     \b
     Examples:
@@ -62,6 +74,9 @@ def command(
         select=select,
         average=average,
         keep_training_state=keep_training_state,
+        keep_dangerous=keep_dangerous,
+        apply_masks=apply_masks,
+        drop=drop,
         tensors_only=job.container.tensors_only,
     )
     if not made.cures and document.container == job.container.name:
@@ -74,6 +89,7 @@ def command(
     _say_keys("dropped", made.dropped)
     _say_keys("of another dtype; torch casts them as it loads", made.of_another_dtype)
     _say_remaining(document.name, made)
+    _say_keys("may be transposed, which a square weight does not tell", made.unseen)
     tensors = sum(isinstance(node, Tensor) for _, node in walk(made.document.root))
     data = {**_data(made), "copied": tensors}
     return job.finish(made.document, _summary(made, tensors), data, left_out=made.left_out)
@@ -111,6 +127,7 @@ def _data(made: Plan) -> dict[str, Any]:
         "dropped": made.dropped,
         "of_another_dtype": made.of_another_dtype,
         "remaining": _remaining(made),
+        "may_be_transposed": made.unseen,
     }
 
 

@@ -126,6 +126,17 @@ def wanted(model: str | None, init: str | None, like: str | None) -> Target | No
     return found
 
 
+def drop(function: _Function) -> _Function:
+    """`--drop GLOB`: keys that are left out, each by a pattern of the whole key."""
+    option = click.option(
+        "--drop",
+        metavar="GLOB",
+        multiple=True,
+        help="Leave out the keys that match as a whole, such as '*lora_*' (may be repeated).",
+    )
+    return option(function)
+
+
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", 1):
     _UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from ckptfix.contents import foreign
 from ckptfix.contents.modules import is_module, take
 from ckptfix.contents.tensors import as_tensor, is_array, is_packed, is_special_tensor
 from ckptfix.errors import SelectionError, UnsupportedError
@@ -320,7 +321,11 @@ def choose(document: Document, path: str | None = None) -> StateDict:
 
 
 def known(document: Document, state: StateDict) -> StateDict:
-    """A state dict, unless it is only a part of a pickled model. Raises `UnsupportedError`."""
+    """A state dict, unless it is only a part of a pickled model, or of another framework.
+
+    Raises `UnsupportedError`.
+    """
+    foreign.check(document, state.path, state.mapping)
     if not state.unknown:
         return state
     names = (f"{path} ({cls})" for path, cls in state.unknown.items())

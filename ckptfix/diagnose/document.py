@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from ckptfix.contents.foreign import framework_of
 from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.state_dicts import StateDict, find, of_models
 from ckptfix.door import beside, is_sharded, taking
@@ -16,6 +17,7 @@ from ckptfix.formats.table import EXTENSIONS
 from ckptfix.hints import command, shell
 from ckptfix.keys import wrappers
 from ckptfix.pickles.allowed import is_allowed
+from ckptfix.pickles.dangerous import dangers, name_of
 from ckptfix.tree.document import Document, Global, Inert, Tensor
 from ckptfix.tree.walk import script_constants, storages, walk
 from ckptfix.words import listed
@@ -29,6 +31,10 @@ def diagnose(document: Document) -> list[Finding]:
     states = of_models(find(document.root))
     findings = [*document.notes, *_containers(document), *_devices(document)]
     for state in states:
+        framework = framework_of(state.mapping)
+        if framework is not None:
+            message = f"of {framework}, which keeps the weight of each Linear transposed"
+            findings.append(Finding("other-framework", message, state.path))
         findings += [*_prefixes(document, state), *_ties(state), *_unknown(state)]
     findings += [*_globals(document), *_bloat(document), *_constants(document)]
     findings += _embedded(document)
@@ -166,7 +172,16 @@ def globals_of(document: Document) -> list[Global]:
 
 
 def _globals(document: Document) -> Iterator[Finding]:
-    refused = [name.today for name in globals_of(document) if not is_allowed(name)]
+    calls = dict.fromkeys(map(name_of, dangers(document.root)))
+    if calls:
+        yield Finding(
+            "dangerous-globals",
+            f"names {listed(calls)}, which would run or reach out where it is unpickled; "
+            "ckptfix reads without running it",
+            command=command("fix", document.name, beside(document, "fixed")),
+        )
+    names = (name for name in globals_of(document) if not is_allowed(name))
+    refused = [name.today for name in names if name.today not in calls]
     if refused:
         yield Finding(
             "blocked-globals",

@@ -25,7 +25,7 @@ from ckptfix.tree.rebuild import rebuild
 from ckptfix.tree.walk import packed_bytes, script_constants, storages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from ckptfix.keys.renaming import Renaming
 
@@ -40,7 +40,7 @@ def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) 
     names: dict[str, str] = {}
     for state, renaming in renamings:
         if state.origin is not None:
-            raise _has_no_keys(document, state)
+            raise has_no_keys(document, state)
         renamed[id(state.mapping)] = renamed_mapping(state.mapping, renaming)
         names.update(renaming.changes)
     for optimizer in optimizers(document.root):
@@ -50,7 +50,25 @@ def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) 
     return replace(document, root=root)
 
 
-def _has_no_keys(document: Document, state: StateDict) -> UnsupportedError:
+def without(document: Document, states: Iterable[StateDict], gone: Collection[str]) -> Document:
+    """The document without some keys of some of its state dicts. Versions of modules stay."""
+    smaller: dict[int, Node] = {}
+    for state in states:
+        if state.origin is not None:
+            raise has_no_keys(document, state)
+        smaller[id(state.mapping)] = mapping_without(state.mapping, gone)
+    root = rebuild(document.root, lambda node: smaller.get(id(node), node), tensors=False)
+    return replace(document, root=root)
+
+
+def mapping_without(mapping: dict[str, Node], gone: Collection[str]) -> dict[str, Node]:
+    """A state dict without some keys."""
+    items = {key: value for key, value in mapping.items() if key not in gone}
+    return OrderedMap(items, mapping.attributes) if isinstance(mapping, OrderedMap) else items
+
+
+def has_no_keys(document: Document, state: StateDict) -> UnsupportedError:
+    """The refusal to change keys of what is no mapping in the tree, but a pickled model."""
     hint = Hint("take its tensors first", command("convert", document.name, "OUT.safetensors"))
     if isinstance(state.origin, Inert) and unwrapped(state.origin) is not state.origin:
         fix = command("fix", document.name, beside(document, "fixed"))

@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
+from ckptfix.contents import foreign
 from ckptfix.contents.state_dicts import (
     StateDict,
     are_averages,
@@ -24,9 +25,10 @@ from ckptfix.contents.state_dicts import (
 from ckptfix.contents.tensors import as_tensor, without_disguise
 from ckptfix.diffs.values import Side, same_values
 from ckptfix.door import beside
+from ckptfix.edit import edits
 from ckptfix.errors import KeyCollisionError, KeyMismatchError, RenameError, SelectionError
 from ckptfix.hints import Command, Hint, adding, command
-from ckptfix.keys import prefixes
+from ckptfix.keys import globs, prefixes
 from ckptfix.keys.renaming import (
     components_of,
     joined,
@@ -36,11 +38,11 @@ from ckptfix.keys.renaming import (
     shared_start,
 )
 from ckptfix.keys.wrappers import bare_prefix
-from ckptfix.match import judge, mismatches
+from ckptfix.match import judge, meanings, mismatches, rules
 from ckptfix.tree.document import Document, OrderedMap, kind
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping
+    from collections.abc import Hashable, Iterable, Mapping, Sequence
 
     from ckptfix.keys.renaming import Renaming
     from ckptfix.match.target import Target
@@ -81,13 +83,20 @@ class Match(NamedTuple):
         unexpected = set(self.report.unexpected)
         return [old for old, new in self.renaming.keys.items() if new in unexpected]
 
+    @property
+    def dropped(self) -> list[str]:
+        """The same, and keys that were to be dropped, in the order of the state dict."""
+        unused = set(self.unused)
+        there = self.renaming.keys
+        return [key for key in self.state.mapping if key in unused or key not in there]
+
     def mapping(self) -> OrderedMap:
         """The state dict as the target has it, with its ties and nothing that it does not have."""
         left, new = set(self.unused), self.renaming.keys
         items = OrderedMap(
             (new[key], without_disguise(node))
             for key, node in self.state.mapping.items()
-            if key not in left
+            if key in new and key not in left
         )
         items.update({key: items[other] for key, other in self.tied.items()})
         versions = self.state.metadata
@@ -97,16 +106,23 @@ class Match(NamedTuple):
 
 
 def match(
-    document: Document, wanted: Target, select: str | None = None, *, partly: bool = False
+    document: Document,
+    wanted: Target,
+    select: str | None = None,
+    *,
+    partly: bool = False,
+    drop: Sequence[str] = (),
 ) -> Match:
     """The only state dict, and the only renaming of it, that gives the target all it wants.
 
     Keys as they are come before all other ways; averages stand back where something else fits,
     and are listed in the report; one prefix is put in the place of another only where nothing else
-    fits. With `partly`, where nothing fits, the one that comes nearest.
+    fits. With `partly`, where nothing fits, the one that comes nearest. Keys that a pattern of
+    `drop` matches are not there.
 
     Raises:
-        SelectionError: there is no state dict, or several fit.
+        SelectionError: there is no state dict, or several fit; or a pattern matches no key.
+        ChangedMeaningError: keys that would be dropped change what others mean.
         RenameError: the keys fit in two ways, or a key is there twice.
         KeyMismatchError: a key is missing or a shape differs, and not `partly`; or two tensors
             differ that are one in the target. Has the report.
@@ -115,6 +131,16 @@ def match(
     states = distinct(states) or [choose(document)]  # which says that there is none
     if all(state.role == "loose" for state in states):
         raise _no_names(document, wanted)
+    for state in states:
+        foreign.check(document, state.path, state.mapping)
+    original = states
+    if drop:
+        keys = (key for state in states for key in state.mapping)
+        dropped = globs.matching(keys, drop, document.name)
+        states = [
+            replace(state, mapping=edits.mapping_without(state.mapping, dropped))
+            for state in original
+        ]
     whole = _whole(states, wanted)
     found = _plain(whole) or _nearest(states, wanted)
     if len(found) > 1 and (whole or partly):
@@ -123,10 +149,25 @@ def match(
     if not whole:
         known(document, found[0].state)
     if not whole and not partly:
-        raise mismatches.error(document, found[0].state, found[0].report, wanted.name)
+        raise _refusal(document, found[0], wanted)
     _check_ties(document, found[0], wanted)
+    about = found[0].state, found[0].renaming.keys, found[0].report, wanted.name
+    if error := meanings.changed(document, *about):
+        raise error
     passed_over = [one.place for one in whole if one is not found[0]]
-    return found[0]._replace(report=replace(found[0].report, passed_over=passed_over))
+    report = replace(found[0].report, passed_over=passed_over)
+    meant = next(one for one, new in zip(original, states, strict=True) if new is found[0].state)
+    return found[0]._replace(report=report, state=meant)
+
+
+def _refusal(document: Document, found: Match, wanted: Target) -> KeyMismatchError:
+    """Why nothing fits: what comes nearest, what it lacks, and what is to be done."""
+    about = found.state, found.renaming.keys, found.report
+    error = meanings.instead(document, *about, wanted.name)
+    if error is not None:
+        return error
+    hint = rules.hint(document, found.state, found.renaming, found.report, wanted)
+    return mismatches.error(document, found.state, found.report, wanted.name, hint)
 
 
 def _no_names(document: Document, wanted: Target) -> SelectionError:

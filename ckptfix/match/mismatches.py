@@ -6,16 +6,15 @@ the wrong model altogether look alike in a list of keys; people need to tell the
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.door import beside
 from ckptfix.errors import KeyMismatchError
 from ckptfix.hints import Command, Hint, command
-from ckptfix.keys.renaming import components_of, joined, prefix_of, unlike
+from ckptfix.keys.renaming import prefix_of
+from ckptfix.match.transposes import is_transposed
 from ckptfix.report import describe, shape
-from ckptfix.words import FEW, listed
+from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,36 +31,28 @@ class Cause(NamedTuple):
     hint: Hint
 
 
-def error(document: Document, state: StateDict, report: Report, wanted: str) -> KeyMismatchError:
-    """The refusal of a state dict that does not fit."""
+def error(
+    document: Document, state: StateDict, report: Report, wanted: str, hint: Hint | None = None
+) -> KeyMismatchError:
+    """The refusal of a state dict that does not fit; `hint` knows better what is to be done."""
     where = f"{document.name} ({state.path})" if state.selection else document.name
-    found = cause(document, state, report)
+    found = cause(document, report)
     what = f"does not match {wanted}: {found.what}"
-    return KeyMismatchError(report, what, where=where, hint=found.hint, details=describe(report))
+    details, hint = describe(report), hint or found.hint
+    return KeyMismatchError(report, what, where=where, hint=hint, details=details)
 
 
-def cause(document: Document, state: StateDict, report: Report) -> Cause:
+def cause(document: Document, report: Report) -> Cause:
     """The sentence that says it best, of a report with missing keys or other shapes."""
     if report.missing:
-        return _missing(document, state, report)
+        return _missing(document, report)
     return _shapes(report.shape_mismatch, document.name)
 
 
-def _missing(document: Document, state: StateDict, report: Report) -> Cause:
+def _missing(document: Document, report: Report) -> Cause:
     what = f"the file lacks {listed(report.missing)}"
     if not report.matched and not report.shape_mismatch:
         what = "nothing matches: is this the right model?"
-    for key in report.missing[:FEW]:
-        near = difflib.get_close_matches(key, report.unexpected[:2000], 1, cutoff=0.75)
-        if near:
-            rename = command(
-                "rename",
-                document.name,
-                beside(document, "renamed"),
-                sub=_substitution(near[0], key),
-                select=state.selection,
-            )
-            return Cause(what, Hint(f"if {near[0]!r} is meant for {key!r}", rename))
     return Cause(what, Hint("see what it holds", _inspect_all(document.name)))
 
 
@@ -69,17 +60,19 @@ def _inspect_all(name: str) -> Command:
     return command("inspect", name, all=True)
 
 
-def _substitution(old: str, new: str) -> tuple[str, str]:
-    """What makes one key of another, and where modules differ does so wherever they stand."""
-    found, wanted = unlike(components_of(f"{old}."), components_of(f"{new}."))
-    if not found or not wanted or old.endswith(f".{found[-1]}") or old == ".".join(found):
-        return f"^{re.escape(old)}$", new
-    return rf"(^|\.){re.escape(joined(found))}", rf"\1{joined(wanted)}"
-
-
 def _shapes(rows: Sequence[Difference], name: str) -> Cause:
     sizes = _only_sizes(rows)
     shown = f"{rows[0].key} {shape(rows[0].found)} vs {shape(rows[0].wanted)}"
+    if all(map(is_transposed, rows)):
+        what = f"{plural(len(rows), 'weight')} {'is' if len(rows) == 1 else 'are'} transposed"
+        return Cause(
+            f"{what}, and square ones may be, which does not show: {shown}",
+            Hint(
+                "turn all weights of those layers where they were saved (a Conv1D, TensorFlow, "
+                "PaddlePaddle keep them so); see",
+                _inspect_all(name),
+            ),
+        )
     if sizes is None:
         differ = "a shape differs" if len(rows) == 1 else f"{len(rows)} shapes differ, the first"
         hint = Hint(

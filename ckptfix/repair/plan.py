@@ -12,24 +12,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from ckptfix.contents import foreign
 from ckptfix.contents.modules import unwrapped
-from ckptfix.contents.state_dicts import StateDict, choose, find, of_models
+from ckptfix.contents.state_dicts import StateDict, choose, choose_all, find, of_models
 from ckptfix.contents.tensors import as_tensor, is_special_tensor
 from ckptfix.diagnose.document import diagnose
 from ckptfix.door import beside
-from ckptfix.edit import averages, edits, reduce
+from ckptfix.edit import averages, edits, masks, optimizers, reduce
+from ckptfix.edit.dangers import Removed, without_dangers
 from ckptfix.errors import KeyCollisionError
 from ckptfix.findings import CODES, Severity
 from ckptfix.hints import Hint, command
-from ckptfix.keys import wrappers
+from ckptfix.keys import globs, wrappers
 from ckptfix.keys.renaming import joined, shared_prefix
+from ckptfix.match import transposes
 from ckptfix.match.choose import match
 from ckptfix.tree.document import Inert, kind
 from ckptfix.tree.rebuild import rebuild
+from ckptfix.words import plural
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping
+    from collections.abc import Hashable, Iterable, Mapping, Sequence
 
+    from ckptfix.edit.masks import Applied
     from ckptfix.findings import Finding
     from ckptfix.keys.renaming import Renaming
     from ckptfix.match.choose import Match
@@ -70,6 +75,8 @@ class Plan:
     """Keys whose dtype is not the target's: they are left, and torch casts them."""
     remaining: list[Remaining] = field(default_factory=list)
     """What is still wrong, or may be, and why it is left as it is."""
+    unseen: list[str] = field(default_factory=list)
+    """Square weights that may be transposed, which does not show."""
 
 
 def plan(
@@ -79,33 +86,84 @@ def plan(
     select: str | None = None,
     average: bool = False,
     keep_training_state: bool = False,
+    keep_dangerous: bool = False,
+    apply_masks: bool = False,
+    drop: Sequence[str] = (),
     tensors_only: bool = False,
 ) -> Plan:
     """What repairs a document, for a target if there is one.
 
     With `average` the averages of the weights are taken instead of the weights, and without a
     target nothing but them. With `keep_training_state` the weights are repaired where they are, and
-    everything else stays. With `tensors_only`, for containers that hold nothing else and a tied
-    tensor once, keys that the target does not tie get tensors of their own. Bytes are not read:
-    whoever writes the document holds them against the checksums on record.
+    everything else stays; an optimizer follows its parameters, or is left out. What would run
+    commands or code where it is unpickled is left out, unless `keep_dangerous`. Keys that a pattern
+    of `drop` matches are dropped; pruned weights are multiplied by their masks with `apply_masks`.
+    With `tensors_only`, for containers that hold nothing else and a tied tensor once, keys that the
+    target does not tie get tensors of their own. Bytes are not read: whoever writes the document
+    holds them against the checksums on record.
 
     Raises:
-        SelectionError: there is no state dict, or several fit.
+        SelectionError: there is no state dict, or several fit; a pattern of `drop` matches no key,
+            or nothing is pruned.
         RenameError: the keys fit in two ways, or two would become one without their wrappers.
+        UnsafeError: there is nothing but what is left out as dangerous.
         KeyMismatchError: a key is missing or a shape differs; carries the report.
+        ChangedMeaningError: keys would be dropped that change what others mean.
         UnsupportedError: with `tensors_only`, the target wants a value that is not a tensor.
     """
+    removed = Removed(document, []) if keep_dangerous else without_dangers(document)
+    applied = masks.apply_masks(removed.document, select) if apply_masks else None
+    document = removed.document if applied is None else applied.document
+    before = [*_dangers(removed), *_masks(applied)]
     if average:
-        return _of_averages(document, wanted, select, keep_training_state, tensors_only)
+        made = _of_averages(document, wanted, select, keep_training_state, tensors_only, drop)
+        return _after(before, removed, made)
     if wanted is None:
-        return _finished(_certain(document, select, tensors_only), None)
-    found = match(document, wanted, select)
+        made = _certain(document, select, drop, tensors_only)
+        return _finished(_after(before, removed, made), None)
+    found = match(document, wanted, select, drop=drop)
     mapping = found.mapping()
     untied = _untie(document, mapping, wanted) if tensors_only else []
     made = _fitting(document, wanted, found, mapping, untied)
-    if not keep_training_state:
+    if keep_training_state:
+        kept = {old: new for old, new in found.renaming.keys.items() if new in mapping}
+        order = {new: old for old, new in kept.items()}
+        names = {order[new]: new for new in wanted.specs if new in order}
+        made = _followed(made, found.state, names)
+    else:
         made = _alone(made, document, found.state, mapping)
-    return _finished(made, wanted)
+    return _finished(_after(before, removed, made), wanted)
+
+
+def _dangers(removed: Removed) -> list[Cure]:
+    return [
+        Cure("dangerous-globals", path, f"names {name}", "left out")
+        for path, name in removed.left_out
+    ]
+
+
+def _masks(applied: Applied | None) -> list[Cure]:
+    found = {} if applied is None else applied.keys
+    return [
+        Cure("pruned-weights", path, f"{plural(len(keys), 'weight')} with a mask", "multiplied")
+        for path, keys in found.items()
+    ]
+
+
+def _after(before: list[Cure], removed: Removed, made: Plan) -> Plan:
+    """The plan, with what was done to the document before it was made."""
+    left_out = [*removed.left_out, *made.left_out]
+    return replace(made, cures=[*before, *made.cures], left_out=left_out)
+
+
+def _followed(made: Plan, state: StateDict, names: Mapping[str, str]) -> Plan:
+    """The plan, whose optimizers go with the parameters that stay, or are left out."""
+    found = optimizers.follow(made.document, state, names)
+    cures = [Cure("optimizer-state", path, what, "kept") for path, what in found.changed]
+    what = "it cannot be told which of it belongs to which parameter"
+    cures += [Cure("optimizer-state", path, what, "left out") for path in found.left_out]
+    left_out = [*made.left_out, *((path, "the state of an optimizer") for path in found.left_out)]
+    return replace(made, document=found.document, cures=[*made.cures, *cures], left_out=left_out)
 
 
 def _of_averages(
@@ -114,6 +172,7 @@ def _of_averages(
     select: str | None,
     keep_training_state: bool,
     tensors_only: bool,
+    drop: Sequence[str],
 ) -> Plan:
     """The plan for the averages of a document."""
     document, path, place = averages.take(document, select)
@@ -125,6 +184,8 @@ def _of_averages(
         wanted,
         select=None if wanted is None else path,
         keep_training_state=keep_training_state,
+        keep_dangerous=True,  # or it is left out already
+        drop=drop,
         tensors_only=tensors_only,
     )
     row = Cure("averaged-copy", path, f"averages of the weights at {place}", "taken")
@@ -153,15 +214,20 @@ _REASONS = {
     "no-state-dict": "fix renames keys and tags storages; it cannot tell what the tensors are",
     "key-collision": "one of the two has to get another name, or to go: rename does it",
     "unknown-state": "the model is carried along whole; save its state_dict() where its code is",
+    "dangerous-globals": "it was asked to be carried along",
 }
 
 
-def _certain(document: Document, select: str | None, tensors_only: bool) -> Plan:
-    """Without the wrappers that every key of a state dict carries.
+def _certain(
+    document: Document, select: str | None, drop: Sequence[str], tensors_only: bool
+) -> Plan:
+    """Without the keys that are to be dropped, and the wrappers that every key then carries.
 
     A model that was pickled in a wrapper is taken out of it. With `tensors_only`, what is written
     is the one state dict that is meant.
     """
+    if drop:
+        return _without(document, select, drop, tensors_only)
     states = of_models(find(document.root))
     if select is not None or tensors_only:
         states = [choose(document, select)]
@@ -172,6 +238,8 @@ def _certain(document: Document, select: str | None, tensors_only: bool) -> Plan
     if cures:
         states = [choose(document, select)] if select is not None else find(document.root)
     states = [state for state in of_models(states) if state.origin is None]
+    for state in states:
+        foreign.check(document, state.path, state.mapping)
     _check_collisions(document, states)
     found = [(state, wrappers.strip(state.mapping)) for state in states]
     changes = [(state, renaming) for state, renaming in found if renaming.changed]
@@ -222,6 +290,30 @@ def _kept(state: StateDict, renaming: Renaming) -> Iterable[Remaining]:
         yield Remaining("shared-prefix", state.path, what, why)
 
 
+def _without(
+    document: Document, select: str | None, drop: Sequence[str], tensors_only: bool
+) -> Plan:
+    """Without keys, and then what is certain."""
+    states = choose_all(document, [] if select is None else [select])
+    gone = globs.matching((key for state in states for key in state.mapping), drop, document.name)
+    states = [state for state in states if not gone.isdisjoint(state.mapping)]
+    smaller = Plan(edits.without(document, states, gone))
+    for state in states:
+        dropped = [key for key in state.mapping if key in gone]
+        found = Cure("dropped-keys", state.path, plural(len(dropped), "key"), "dropped")
+        smaller.cures.append(found)
+        smaller.dropped.extend(dropped)
+        names = {key: key for key in state.mapping if key not in gone}
+        smaller = _followed(smaller, state, names)
+    made = _certain(smaller.document, select, (), tensors_only)
+    return replace(
+        made,
+        cures=[*smaller.cures, *made.cures],
+        dropped=smaller.dropped,
+        left_out=[*smaller.left_out, *made.left_out],
+    )
+
+
 def _check_collisions(document: Document, states: Iterable[StateDict]) -> None:
     """Refuse keys with a wrapper's name and without: the model has both, or one is the older."""
     for state in states:
@@ -259,7 +351,7 @@ def _on_cpu(made: Plan) -> Plan:
 def _fitting(
     document: Document, wanted: Target, found: Match, mapping: OrderedMap, untied: list[str]
 ) -> Plan:
-    path, dropped = found.state.path, found.unused
+    path, dropped = found.state.path, found.dropped
     renamed = _changed([found.renaming])
     own = [Cure("tied-tensors", path, f"{key} is tied", "untied") for key in untied]
     return Plan(
@@ -268,11 +360,12 @@ def _fitting(
         {old: new for old, new in renamed.items() if new in wanted.specs},
         dropped,
         of_another_dtype=[row.key for row in found.report.dtype_difference],
+        unseen=transposes.unseen(found.report, wanted.specs),
     )
 
 
 def _cures(found: Match, wanted: Target) -> Iterable[Cure]:
-    path, dropped = found.state.path, found.unused
+    path, dropped = found.state.path, found.dropped
     if found.renaming.changed:
         yield _renaming_cure(found.state, found.renaming)
     if found.report.passed_over:
@@ -280,8 +373,11 @@ def _cures(found: Match, wanted: Target) -> Iterable[Cure]:
         yield Cure("averaged-copy", path, what, "not taken; --average takes them")
     for key, other in found.tied.items():
         yield Cure("tied-tensors", path, f"{key} is missing", f"tied to {other}")
-    if dropped:
-        what = f"{len(dropped)} keys that {wanted.name} does not have"
+    told = sum(key not in found.renaming.keys for key in dropped)
+    if told:
+        yield Cure("dropped-keys", path, f"{plural(told, 'key')} that --drop names", "dropped")
+    if len(dropped) > told:
+        what = f"{plural(len(dropped) - told, 'key')} that {wanted.name} does not have"
         yield Cure("unexpected-keys", path, what, "dropped")
 
 

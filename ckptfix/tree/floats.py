@@ -12,6 +12,7 @@ for `e8m0fnu`.
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -141,6 +142,30 @@ def cast(old: Array, new: Array, before: str, after: str) -> Losses:
     if after == "float64" or (after == "float32" and before != "float64"):
         return Losses(nan=count(old, before)[0])
     return _losses(old, new, before, after)
+
+
+def is_known(name: str) -> bool:
+    """Whether `product` takes numbers of that type as factors."""
+    return name in FORMS or re.fullmatch(r"bool|u?int(8|16|32|64)", name) is not None
+
+
+def product(one: Array, other: Array, name: str, other_name: str) -> Array:
+    """Numbers multiplied by others, which are taken as numbers of the same type first."""
+    import numpy as np
+
+    made = np.empty_like(one)
+    if other_name not in FORMS:
+        kind = "u1" if other_name == "bool" else f"{other_name[0]}{other.itemsize}"
+        other, other_name = other.view(kind).astype(np.float64).view(np.uint64), "float64"
+    factor = np.empty_like(one)
+    _fill(other, factor, other_name, name)
+    with np.errstate(all="ignore"):
+        if name == "float64":
+            made[:] = (one.view(np.float64) * factor.view(np.float64)).view(np.uint64)
+        else:
+            wide = [_wide(row, name).astype(np.float32) for row in (one, factor)]
+            _fill((wide[0] * wide[1]).view(np.uint32), made, "float32", name)
+    return made
 
 
 def _to_bfloat16(old: Array, new: Array) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,20 @@ def with_a_tail() -> str:
     return "in.pt"
 
 
+def with_a_command() -> str:
+    torch.save({"w": torch.ones(2), "f": os.system}, "in.pt")
+    return "in.pt"
+
+
+def of_paddle() -> str:
+    state = {"fc.weight": np.ones((2, 2), "f4"), "fc.bias": np.ones(2, "f4")}
+    names = {
+        "StructuredToParameterName@@": {"fc.weight": "linear_0.w_0", "fc.bias": "linear_0.b_0"}
+    }
+    Path("in.pt").write_bytes(pickle.dumps(state | names, protocol=2))
+    return "in.pt"
+
+
 def misnamed() -> str:
     shutil.copy(FIXTURES / "plain.safetensors", "in.pt")
     return "in.pt"
@@ -84,6 +100,8 @@ PRODUCED: dict[str, Any] = {
     "swa-layout": lambda: FIXTURES / "swa.pt",
     "device-tag": lambda: FIXTURES / "cuda.pt",
     "blocked-globals": lambda: FIXTURES / "uninstalled_class.pt",
+    "dangerous-globals": with_a_command,
+    "other-framework": of_paddle,
     "view-bloat": lambda: FIXTURES / "views.pt",
     "tied-tensors": lambda: FIXTURES / "tied.pt",
     "no-checksums": without_checksums,
@@ -93,7 +111,8 @@ PRODUCED: dict[str, Any] = {
 }
 ELSEWHERE = {
     "surplus-shard", "rolled-back", "unused-records", "crc-mismatch", "nan-values", "inf-values",
-    "unexpected-keys", "nested", "averaged-copy",
+    "unexpected-keys", "nested", "averaged-copy", "dropped-keys", "pruned-weights",
+    "optimizer-state", "unseen-transpose",
 }  # fmt: skip
 """Those that the tests of containers, of the journal, of `soundness` and of `fix` produce."""
 

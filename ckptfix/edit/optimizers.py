@@ -1,0 +1,202 @@
+"""What an optimizer keeps, once keys of its model are renamed, dropped, or in another order.
+
+Where it is keyed by name, it follows the names. Nearly always it is keyed by position: by the order
+of the parameters, which a state dict has too, with buffers among them. Position and parameter are
+paired only where their number and the shape of all that is kept for each agree; an optimizer of
+which that cannot be told is left out, by name, since torch would refuse it or mix it up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from ckptfix.contents.state_dicts import StateDict, find, of_models
+from ckptfix.contents.tensors import as_tensor
+from ckptfix.tree.document import OrderedMap, Tensor
+from ckptfix.tree.rebuild import rebuild
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from ckptfix.tree.document import Document, Node
+
+Optimizer = dict[str, "Node"]
+
+
+class Followed(NamedTuple):
+    """A document whose optimizers fit its parameters again."""
+
+    document: Document
+    changed: list[tuple[str, str]]
+    """Where an optimizer stands that was changed, and what was done."""
+    left_out: list[str]
+    """Where those stood that are not in it."""
+
+
+def follow(document: Document, state: StateDict, names: Mapping[str, str]) -> Followed:
+    """The document with its optimizers after a change of keys, but for that change itself.
+
+    `names` has the new name of each key that stays, in the order that the model has them.
+    """
+    changes: dict[int, Optimizer | None] = {}
+    changed, left_out = [], []
+    states = find(document.root)
+    others = [other for other in of_models(states) if other.path != state.path]
+    for found in states:
+        if found.role != "optimizer":
+            continue
+        new = _followed(found.mapping, state, names, others)
+        if new is found.mapping:
+            continue
+        changes[id(found.mapping)] = new
+        if new is None:
+            left_out.append(found.path)
+        else:
+            kept, all_of_them = len(new["state"]), len(found.mapping["state"])
+            changed.append((found.path, f"the state of {kept} of {all_of_them} parameters is kept"))
+    if not changes:
+        return Followed(document, [], [])
+    return Followed(_replaced(document, changes), changed, left_out)
+
+
+def _replaced(document: Document, changes: Mapping[int, Optimizer | None]) -> Document:
+    gone = {key for key, new in changes.items() if new is None}
+
+    def change(node: Node) -> Node:
+        if isinstance(node, dict) and any(id(value) in gone for value in node.values()):
+            kept = {key: value for key, value in node.items() if id(value) not in gone}
+            node = OrderedMap(kept, node.attributes) if isinstance(node, OrderedMap) else kept
+        elif type(node) is list:
+            return [None if id(item) in gone else item for item in node]
+        return changes.get(id(node), node)
+
+    return replace(document, root=rebuild(document.root, change, tensors=False))
+
+
+def _followed(
+    optimizer: Optimizer, state: StateDict, names: Mapping[str, str], others: Iterable[StateDict]
+) -> Optimizer | None:
+    """An optimizer after the change; itself where it needs none, None where that cannot be told."""
+    groups = optimizer["param_groups"]
+    there = _parameters(state)
+    kept = [key for key in names if key in there]
+    stays = kept == list(there)
+    if not all(map(_is_plain, groups)):
+        return optimizer if stays else None
+    rows = [row for group in groups for row in group["params"]]
+    if any(name in state.mapping for name in (*optimizer["state"], *rows) if type(name) is str):
+        return _renamed(optimizer, state, names)
+    if all(_is_named(group, state) for group in groups):
+        return _of_names(optimizer, names)
+    if stays:
+        return optimizer
+    if any(_is_of(optimizer, rows, other) for other in others):
+        return None if _is_of(optimizer, rows, state) else optimizer
+    if len(groups) != 1 or not _is_of(optimizer, rows, state):
+        return None
+    position = dict(zip(there, rows, strict=True))
+    return _of_positions(optimizer, [[position[key] for key in kept]], names)
+
+
+def _is_plain(group: Node) -> bool:
+    """Whether a group lists parameters by numbers or names, as all do."""
+    params = group.get("params") if isinstance(group, dict) else None
+    return isinstance(params, list) and all(type(row) in (int, str) for row in params)
+
+
+def _is_named(group: Mapping[str, Node], state: StateDict) -> bool:
+    """Whether a group says the names of its parameters, which are keys of the state dict."""
+    found = group.get("param_names")
+    return (
+        isinstance(found, list)
+        and len(found) == len(group["params"])
+        and all(type(name) is str and name in state.mapping for name in found)
+    )
+
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _parameters(state: StateDict) -> dict[str, Tensor]:
+    """What a state dict holds of a model's parameters: no counters, no buffers, a tie once."""
+    found: dict[str, Tensor] = {}
+    seen = set()
+    for key, tensor in state.tensors.items():
+        if key.endswith(_BUFFERS) or tensor.view in seen:
+            continue
+        if tensor.dtype.is_floating_point or tensor.dtype.name.startswith("complex"):
+            found[key] = tensor
+            seen.add(tensor.view)
+    return found
+
+
+def _is_of(optimizer: Optimizer, rows: Sequence[Node], state: StateDict) -> bool:
+    """Whether an optimizer is one of all parameters of a state dict: in number, and by shapes."""
+    tensors = list(_parameters(state).values())
+    if len(rows) != len(tensors):
+        return False
+    for at, parameter in zip(rows, tensors, strict=True):
+        kept = optimizer["state"].get(at, {})
+        values = map(as_tensor, kept.values()) if isinstance(kept, dict) else ()
+        shapes = {value.shape for value in values if value is not None and value.numel != 1}
+        if shapes - {parameter.shape}:
+            return False
+    return True
+
+
+def _of_positions(
+    optimizer: Optimizer, positions: Sequence[Sequence[Node]], names: Mapping[str, str]
+) -> Optimizer:
+    """An optimizer of some of its parameters, for each group in their new order."""
+    number = {old: new for new, old in enumerate(at for group in positions for at in group)}
+    groups = []
+    for group, kept in zip(optimizer["param_groups"], positions, strict=True):
+        new = {**group, "params": [number[at] for at in kept]}
+        if isinstance(group.get("param_names"), list):
+            pairs = zip(group["params"], group["param_names"], strict=False)
+            name = {at: names.get(old, old) for at, old in pairs if type(old) is str}
+            new["param_names"] = [name.get(at) for at in kept]
+        groups.append(new)
+    state = optimizer["state"]
+    kept_state = type(state)((new, state[old]) for old, new in number.items() if old in state)
+    return _like(optimizer, {**optimizer, "state": kept_state, "param_groups": groups})
+
+
+def _like(optimizer: Optimizer, new: Optimizer) -> Optimizer:
+    """The same kind of mapping; the same one where nothing of it was changed."""
+    parts = ("state", "param_groups")
+    if all(_rows(new[part]) == _rows(optimizer[part]) for part in parts):
+        return optimizer
+    return OrderedMap(new, optimizer.attributes) if isinstance(optimizer, OrderedMap) else new
+
+
+def _rows(part: Node) -> list[Node]:
+    if isinstance(part, dict):
+        return list(part)
+    return [(group["params"], group.get("param_names")) for group in part]
+
+
+def _of_names(optimizer: Optimizer, names: Mapping[str, str]) -> Optimizer:
+    """An optimizer whose groups say the names of their parameters."""
+    positions = []
+    for group in optimizer["param_groups"]:
+        at_name = dict(zip(group["param_names"], group["params"], strict=True))
+        order = names if len(optimizer["param_groups"]) == 1 else group["param_names"]
+        positions.append([at_name[name] for name in order if name in names and name in at_name])
+    return _of_positions(optimizer, positions, names)
+
+
+def _renamed(optimizer: Optimizer, state: StateDict, names: Mapping[str, str]) -> Optimizer:
+    """An optimizer that is keyed by the names of the parameters (FSDP)."""
+
+    def kept(rows: Iterable[Node]) -> list[Node]:
+        return [name for name in rows if name in names or name not in state.mapping]
+
+    old = optimizer["state"]
+    made = type(old)((names.get(key, key), old[key]) for key in kept(old))
+    groups = [
+        {**group, "params": [names.get(name, name) for name in kept(group["params"])]}
+        for group in optimizer["param_groups"]
+    ]
+    return _like(optimizer, {**optimizer, "state": made, "param_groups": groups})

@@ -1,0 +1,210 @@
+r"""Keys that change what a weight means: an update that is not merged, a mask, a norm, a scale.
+
+To drop such a key as merely unexpected makes another model of the rest. The table says what each
+is; `role_of` tells it of one key, by its name alone, and which weights it speaks of.
+
+Sources: PEFT, loralib, diffusers and kohya's scripts (LoRA and its kin); `torch.nn.utils.prune`,
+`spectral_norm`, `weight_norm` and `parametrize`; bitsandbytes, GPTQ, AWQ, compressed-tensors,
+Quanto, HQQ and `torch.ao.quantization` (scales and packed weights).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptfix.keys import globs
+from ckptfix.keys.renaming import prefix_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What a kind of keys is for."""
+
+    name: str
+    what: str
+    """What it does to the weights, as the end of a sentence."""
+    instead: str
+    """What to do, where it cannot be computed here."""
+
+
+LORA = Meaning(
+    "LoRA",
+    "an update that is not merged into the weights",
+    "merge it where it was trained (merge_and_unload of PEFT), and save that",
+)
+PRUNING = Meaning(
+    "pruning",
+    "a mask that the weights are multiplied by",
+    "call torch.nn.utils.prune.remove where it was trained, and save that",
+)
+SPECTRAL = Meaning(
+    "spectral norm",
+    "vectors by which the weights are divided",
+    "take it off where it was trained (remove_spectral_norm or parametrize.remove_parametrizations "
+    "of torch.nn.utils), and save that",
+)
+WEIGHT_NORM = Meaning(
+    "weight norm",
+    "a length and a direction that the weights are made of",
+    "take it off where it was trained (remove_weight_norm or parametrize.remove_parametrizations "
+    "of torch.nn.utils), and save that",
+)
+PARAMETRIZED = Meaning(
+    "a parametrization",
+    "what the weights are computed from",
+    "take it off where it was trained (parametrize.remove_parametrizations of torch.nn.utils), "
+    "and save that",
+)
+QUANTIZED = Meaning(
+    "quantization",
+    "scales, or packed numbers, that the weights are made of",
+    "dequantize it where it was quantized, and save that",
+)
+WRAPPED = Meaning(
+    "PEFT",
+    "weights of a layer that adapters are wrapped around",
+    "merge the adapters where they were trained (merge_and_unload of PEFT), and save that",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What one key is for, and of which weights it speaks."""
+
+    meaning: Meaning
+    module: str
+    """The prefix of the module whose weights they are."""
+    param: str | None = None
+    """The one of them that is meant; None: all below that prefix."""
+    needs_small: bool = False
+    """Whether the name alone tells nothing: only beside a weight of one byte or less is it that."""
+    stands_in: bool = False
+    """Whether it stands in the place of the weight."""
+
+    @property
+    def subject(self) -> str:
+        """The key that it speaks of, or the prefix of all of those."""
+        return self.module + (self.param or "")
+
+
+def subjects(keys: Iterable[str]) -> set[str]:
+    """All that a role may speak of, where there are such keys: they, and what they begin with."""
+    short = [key for key in keys if len(key) <= _LONGEST]
+    starts = {key[: at + 1] for key in short for at, dot in enumerate(key) if dot == "."}
+    return {*short, *starts, *([""] if short else [])}
+
+
+_MODULE = r"(?P<module>(?:.*?\.)??)"
+_PARAM = r"(?P<param>\w*weight\w*?|bias|kernel|in_proj_\w+?)"
+_SCALES = (
+    r"qzeros|g_idx|SCB|weight_format|scale_weight|scale_input|qscale|"
+    r"weight_(?:scale|zero_point|shape|global_scale|fake_quant|quantizer)\w*(?:\..+)?|"
+    r"(?:input|output)_(?:scale|zero_point)|"
+    r"weight\.(?:_scale|_shift|absmax|quant_map|nested_\w+|quant_state\..+)"
+)
+_ROWS: tuple[tuple[Meaning, str, str], ...] = (
+    # LoRA and its kin
+    (LORA, rf"{_MODULE}(?:processor\.)?(?P<layer>\w+)_lora\.(?:down|up)\..*", ""),
+    (LORA, rf"{_MODULE}lora\.(?:down|up|A|B)\b.*", ""),
+    (LORA, rf"{_MODULE}(?:lora|hada|lokr|oft|boft|ia3|vera|loha|adalora)_\w+(?:\..*)?", ""),
+    (WRAPPED, rf"{_MODULE}(?:base_layer|original_module)\.(?P<param>.+)", "in"),
+    (WRAPPED, rf"{_MODULE}modules_to_save\.\w+\.(?P<param>.+)", "in"),
+    # what weights are computed from
+    (PARAMETRIZED, rf"{_MODULE}parametrizations\.(?P<param>\w+)\..+", "in"),
+    (PRUNING, rf"{_MODULE}{_PARAM}_mask", ""),
+    (PRUNING, rf"{_MODULE}mask", "weight"),
+    (SPECTRAL, rf"{_MODULE}{_PARAM}_(?:orig|bar)", "in"),
+    (SPECTRAL, rf"{_MODULE}{_PARAM}_u", ""),
+    (SPECTRAL, rf"{_MODULE}(?:u|sv)\d+", "weight"),
+    (WEIGHT_NORM, rf"{_MODULE}{_PARAM}_v", "in"),
+    (WEIGHT_NORM, rf"{_MODULE}{_PARAM}_g", ""),
+    # quantization
+    (QUANTIZED, rf"{_MODULE}(?:qweight|weight_packed|W_q|weight\._data)", "in weight"),
+    (QUANTIZED, rf"{_MODULE}_packed_params\..+", "in weight"),
+    (QUANTIZED, rf"{_MODULE}(?P<param>\w+)_(?:blocks|packed|quantized)", "in"),
+    (
+        QUANTIZED,
+        rf"{_MODULE}(?:{_SCALES})",
+        "weight",
+    ),
+    (QUANTIZED, rf"{_MODULE}(?:scales?|zeros|zero_points?|biases)", "small weight"),
+    (QUANTIZED, rf"{_MODULE}(?P<param>\w+)_(?:scales?|scale_inv)", "small"),
+)  # fmt: skip
+"""Meaning, the keys, and: the parameter that is meant where the key does not say it, `in` where the
+key stands in its place, `small` where it is only that beside a weight of one byte."""
+_TABLE = [(meaning, re.compile(pattern), rest.split()) for meaning, pattern, rest in _ROWS]
+
+
+def role_of(key: str) -> Role | None:
+    """What a key is for, if it changes what weights mean; by its name alone."""
+    if len(key) > _LONGEST:
+        return None
+    for meaning, pattern, rest in _TABLE:
+        found = pattern.fullmatch(key)
+        if found is not None:
+            groups = found.groupdict()
+            module = found["module"] + (f"{groups['layer']}." if groups.get("layer") else "")
+            default = "weight" if "weight" in rest else None
+            param = groups.get("param", default)
+            return Role(meaning, module, param, "small" in rest, "in" in rest)
+    return None
+
+
+_LONGEST = 2_000
+"""Characters of a key at most that is looked at: no model has longer ones."""
+
+
+def roles(keys: Iterable[str]) -> dict[str, Role]:
+    """The role of each key that has one, all of them taken together.
+
+    `weight_orig` beside `weight_mask` is pruned, beside `weight_u` it has a spectral norm; so is
+    `weight_v` told from that of weight norm.
+    """
+    keys = list(keys)
+    found = {key: role for key in keys if (role := role_of(key)) is not None}
+    there = set(keys)
+    return {key: _told_apart(role, there) for key, role in found.items()}
+
+
+def _told_apart(role: Role, there: Collection[str]) -> Role:
+    start = f"{role.module}{role.param}"
+    inner = f"{role.module}parametrizations.{role.param}."
+    kind = role.meaning
+    if kind in (SPECTRAL, WEIGHT_NORM) and f"{start}_mask" in there:
+        kind = PRUNING
+    elif kind is WEIGHT_NORM and f"{start}_g" not in there:
+        kind = SPECTRAL
+    elif kind is PARAMETRIZED and f"{inner}original0" in there:
+        kind = WEIGHT_NORM
+    elif kind is PARAMETRIZED and f"{inner}0._u" in there:
+        kind = SPECTRAL
+    return role if kind is role.meaning else _of(role, kind)
+
+
+def _of(role: Role, meaning: Meaning) -> Role:
+    return Role(meaning, role.module, role.param, role.needs_small, role.stands_in)
+
+
+def patterns(keys: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
+    """Patterns that match keys, and none of the others: by what the keys end with."""
+    found: dict[str, None] = {}
+    others = list(others)
+    for key in keys:
+        role = role_of(key)
+        end = key[len(role.module) :] if role is not None else key
+        known = f"*{globs.escaped(end)}" in found
+        if not known and (role is None or any(other.endswith(end) for other in others)):
+            found[globs.escaped(key)] = None
+        elif not known:
+            found[f"*{globs.escaped(end)}"] = None
+    return tuple(found)
+
+
+def last_of(key: str) -> str:
+    """The last component of a key."""
+    return key[len(prefix_of(key)) :]

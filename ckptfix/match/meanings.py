@@ -1,0 +1,123 @@
+"""What is refused where keys change what weights mean, and the target has none of them.
+
+The base alone would load and be another model; so it is taken only where somebody says so. Where
+what is wanted stands in the file in another form (a mask beside what it masks), that is said.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptfix.contents.tensors import as_tensor
+from ckptfix.door import beside
+from ckptfix.errors import ChangedMeaningError
+from ckptfix.hints import Hint, adding, command
+from ckptfix.keys import meanings
+from ckptfix.report import describe
+from ckptfix.words import listed, plural
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ckptfix.contents.state_dicts import StateDict
+    from ckptfix.keys.meanings import Role
+    from ckptfix.report import Report
+    from ckptfix.tree.document import Document
+
+
+def changed(
+    document: Document,
+    state: StateDict,
+    renamed: Mapping[str, str],
+    report: Report,
+    wanted: str,
+) -> ChangedMeaningError | None:
+    """The refusal to drop keys that change what those mean which are taken; None: there are none.
+
+    `renamed` has the new name of each key.
+    """
+    left = set(report.unexpected)
+    taken = [key for key, new in renamed.items() if new not in left]
+    unused = [key for key, new in renamed.items() if new in left]
+    there = meanings.subjects(taken)
+    found = {
+        key: role
+        for key, role in meanings.roles(unused).items()
+        if role.subject in there and (not role.needs_small or _is_small(state, role.subject))
+    }
+    if not found:
+        return None
+    globs = meanings.patterns(found, taken)
+    what = (
+        f"{plural(len(found), 'key')} that {wanted} does not have "
+        f"{'changes' if len(found) == 1 else 'change'} what others mean "
+        f"({_kinds(found.values())}): {listed(found)}; the base alone is another model"
+    )
+    return ChangedMeaningError(
+        report,
+        what,
+        where=_where(document, state),
+        hint=adding("to take the base alone", "drop", *globs),
+        options={"drop": globs},
+    )
+
+
+def _is_small(state: StateDict, key: str) -> bool:
+    """Whether a value has elements of one byte or less, or is of a packed kind of its own."""
+    tensor = as_tensor(state.mapping[key])
+    return tensor is None or tensor.dtype.itemsize == 1 or tensor.dtype.name.startswith("uint")
+
+
+def _kinds(roles: Iterable[Role]) -> str:
+    kinds = dict.fromkeys(role.meaning for role in roles)
+    return "; ".join(f"{kind.name}, {kind.what}" for kind in kinds)
+
+
+def instead(
+    document: Document,
+    state: StateDict,
+    renamed: Mapping[str, str],
+    report: Report,
+    wanted: str,
+) -> ChangedMeaningError | None:
+    """The refusal of a file that has what is missing in another form; None: it has nothing of it.
+
+    Whether that can be computed is for the hint to say: of pruned weights it can.
+    """
+    old_of = {new: key for key, new in renamed.items()}
+    roles = meanings.roles([*report.unexpected, *(row.key for row in report.shape_mismatch)])
+    lacking = meanings.subjects(report.missing)
+    differing = {row.key for row in report.shape_mismatch}
+    small = {key for key in differing if _is_small(state, old_of[key])}
+    told = {
+        role.subject
+        for role in roles.values()
+        if role.subject in (small if role.needs_small else differing)
+        or (role.subject in lacking and (role.stands_in or role.param is None))
+    }
+    found = {key: role for key, role in roles.items() if role.subject in told}
+    if not found:
+        return None
+    kinds = list(dict.fromkeys(role.meaning for role in found.values()))
+    names = [old_of[key] for key in found]
+    alone = not report.matched and all(role.param is None for role in found.values())
+    form = "it holds nothing but" if alone else "the weights are kept in another form:"
+    what = f"{form} {_kinds(found.values())} ({listed(names)})"
+    return ChangedMeaningError(
+        report,
+        f"does not match {wanted}: {what}",
+        where=_where(document, state),
+        details=describe(report),
+        hint=_apply(document) if kinds == [meanings.PRUNING] else Hint(kinds[0].instead),
+        options={"apply_masks": True} if kinds == [meanings.PRUNING] else {},
+    )
+
+
+def _apply(document: Document) -> Hint:
+    fix = command("fix", document.name, beside(document, "fixed"), apply_masks=True)
+    hint = adding("multiply the weights by their masks", "apply-masks")
+    return hint._replace(python=f"multiply the weights by their masks: run `{fix}`, and pass")
+
+
+def _where(document: Document, state: StateDict) -> str:
+    return f"{document.name} ({state.path})" if state.selection else document.name
