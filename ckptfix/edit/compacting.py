@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.bytes.copy import check_crc
-from ckptfix.bytes.source import ComputedSource, Source
+from ckptfix.bytes.checked import CheckedSource
+from ckptfix.bytes.source import ComputedSource
 from ckptfix.bytes.span import Span, cut
 from ckptfix.tree.document import Storage, Tensor, contiguous_stride, extent
 from ckptfix.tree.rebuild import rebuild
@@ -94,38 +94,6 @@ def row_major(tensor: Tensor, storage: Storage) -> Span:
         return contiguous_bytes(plain)
 
     return Span(ComputedSource(tensor.nbytes, gather, "a tensor"), 0, tensor.nbytes)
-
-
-class CheckedSource(Source):
-    """The source of a span of which parts are used: at the first use the whole span is checked.
-
-    A part has no CRC on record, so damage would pass unseen. Raises `DamagedError`.
-    """
-
-    def __init__(self, span: Span, label: str) -> None:
-        self.name, self.size = span.source.name, span.source.size
-        self._span, self._label = span, label
-        self._sound = False
-
-    def _check(self) -> None:
-        if not self._sound:
-            check_crc(self._span, self._label)
-            self._sound = True
-
-    def fileno(self) -> int | None:
-        """The descriptor of the source."""
-        self._check()
-        return self._span.source.fileno()
-
-    @property
-    def begin(self) -> int:
-        """Where the bytes of the source begin in what `fileno` opens."""
-        return self._span.source.begin
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes of the source from `offset`."""
-        self._check()
-        return self._span.source.read(offset, length)
 
 
 def checked(storage: Storage) -> Storage:
