@@ -62,6 +62,9 @@ def salvage(path: str | os.PathLike[str]) -> tuple[Document, Salvage]:
 
 def _read(place: Place, reading: Reading) -> Document:
     if not place.is_folder:
+        whole = table.of_piece(place, reading)
+        if whole is not None:
+            return whole
         return table.of_file(read_place(place, reading), place, reading)
     document = table.of_folder(place, reading)
     if document is not None:
@@ -171,9 +174,10 @@ def beside(document: Document, suffix: str) -> str:
     extension = source.suffix if source.suffix.lower() in EXTENSIONS else ".pt"
     if document.container == SAFETENSORS.name:
         extension = SAFETENSORS.extensions[0]
-    if not source.name:
-        return str(PurePath("..", f"{suffix}{extension}"))
-    return str(source.with_name(f"{source.stem}.{suffix}{extension}"))
+    if not source.name.strip("."):  # `.` has no name, `..` none that another could begin with
+        return str(source / ".." / f"{suffix}{extension}")
+    stem = source.name if is_folder(document.name) else source.stem
+    return str(source.with_name(f"{stem}.{suffix}{extension}"))
 
 
 def is_sharded(document: Document) -> bool:

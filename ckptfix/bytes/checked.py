@@ -17,19 +17,23 @@ class CheckedSource(Source):
     A part has no CRC on record, so damage would pass unseen. Raises `DamagedError`.
     """
 
+    is_checked = True
+    """Whether all of its bytes have a checksum on record."""
+
     def __init__(self, span: Span, label: str) -> None:
         self.name, self.size = span.source.name, span.source.size
         self._span, self._label = span, label
         self._sound = False
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise `DamagedError` where the whole span does not have the checksum on record."""
         if not self._sound:
             check_crc(self._span, self._label)
             self._sound = True
 
     def fileno(self) -> int | None:
         """The descriptor of the source."""
-        self._check()
+        self.check()
         return self._span.source.fileno()
 
     @property
@@ -39,5 +43,5 @@ class CheckedSource(Source):
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes of the source from `offset`."""
-        self._check()
+        self.check()
         return self._span.source.read(offset, length)

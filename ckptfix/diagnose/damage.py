@@ -7,14 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ckptfix.bytes.checked import CheckedSource
 from ckptfix.bytes.copy import check_crc
 from ckptfix.contents.state_dicts import find
 from ckptfix.errors import DamagedError
 from ckptfix.findings import Finding
 from ckptfix.hints import Hint, command
+from ckptfix.pieces.scattered import ScatteredSource
 from ckptfix.tree.walk import storages
 
 if TYPE_CHECKING:
+    from ckptfix.bytes.span import Span
     from ckptfix.torch_bridge.materialize import Materializer
     from ckptfix.tree.document import Document, Node, Storage, Tensor
 
@@ -51,9 +54,18 @@ def read_data(document: Document) -> Reading:
     """Check every checksum, on as many threads as there are cores, and count NaN and infinities."""
     held = list(storages(document.root))
     damaged = [error.message for error in _wrong(document, held)]
-    verified = sum(all(span.crc is not None for span in storage.spans) for storage in held)
+    verified = sum(all(map(_is_checked, storage.spans)) for storage in held)
     nan, inf = ({}, {}) if damaged else _not_numbers(document)
     return Reading(verified - len(damaged), len(held) - verified, damaged, nan, inf)
+
+
+_CHECKED = (CheckedSource, ScatteredSource)
+"""Sources that know the checksums of what they are made of."""
+
+
+def _is_checked(span: Span) -> bool:
+    """Whether the bytes of a span have a checksum on record, or belong to some that have."""
+    return span.crc is not None or (isinstance(span.source, _CHECKED) and span.source.is_checked)
 
 
 def check_sums(document: Document) -> None:
@@ -100,6 +112,8 @@ def _damage(storage: Storage, name: str | None = None) -> DamagedError | None:
     try:
         for span in storage.spans:
             check_crc(span, label)
+            if isinstance(span.source, _CHECKED):
+                span.source.check()
     except DamagedError as error:
         return error
     return None

@@ -12,6 +12,7 @@ from bisect import bisect_left, bisect_right
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from ckptfix.bytes.checked import CheckedSource
 from ckptfix.bytes.source import Source, too_short
 from ckptfix.bytes.span import Span, cut
 from ckptfix.errors import ReadError
@@ -58,6 +59,19 @@ class ScatteredSource(Source):
         made = bytearray(length)
         self.fill(memoryview(made), offset)
         return bytes(made)
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether all of its bytes have a checksum on record."""
+        spans = (span for part in self._make() for span in part.spans)
+        return all(isinstance(span.source, CheckedSource) for span in spans)
+
+    def check(self) -> None:
+        """Raise `DamagedError` where the bytes of some box do not have the checksum on record."""
+        for part in self._make():
+            for span in part.spans:
+                if isinstance(span.source, CheckedSource):
+                    span.source.check()
 
     def fill(self, view: memoryview, offset: int) -> None:
         """Fill a buffer with the bytes from `offset` on."""
