@@ -28,7 +28,6 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ckptfix.bytes.source import LazySource
 from ckptfix.errors import (
     CkptfixError,
     DamagedError,
@@ -37,13 +36,13 @@ from ckptfix.errors import (
     UnsupportedError,
 )
 from ckptfix.findings import Finding
-from ckptfix.formats import plain_pickle, table, torch_zip
+from ckptfix.formats import table
 from ckptfix.formats.reading import Salvage
 from ckptfix.hints import Hint, command, shell
 from ckptfix.layouts import dcp_metadata
+from ckptfix.layouts.dcp_items import Items
 from ckptfix.pieces.joining import Joiner, Piece
-from ckptfix.tree.document import Document, Node, Storage, Tensor
-from ckptfix.tree.walk import storages
+from ckptfix.tree.document import Document, Node, Tensor
 from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
@@ -183,14 +182,9 @@ def _together(parts: list[Document], folder: Place) -> Document:
 
 def read(folder: Place, heads: list[str], names: list[str], reading: Reading) -> Document:
     """The document of which `heads` say what is where."""
-    told, nbytes = [], 0
-    for head in heads:
-        document = plain_pickle.read(folder.below(head).open(), reading.limits)
-        nbytes += document.nbytes
-        try:
-            told.append(dcp_metadata.read(document.root))
-        except CkptfixError as error:
-            raise error.within(folder.below(head)) from None
+    sources = [folder.below(head).open() for head in heads]
+    nbytes = sum(source.size for source in sources)
+    told = [dcp_metadata.read(source, reading.limits) for source in sources]
     if len(told) > 1:
         raise UnsupportedError("was saved by ranks that did not tell each other", where=folder)
     return _Folder(folder, told[0], names, reading).document(nbytes)
@@ -204,22 +198,21 @@ class _Folder:
     ) -> None:
         self.folder, self.metadata, self.names, self.reading = folder, metadata, names, reading
         self.files = self._open()
-        self.notes: dict[Finding, None] = {}
-        self.orders: set[str] = set()
+        self.items = Items(reading)
         self.joiner = Joiner()
 
     def document(self, nbytes: int) -> Document:
         """The document, of which the files that say what is where have `nbytes`."""
         leaves = dict(self._leaves())
-        if len(self.orders) > 1:
+        if len(self.items.orders) > 1:
             raise UnsupportedError("its items differ in byte order", where=self.folder)
         return Document(
             nested(leaves, self.folder),
             NAME,
             self.folder.name,
             nbytes + sum(source.size for source in self.files.values()),
-            "big" if "big" in self.orders else "little",
-            notes=(*self.notes, *self._stale()),
+            "big" if "big" in self.items.orders else "little",
+            notes=(*self.items.notes, *self._stale()),
         )
 
     def _open(self) -> dict[str, FileSource]:
@@ -320,24 +313,7 @@ class _Folder:
         if item.transforms:
             how = " and ".join(item.transforms)
             raise UnsupportedError(f"its bytes are packed ({how})")
-        part = LazySource(item.length, lambda: (source, item.offset), item.file)
-        if not torch_zip.recognises(part):
-            raise DamagedError(f"no item begins at byte {item.offset} of {item.file}")
-        document = table.read(part, self.reading)
-        self.notes.update(dict.fromkeys(document.notes))
-        self.orders.add(document.byteorder)
-        root = document.root
-        for storage in (root.storage,) if type(root) is Tensor else storages(root):
-            _move(storage, part, source, item.offset)
-        return root
-
-
-def _move(storage: Storage, part: LazySource, source: FileSource, offset: int) -> None:
-    """Count the bytes of a storage from the beginning of the file, not from that of an item."""
-    storage.spans = tuple(
-        span._replace(source=source, offset=span.offset + offset) if span.source is part else span
-        for span in storage.spans
-    )
+        return self.items.read(source, item.offset, item.length, item.file)
 
 
 # --- the tree

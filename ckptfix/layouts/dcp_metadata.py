@@ -24,7 +24,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
+from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedError
+from ckptfix.formats import plain_pickle
+from ckptfix.limits import DEFAULT, Limits
 from ckptfix.pickles.torch_objects import sizes
 from ckptfix.pieces.boxes import Box
 from ckptfix.tree.document import Global, Inert, Node
@@ -32,6 +34,8 @@ from ckptfix.tree.dtypes import BY_NAME, DType
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from ckptfix.bytes.source import Source
 
 CLASS = "Metadata"
 _MODULE = "torch.distributed."
@@ -72,8 +76,24 @@ def is_metadata(node: Node) -> bool:
     return type(node) is Inert and _is_class(node.function, CLASS)
 
 
-def read(root: Node) -> Metadata:
-    """What the root of the pickle says. Raises `ReadError` and its kin, without a place."""
+def read(source: Source, limits: Limits = DEFAULT) -> Metadata:
+    """What a `.metadata` says. Raises `ReadError` and its kin."""
+    document = plain_pickle.read(source, limits, _BUILDERS)
+    try:
+        return _of_root(document.root)
+    except CkptfixError as error:
+        raise error.within(source.name) from None
+
+
+def _size(args: tuple[Node, ...], limits: Limits) -> tuple[int, ...] | None:
+    """`torch.Size((2, 3))`, of which there are hundreds of thousands: the tuple."""
+    return sizes(args[0]) if len(args) == 1 and type(args[0]) is tuple else None
+
+
+_BUILDERS = {Global("torch", "Size"): _size}
+
+
+def _of_root(root: Node) -> Metadata:
     fields = _state(root, CLASS)
     wholes = {name: _whole(node) for name, node in _pairs(fields, "state_dict_metadata")}
     items: dict[tuple[str, Offset], Item] = {}
