@@ -41,7 +41,9 @@ from ckptfix.formats.reading import Salvage
 from ckptfix.hints import Hint, command, shell
 from ckptfix.layouts import dcp_metadata
 from ckptfix.layouts.dcp_items import Items
+from ckptfix.pieces import replicas
 from ckptfix.pieces.joining import Joiner, Piece
+from ckptfix.tree import compare
 from ckptfix.tree.document import Document, Node, Tensor
 from ckptfix.words import listed, plural
 
@@ -185,9 +187,11 @@ def read(folder: Place, heads: list[str], names: list[str], reading: Reading) ->
     sources = [folder.below(head).open() for head in heads]
     nbytes = sum(source.size for source in sources)
     told = [dcp_metadata.read(source, reading.limits) for source in sources]
-    if len(told) > 1:
-        raise UnsupportedError("was saved by ranks that did not tell each other", where=folder)
-    return _Folder(folder, told[0], names, reading).document(nbytes)
+    try:
+        metadata = dcp_metadata.merged(told)
+    except UnsafeError as error:
+        raise error.within(folder) from None
+    return _Folder(folder, metadata, names, reading).document(nbytes)
 
 
 class _Folder:
@@ -218,7 +222,7 @@ class _Folder:
     def _open(self) -> dict[str, FileSource]:
         """The files that hold items. Slices of them that overlap are refused."""
         by_file: dict[str, list[tuple[int, int]]] = {}
-        for item in self.metadata.items.values():
+        for item in self._all_items():
             by_file.setdefault(item.file, []).append((item.offset, item.length))
         absent = [name for name in by_file if not self.folder.below(name).is_file]
         if absent:
@@ -230,6 +234,11 @@ class _Folder:
                     what = f"two items overlap at byte {following}"
                     raise UnsafeError(what, where=self.folder.below(name), code="pieces-overlap")
         return {name: self.folder.below(name).open() for name in by_file if name not in absent}
+
+    def _all_items(self) -> Iterable[Item]:
+        yield from self.metadata.items.values()
+        for copies in self.metadata.copies.values():
+            yield from copies
 
     def _absent(self, absent: list[str], wanted: Mapping[str, object]) -> DamagedError:
         return DamagedError(
@@ -244,7 +253,7 @@ class _Folder:
 
     def _stale(self) -> Iterable[Finding]:
         """A note on files of pieces that are of another save."""
-        used = {item.file for item in self.metadata.items.values()}
+        used = {item.file for item in self._all_items()}
         others = [name for name in self.names if name.endswith(SUFFIX) and name not in used]
         found = [name for name in others if self.folder.below(name).open().size]
         if found:
@@ -273,7 +282,7 @@ class _Folder:
     def _value(self, name: str, whole: Whole | None) -> Node:
         try:
             if whole is None:
-                return self._read(self._item(name, None))
+                return self._agreed(name, self._read(self._item(name, None)), None)
             pieces = [Piece(box.offset, self._piece(name, box.offset)) for box in whole.boxes]
             for piece, box in zip(pieces, whole.boxes, strict=True):
                 if piece.tensor.shape != box.size:
@@ -299,6 +308,23 @@ class _Folder:
         if not found.storage.spans and found.storage.nbytes:  # a reading that goes on all the same
             raise DamagedError(f"the bytes of the piece at {list(offset)} are lost")
         found.storage.key = name
+        self._agreed(name, found, offset)
+        return found
+
+    def _agreed(self, name: str, found: Node, offset: tuple[int, ...] | None) -> Node:
+        """What was found, once it is sure that every rank that saved it saved the same."""
+        for item in self.metadata.copies.get((name, offset), ()):
+            other = self._read(item) if item.file in self.files else found
+            if isinstance(found, Tensor) and isinstance(other, Tensor):
+                agree = replicas.equal(found, other)
+            else:
+                agree = compare.difference(found, other) is None
+            if not agree:
+                raise UnsafeError(
+                    f"the ranks saved different values ({item.file} has another one)",
+                    hint="load it in the program that saved it, and keep one of them",
+                    code="ranks-differ",
+                )
         return found
 
     def _read(self, item: Item) -> Node:
@@ -312,7 +338,10 @@ class _Folder:
             )
         if item.transforms:
             how = " and ".join(item.transforms)
-            raise UnsupportedError(f"its bytes are packed ({how})")
+            raise UnsupportedError(
+                f"its bytes are packed ({how})",
+                hint="load it with the program that saved it, and save it without that extension",
+            )
         return self.items.read(source, item.offset, item.length, item.file)
 
 

@@ -33,7 +33,7 @@ from ckptfix.tree.document import Global, Inert, Node
 from ckptfix.tree.dtypes import BY_NAME, DType
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ckptfix.bytes.source import Source
 
@@ -69,6 +69,8 @@ class Metadata(NamedTuple):
     wholes: dict[str, Whole | None]
     items: dict[tuple[str, Offset], Item]
     paths: dict[str, Path]
+    copies: dict[tuple[str, Offset], list[Item]]
+    """Further items of the same name and place, which other ranks saved."""
 
 
 def is_metadata(node: Node) -> bool:
@@ -106,7 +108,32 @@ def _of_root(root: Node) -> Metadata:
         items[found] = _item(info, found)
     paths = fields.get("planner_data")
     known = paths.items() if isinstance(paths, dict) else ()
-    return Metadata(wholes, items, {name: _path(path) for name, path in known if name in wholes})
+    of_names = {name: _path(path) for name, path in known if name in wholes}
+    return Metadata(wholes, items, of_names, {})
+
+
+def merged(ranks: Sequence[Metadata]) -> Metadata:
+    """What ranks say that saved without telling each other: each its own items.
+
+    Raises `UnsafeError` where they speak of different tensors by one name.
+    """
+    first, *others = ranks
+    for rank in others:
+        for name, whole in rank.wholes.items():
+            known = first.wholes.setdefault(name, whole)
+            if known is whole:
+                continue
+            if known is None or whole is None or known[:2] != whole[:2]:
+                raise UnsafeError(f"the ranks disagree about what {name!r} is")
+            places = {box.offset for box in known.boxes}
+            known.boxes.extend(box for box in whole.boxes if box.offset not in places)
+        for index, item in rank.items.items():
+            if first.items.setdefault(index, item) is not item:
+                first.copies.setdefault(index, []).append(item)
+        for name, path in rank.paths.items():
+            if first.paths.setdefault(name, path) != path:
+                raise UnsafeError(f"the ranks disagree about where {name!r} stands")
+    return first
 
 
 def _called(name: str, offset: Offset) -> str:

@@ -23,6 +23,7 @@ from tests.pieces.test_joining import numbered
 from tests.sharded import ckptfix_command, done
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 DTYPES = (
@@ -225,6 +226,64 @@ def test_files_of_an_earlier_save_are_told_and_not_read(tmp_path: Path) -> None:
     assert (found.code, "__7_0.distcp" in found.message) == ("surplus-shard", True)
 
 
+# --- ranks that did not tell each other
+
+
+def ranks(folder: Path, number: int, ranks_of: Callable[[str, int], list[int]]) -> Path:
+    """Give each rank a `.metadata` of its own, with the items that `ranks_of` gives it."""
+    whole = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").unlink()
+    for rank in range(number):
+        mine = pickle.loads(whole)
+        mine.storage_data = {
+            index: info
+            for index, info in mine.storage_data.items()
+            if rank in ranks_of(index.fqn, index.index or 0)
+        }
+        kept = {(index.fqn, tuple(index.offset or ())) for index in mine.storage_data}
+        for name, held in [*mine.state_dict_metadata.items()]:
+            for chunk in [*getattr(held, "chunks", ())]:
+                if (name, tuple(chunk.offsets)) not in kept:
+                    held.chunks.remove(chunk)
+            if not any(name == other for other, _ in kept):
+                del mine.state_dict_metadata[name], mine.planner_data[name]
+        (folder / f"__{rank}.metadata").write_bytes(pickle.dumps(mine))
+    return folder
+
+
+def test_what_each_rank_says_is_put_together(tmp_path: Path) -> None:
+    state = {"model": model(), "epoch": 3}
+    folder = save(tmp_path / "step", state, along(0, 12))
+    ranks(folder, 12, lambda name, number: [number])
+    found = ckptfix.load(folder)
+    assert same(as_dicts(found), as_dicts(state))
+    assert same(as_dicts(ckptfix.load(folder / "__10.metadata")), as_dicts(state))
+    (folder / "__1.metadata").unlink()
+    with pytest.raises(DamagedError, match=r"the piece that begins at \[1, 0\]"):
+        ckptfix.open(folder)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(300), torch.ones(299), torch.ones(300).int(), 5])
+def test_what_several_ranks_saved_has_to_be_the_same(tmp_path: Path, other: Any) -> None:
+    def saved(rank: int, value: Any) -> bytes:
+        folder = save(tmp_path / f"rank{rank}", {"w": value, "n": 7})
+
+        def change(metadata: Any) -> None:
+            for info in metadata.storage_data.values():
+                info.relative_path = f"__{rank}_0.distcp"
+
+        edit(folder, change)
+        (tmp_path / f"__{rank}_0.distcp").write_bytes((folder / "__0_0.distcp").read_bytes())
+        return (folder / ".metadata").read_bytes()
+
+    for rank in (0, 1):
+        (tmp_path / f"__{rank}.metadata").write_bytes(saved(rank, torch.ones(300)))
+    assert same(ckptfix.load(tmp_path), {"w": torch.ones(300), "n": 7})
+    (tmp_path / "__1.metadata").write_bytes(saved(1, other))
+    with pytest.raises(UnsafeError, match=r"the ranks (saved different|disagree about)"):
+        ckptfix.open(tmp_path)
+
+
 # --- what is wrong with it
 
 
@@ -368,9 +427,9 @@ def test_two_chunks_of_one_slice(folder: Path) -> None:
 
 def test_two_entries_for_one_piece(folder: Path) -> None:
     def change(metadata: Any) -> None:
-        index, info = next(iter(metadata.storage_data.items()))
+        index = next(index for index in metadata.storage_data if index.fqn == "w")
         other = type(index)(index.fqn)
-        metadata.storage_data[other] = info
+        metadata.storage_data[other] = metadata.storage_data[index]
         object.__setattr__(other, "offset", index.offset)  # when Python no longer looks
 
     edit(folder, change)
@@ -478,6 +537,14 @@ def test_nothing_in_it_is_run(tmp_path: Path) -> None:
         out = [f"{verb}.pt"] if verb in ("convert", "fix") else []
         ckptfix_command(verb, "step", *out, cwd=tmp_path)
     assert not (tmp_path / "canary").exists()
+
+
+def test_bytes_that_are_packed_are_refused_by_name(folder: Path) -> None:
+    def change(metadata: Any) -> None:
+        item(metadata, "w", 1).transform_descriptors = ["stream.zstd/1"]
+
+    edit(folder, change)
+    refused(folder, "unsupported", r"'w': its bytes are packed \(stream.zstd/1\)")
 
 
 def test_a_value_in_the_place_of_a_piece_is_refused(folder: Path) -> None:
