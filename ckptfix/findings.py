@@ -85,7 +85,12 @@ CODES: dict[str, Meaning] = {
         "`ckptfix convert` leaves them behind",
     ),
     "surplus-shard": Meaning(
-        _WARNING, "files beside the shards that the index does not name", "remove them"
+        _WARNING, "files beside the shards or pieces that nothing names", "remove them"
+    ),
+    "end-unproven": Meaning(
+        _NOTE,
+        "the pieces fit together, but nothing says that none is missing at the end",
+        "none needed where `ckptfix check --like` or `--model` finds the shapes right",
     ),
     "wrong-extension": Meaning(
         _WARNING, "the name says another container than the bytes do", "rename the file"

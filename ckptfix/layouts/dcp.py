@@ -14,11 +14,10 @@ dicts, numbers as keys (they are text), and that two names were one tensor. File
 save left behind are named by no `.metadata`; they are told, and never read.
 
 Lightning and Fabric keep the rest of a checkpoint in `meta.pt` beside it, Megatron in `common.pt`;
-what is there is put beside what the pieces hold. accelerate saves two such folders, of the model
-(`pytorch_model_fsdp_0`) and of its optimizer (`optimizer_0`); the folder above is both.
+what is there is put beside what the pieces hold.
 
 Sources: `torch.distributed.checkpoint` of 1.13 to 2.13 (`filesystem`, `default_planner`,
-`_nested_dict`), Lightning's `strategies/fsdp.py`, accelerate's `utils/fsdp_utils.py`.
+`_nested_dict`), Lightning's `strategies/fsdp.py`.
 """
 
 from __future__ import annotations
@@ -37,9 +36,8 @@ from ckptfix.errors import (
 )
 from ckptfix.findings import Finding
 from ckptfix.formats import table
-from ckptfix.formats.reading import Salvage
 from ckptfix.hints import Hint, command, shell
-from ckptfix.layouts import dcp_metadata
+from ckptfix.layouts import dcp_metadata, shards
 from ckptfix.layouts.dcp_items import Items
 from ckptfix.pieces import replicas
 from ckptfix.pieces.joining import Joiner, Piece
@@ -61,7 +59,6 @@ SUFFIX = ".distcp"
 METADATA = ".metadata"
 
 _OF_RANK = re.compile(r"__(\d+)\.metadata")
-_ACCELERATE = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+")
 _BESIDE = ("meta.pt", "common.pt")
 """Files in which trainers keep what is not in pieces."""
 _HOLES = 1000
@@ -74,32 +71,48 @@ _HOLES = 1000
 def of_folder(folder: Place, reading: Reading) -> Document | None:
     """The document in a folder of DCP's; None for other folders. Raises `ReadError` and its kin."""
     names = folder.names()
-    heads = _heads(names)
-    if heads:
-        return _with_the_rest(read(folder, heads, names, reading), folder, names, reading)
-    if any(name.endswith(SUFFIX) for name in names):
-        raise _unfinished(folder, names)
-    return _of_folders_in(folder, names, reading)
+    if heads(names) and not reading.salvages:
+        _check_alone(folder)
+    return _of_names(folder, names, reading)
 
 
 def of_piece(place: Place, reading: Reading) -> Document | None:
     """The document of which the file at `place` holds pieces; None where there is no such file."""
-    if not place.is_file:
-        return None
-    names = place.folder.names()
-    if not _heads(names):
-        raise _unfinished(place.folder, names)
-    return of_folder(place.folder, reading)
+    return _of_names(place.folder, place.folder.names(), reading) if place.is_file else None
 
 
 def of_file(document: Document, place: Place, reading: Reading) -> Document | None:
     """The document of which `place` is the `.metadata`; None for others."""
-    if not dcp_metadata.is_metadata(document.root) or not _heads([place.base]):
+    if not dcp_metadata.is_metadata(document.root) or not heads([place.base]):
         return None
-    return of_folder(place.folder, reading)
+    return of_piece(place, reading)
 
 
-def _heads(names: Iterable[str]) -> list[str]:
+def _of_names(folder: Place, names: list[str], reading: Reading) -> Document | None:
+    """The document in a folder that holds files of these names."""
+    found = heads(names)
+    if found:
+        document = read(folder, found, names, reading)
+        rest = [table.read_place(folder.below(name), reading) for name in _BESIDE if name in names]
+        return together([*(one for one in rest if isinstance(one.root, dict)), document], folder)
+    if any(name.endswith(SUFFIX) for name in names):
+        raise _unfinished(folder, names)
+    return None
+
+
+def _check_alone(folder: Place) -> None:
+    """Refuse a folder that could be meant for another checkpoint in it as well."""
+    other = shards.locate(folder)
+    if other is not None:
+        raise ReadError(
+            f"holds two checkpoints: in pieces, of which {METADATA} tells, and {other.base}",
+            where=folder,
+            hint=Hint("give one of them", command("inspect", other.name)),
+            code="several-checkpoints",
+        )
+
+
+def heads(names: Iterable[str]) -> list[str]:
     """The files that say what is where: one, or one of each rank."""
     names = list(names)
     ranks = {int(found[1]): name for name in names if (found := _OF_RANK.fullmatch(name))}
@@ -121,43 +134,7 @@ def _unfinished(folder: Place, names: list[str]) -> DamagedError:
     )
 
 
-def _of_folders_in(folder: Place, names: list[str], reading: Reading) -> Document | None:
-    """The document in the only folder of DCP's that stands in `folder`, or in accelerate's two."""
-    found = [
-        name for name in names if (below := folder.below(name)).is_folder and _heads(_names(below))
-    ]
-    if not found:
-        return None
-    halves = all(_ACCELERATE.fullmatch(name) for name in found) and len(found) == 2
-    if len(found) > 1 and not halves:
-        raise ReadError(
-            f"holds {len(found)} checkpoints in folders: {listed(found)}",
-            where=folder,
-            hint=Hint("give one of them", command("inspect", folder.below(found[-1]).name)),
-            code="several-checkpoints",
-        )
-    parts = [of_folder(folder.below(name), reading) for name in sorted(found, reverse=True)]
-    return _together([part for part in parts if part is not None], folder)
-
-
-def _names(folder: Place) -> list[str]:
-    """What a folder holds; nothing where it cannot be looked into."""
-    try:
-        return folder.names()
-    except ReadError:
-        return []
-
-
-def _with_the_rest(
-    document: Document, folder: Place, names: list[str], reading: Reading
-) -> Document:
-    """The document, and what a trainer keeps beside the pieces."""
-    beside = [name for name in _BESIDE if name in names]
-    rest = [table.read_place(folder.below(name), reading) for name in beside]
-    return _together([*(one for one in rest if isinstance(one.root, dict)), document], folder)
-
-
-def _together(parts: list[Document], folder: Place) -> Document:
+def together(parts: list[Document], folder: Place) -> Document:
     """One document of several, none of which has a key of another."""
     if len(parts) == 1:
         return replace(parts[0], name=folder.name)
@@ -182,9 +159,9 @@ def _together(parts: list[Document], folder: Place) -> Document:
 # --- reading it
 
 
-def read(folder: Place, heads: list[str], names: list[str], reading: Reading) -> Document:
-    """The document of which `heads` say what is where."""
-    sources = [folder.below(head).open() for head in heads]
+def read(folder: Place, told_by: list[str], names: list[str], reading: Reading) -> Document:
+    """The document of which some files say what is where."""
+    sources = [folder.below(name).open() for name in told_by]
     nbytes = sum(source.size for source in sources)
     told = [dcp_metadata.read(source, reading.limits) for source in sources]
     try:
@@ -275,9 +252,7 @@ class _Folder:
             try:
                 yield path, self._value(name, wholes[name])
             except DamagedError as error:
-                self.reading.skip(f"{_spelled(path)} is lost", error)
-                if isinstance(self.reading, Salvage):
-                    self.reading.absent.append(_spelled(path))
+                self.reading.lack(_spelled(path), error)
 
     def _value(self, name: str, whole: Whole | None) -> Node:
         try:
@@ -305,7 +280,7 @@ class _Folder:
         found = self._read(self._item(name, offset))
         if not isinstance(found, Tensor):
             raise UnsafeError(f"the piece at {list(offset)} is not a tensor")
-        if not found.storage.spans and found.storage.nbytes:  # a reading that goes on all the same
+        if self.reading.has_lost(found.storage):
             raise DamagedError(f"the bytes of the piece at {list(offset)} are lost")
         found.storage.key = name
         self._agreed(name, found, offset)

@@ -31,10 +31,14 @@ if TYPE_CHECKING:
             """The document of which a file holds pieces that cannot be read by themselves."""
 
 
-FOLDERS = ("shards", "dcp", "unpacked")
+FOLDERS = ("dcp", "dcp_safetensors", "shards", "unpacked", "one_below")
 """The modules that read folders, in the order in which they are asked."""
 
-FILES = {"shard index": ("shards",), "plain pickle": ("dcp",)}
+FILES = {
+    "shard index": ("shards",),
+    "plain pickle": ("dcp",),
+    "safetensors": ("dcp_safetensors",),
+}
 """By the container of a document: the modules of which it may be a part."""
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ckptfix
 from ckptfix import door
@@ -190,6 +190,16 @@ def test_several_in_one_folder_are_listed(tmp_path: Path) -> None:
     with pytest.raises(ReadError, match="holds 2 checkpoints in folders: step-1, step-2") as caught:
         ckptfix.open(tmp_path)
     assert str(tmp_path / "step-2") in str(caught.value.hint)
+
+
+def test_pieces_beside_a_whole_checkpoint_are_told_apart(tmp_path: Path) -> None:
+    folder = save(tmp_path / "step", {"w": torch.ones(4)})
+    save_file({"v": torch.ones(2)}, folder / "model.safetensors")
+    with pytest.raises(ReadError, match=r"two checkpoints: in pieces, .*, and model.safetensors"):
+        ckptfix.open(folder)
+    assert list(ckptfix.load(folder / ".metadata")) == ["w"]
+    assert list(ckptfix.load(folder / "__0_0.distcp")) == ["w"]
+    assert list(ckptfix.load(folder / "model.safetensors")) == ["v"]
 
 
 def test_accelerate_saves_two_folders_of_one_checkpoint(tmp_path: Path) -> None:
