@@ -87,6 +87,11 @@ CODES: dict[str, Meaning] = {
     "surplus-shard": Meaning(
         _WARNING, "files beside the shards or pieces that nothing names", "remove them"
     ),
+    "ranks-differ": Meaning(
+        _NOTE,
+        "states of random number generators, of which each rank had its own",
+        "none needed; that of the lowest rank is kept",
+    ),
     "end-unproven": Meaning(
         _NOTE,
         "the pieces fit together, but nothing says that none is missing at the end",

@@ -182,7 +182,7 @@ def _whole(node: Node) -> Whole | None:
     for chunk in chunks:
         box = _state(chunk, "ChunkStorageMetadata")
         boxes.append(Box(_sizes(box.get("offsets")), _sizes(box.get("sizes"))))
-    return Whole(_dtype(fields.get("properties")), _sizes(fields.get("size")), boxes)
+    return Whole(dtype_in(fields.get("properties")), _sizes(fields.get("size")), boxes)
 
 
 def _too_old() -> UnsupportedError:
@@ -199,7 +199,7 @@ def _sizes(node: Node) -> tuple[int, ...]:
     return found
 
 
-def _dtype(node: Node) -> DType:
+def dtype_in(node: Node) -> DType:
     """The dtype in a `TensorProperties`, which is pickled as a tuple."""
     if type(node) is not Inert or not _is_class(node.function, "TensorProperties"):
         raise UnsupportedError("has a tensor without TensorProperties")

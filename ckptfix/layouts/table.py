@@ -31,13 +31,14 @@ if TYPE_CHECKING:
             """The document of which a file holds pieces that cannot be read by themselves."""
 
 
-FOLDERS = ("dcp", "dcp_safetensors", "shards", "unpacked", "one_below")
+FOLDERS = ("dcp", "dcp_safetensors", "shards", "unpacked", "rank_files", "one_below")
 """The modules that read folders, in the order in which they are asked."""
 
 FILES = {
     "shard index": ("shards",),
     "plain pickle": ("dcp",),
     "safetensors": ("dcp_safetensors",),
+    "torch zip": ("rank_files",),
 }
 """By the container of a document: the modules of which it may be a part."""
 
