@@ -87,6 +87,11 @@ CODES: dict[str, Meaning] = {
     "surplus-shard": Meaning(
         _WARNING, "files beside the shards or pieces that nothing names", "remove them"
     ),
+    "flat-parameters": Meaning(
+        _ERROR,
+        "parameters of FSDP1 lie flat, one after another; their shapes are not in the file",
+        "load it in the program that saved it, and save its full state dict",
+    ),
     "ranks-differ": Meaning(
         _NOTE,
         "states of random number generators, of which each rank had its own",

@@ -27,7 +27,7 @@ def diagnose(document: Document) -> list[Finding]:
     states = of_models(find(document.root))
     findings = [*document.notes, *_containers(document), *_devices(document)]
     for state in states:
-        findings += [*_prefixes(document, state), *_ties(state)]
+        findings += [*_prefixes(document, state), *_ties(state), *_flat(state)]
     findings += [*_globals(document), *_bloat(document)]
     if not states:
         findings.append(Finding("no-state-dict", "nothing in the file maps names to tensors"))
@@ -96,6 +96,13 @@ def _ties(state: StateDict) -> Iterator[Finding]:
         shown = " = ".join(groups[0])
         more = f", and {len(groups) - 1} more" if len(groups) > 1 else ""
         yield Finding("tied-tensors", f"one tensor, several names: {shown}{more}", state.path)
+
+
+def _flat(state: StateDict) -> Iterator[Finding]:
+    flat = [key for key in state.tensors if key.endswith("flat_param")]
+    if flat:
+        message = f"parameters lie flat in {listed(flat)}: their shapes are not in the file"
+        yield Finding("flat-parameters", message, state.path)
 
 
 def wasted(document: Document) -> int:

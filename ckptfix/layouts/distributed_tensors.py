@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
 from ckptfix.layouts.dcp_metadata import dtype_in
+from ckptfix.layouts.in_pieces import kind
 from ckptfix.pickles.torch_objects import sizes
 from ckptfix.pieces.boxes import Box
 from ckptfix.pieces.joining import Piece
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
     from ckptfix.tree.dtypes import DType
 
-_REBUILD = Global("torch._tensor", "_rebuild_from_type_v2")
 _MAX_DIMS = 64
 
 
@@ -54,16 +54,6 @@ class Part(NamedTuple):
     pieces: list[Piece]
     ranks: int
     """How many ranks the tensor is spread over, as far as is known."""
-
-
-def kind(node: Node) -> str | None:
-    """The class of a node that is a piece of a tensor; None for any other node."""
-    if type(node) is not Inert or node.function != _REBUILD or type(node.args) is not tuple:
-        return None
-    cls = node.args[1] if len(node.args) == 4 else None
-    if type(cls) is not Global or not cls.module.startswith("torch.distributed"):
-        return None
-    return cls.name if cls.name in ("DTensor", "ShardedTensor") else None
 
 
 class Decoder:

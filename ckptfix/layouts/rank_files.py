@@ -11,340 +11,39 @@ where one has a key that another lacks, it is taken. Pieces are joined; of what 
 one is taken where all are equal, and elsewhere it is refused, apart from the states of random
 number generators, of which that of the lowest rank is taken, and named.
 
+FSDP1 also saves parameters flat (LOCAL_STATE_DICT), one after another in a vector `_flat_param`,
+and under their own names, where it keeps them, the part of each that a rank has, a view of its part
+of the vector. Vectors are joined, and so are those parts; the shapes of the parameters, and without
+their names where each begins, are in no file. `diagnose` says so.
+
 Not every rank is needed: of replicas one is enough. What is missing is told by the piece that no
 file has.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from ckptfix.tree.document import Global, Inert, Node, OrderedMap, Tensor
-from ckptfix.tree.walk import walk
+from ckptfix.layouts.in_pieces import piece_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
     from ckptfix.bytes.place import Place
-    from ckptfix.errors import ReadError
     from ckptfix.formats.reading import Reading
-    from ckptfix.layouts.distributed_tensors import Decoder
-    from ckptfix.pieces.boxes import Box
-    from ckptfix.pieces.joining import Piece
     from ckptfix.tree.document import Document
-
-NAME = "files of ranks"
-
-_RANK = re.compile(r"(?P<head>.*rank[_-]?)(?P<rank>\d+)(?P<tail>\D*)", re.IGNORECASE)
-_NUMBER = re.compile(r"(?P<head>.*?)(?P<rank>\d+)(?P<tail>\.[^.\d]+)")
-_REBUILD = Global("torch._tensor", "_rebuild_from_type_v2")
-
-
-class Family(NamedTuple):
-    """Names that differ in the rank only."""
-
-    head: str
-    tail: str
-
-
-# --- finding them
 
 
 def of_file(document: Document, place: Place, reading: Reading) -> Document | None:
     """The document of which the file at `place` is one rank's; None for a file of no pieces."""
-    piece = _piece_in(document.root)
+    piece = piece_in(document.root)
     if piece is None:
         return None
-    from ckptfix.layouts.distributed_tensors import Decoder
+    from ckptfix.layouts import ranks
 
-    found, said = _parsed(place.base), Decoder(None, document.byteorder).rank_in(piece)
-    if found is None or (said not in (None, found[1]) and not _RANK.fullmatch(place.base)):
-        return _Ranks(place.name, {said: document}, reading).document()
-    family, rank = found
-    names = _of_family(family, place.folder.names())
-    documents: dict[int | None, Document] = {
-        other: document if other == rank else _read(place.folder.below(name), reading)
-        for other, name in sorted(names.items())
-    }
-    return _Ranks(place.name, documents, reading).document()
+    return ranks.joined(document, piece, place, reading)
 
 
 def of_folder(folder: Place, reading: Reading) -> Document | None:
-    """The document in a folder of such files; None for other folders.
+    """The document in a folder of such files; None for other folders."""
+    from ckptfix.layouts import ranks
 
-    Raises `ReadError` where there are files of several checkpoints.
-    """
-    families: dict[Family, list[str]] = {}
-    for name in folder.names():
-        found = _RANK.fullmatch(name)
-        if found and name.lower().endswith(_EXTENSIONS):
-            families.setdefault(Family(found["head"], found["tail"]), []).append(name)
-    named = [family for family in families if "model" in family.head.lower()]
-    meant = named if len(families) > 1 and len(named) == 1 else list(families)
-    if len(meant) != 1:
-        return None
-    place = folder.below(families[meant[0]][0])
-    document = _read(place, reading)
-    found_there = of_file(document, place, reading)
-    return None if found_there is None else replace(found_there, name=folder.name)
-
-
-_EXTENSIONS = (".pt", ".pth", ".bin", ".ckpt")
-
-
-def _piece_in(root: Node) -> Inert | None:
-    """A piece of a tensor in a tree, if there is one. This is asked of every file."""
-    for _, node in walk(root, tensors=False):
-        if type(node) is Inert and node.function == _REBUILD:
-            from ckptfix.layouts.distributed_tensors import kind
-
-            if kind(node) is not None:
-                return node
-    return None
-
-
-def _parsed(name: str) -> tuple[Family, int] | None:
-    """What a name has besides its rank, and the rank; None where there is no number."""
-    found = _RANK.fullmatch(name) or _NUMBER.fullmatch(name)
-    return None if found is None else (Family(found["head"], found["tail"]), int(found["rank"]))
-
-
-def _of_family(family: Family, names: Iterable[str]) -> dict[int, str]:
-    """The names of a family by their ranks."""
-    from ckptfix.errors import UnsafeError
-
-    found: dict[int, str] = {}
-    for name in names:
-        parsed = _parsed(name)
-        if parsed is not None and parsed[0] == family:
-            other = found.setdefault(parsed[1], name)
-            if other != name:
-                raise UnsafeError(f"{other} and {name} are of one rank", where=name)
-    return found
-
-
-def _read(place: Place, reading: Reading) -> Document:
-    from ckptfix.formats import table
-
-    return table.read_place(place, reading)
-
-
-# --- joining them
-
-
-class _Ranks:
-    """The files of some ranks, being joined."""
-
-    def __init__(self, name: str, documents: dict[int | None, Document], reading: Reading) -> None:
-        from ckptfix.layouts.distributed_tensors import Decoder
-        from ckptfix.pieces.joining import Joiner
-
-        self.name, self.documents, self.reading = name, documents, reading
-        self.decoders: dict[int | None, Decoder] = {
-            rank: Decoder(rank, document.byteorder) for rank, document in documents.items()
-        }
-        self.joiner = Joiner()
-        self.done: dict[tuple[int, ...], Node] = {}
-        self.ranks = 0
-        self.differing: list[str] = []
-
-    def document(self) -> Document:
-        """The document that they are together. Raises `ReadError` and its kin."""
-        from ckptfix.errors import UnsupportedError
-        from ckptfix.findings import Finding
-
-        for rank, one in self.documents.items():
-            self._check_rank(rank, one.archive)
-        first, *others = self.documents.values()
-        if any(other.byteorder != first.byteorder for other in others):
-            raise UnsupportedError("its files differ in byte order", where=self.name)
-        root = self._merged({rank: one.root for rank, one in self.documents.items()})
-        notes = dict.fromkeys(note for one in self.documents.values() for note in one.notes)
-        if self.differing:
-            paths = ", ".join(self.differing)
-            message = f"differs among the ranks; that of the lowest is kept: {paths}"
-            notes[Finding("ranks-differ", message)] = None
-        return replace(
-            first,
-            root=root,
-            container=NAME,
-            name=self.name,
-            nbytes=sum(one.nbytes for one in self.documents.values()),
-            notes=tuple(notes),
-            extras={},
-        )
-
-    def _check_rank(self, rank: int | None, archive: str) -> None:
-        """Refuse a file whose name has another rank than the one that torch saved it under."""
-        from ckptfix.errors import UnsafeError
-
-        found = _RANK.fullmatch(archive)
-        if rank is not None and found is not None and int(found["rank"]) != rank:
-            raise UnsafeError(
-                f"the file of rank {rank} was saved as {archive}",
-                where=self.name,
-                hint="give each file the name that it was saved under",
-            )
-
-    def _merged(self, roots: dict[int | None, Node]) -> Node:
-        """One tree of all, whose containers are new."""
-        box: list[Node] = []
-        pending = [(box.append, "", roots)]
-        while pending:
-            put, path, nodes = pending.pop()
-            key = tuple(id(node) for node in nodes.values())
-            if key in self.done:
-                put(self.done[key])
-                continue
-            made = self._one(path, nodes)
-            self.done[key] = made
-            put(made)
-            first = next(iter(nodes.values()))
-            if made is first:
-                continue
-            pending += reversed(list(self._below(path, nodes, made)))
-        return box[0]
-
-    def _below(self, path: str, nodes: dict[int | None, Node], made: Node) -> Iterator[Node]:
-        """What is to be put into a container that was made, piece by piece."""
-        if isinstance(made, dict):
-            keys = dict.fromkeys(key for node in nodes.values() for key in node)
-            for key in keys:
-                made[key] = None  # in order; what is below is put there later
-                at = {rank: node[key] for rank, node in nodes.items() if key in node}
-                yield (lambda value, key=key: made.__setitem__(key, value)), f"{path}/{key}", at
-        elif isinstance(made, list):
-            for place in range(len(made)):
-                at = {rank: node[place] for rank, node in nodes.items()}
-                yield (
-                    (lambda value, place=place: made.__setitem__(place, value)),
-                    f"{path}/{place}",
-                    at,
-                )
-
-    def _one(self, path: str, nodes: dict[int | None, Node]) -> Node:
-        """What several nodes are together: a container yet to be filled, a tensor, a value."""
-        from ckptfix.layouts.distributed_tensors import kind
-
-        first = next(iter(nodes.values()))
-        if any(kind(node) is not None for node in nodes.values()):
-            return self._joined(path, nodes)
-        if all(isinstance(node, dict) for node in nodes.values()):
-            if isinstance(first, OrderedMap):
-                return OrderedMap((), first.attributes)
-            return {}
-        if all(isinstance(node, list) and len(node) == len(first) for node in nodes.values()):
-            return [None] * len(first)
-        self._check_plain(path, first)
-        self._check_equal(path, nodes)
-        return first
-
-    def _joined(self, path: str, nodes: dict[int | None, Node]) -> Tensor:
-        """The tensor of which each rank has a part."""
-        from ckptfix.errors import CkptfixError, DamagedError
-        from ckptfix.tree.document import Storage
-        from ckptfix.tree.dtypes import UNTYPED
-
-        try:
-            return self._tensor(path.removeprefix("/"), nodes)
-        except DamagedError as error:
-            lost = Storage(UNTYPED, 0, "cpu")
-            self.reading.lose(lost, self._with_absent(error, path))
-            return Tensor(lost, UNTYPED, (0,), (1,))
-        except CkptfixError as error:
-            raise error.within(path.removeprefix("/")).within(self.name) from None
-
-    def _tensor(self, path: str, nodes: dict[int | None, Node]) -> Tensor:
-        from ckptfix.errors import UnsafeError, UnsupportedError
-        from ckptfix.layouts.distributed_tensors import kind
-        from ckptfix.pieces import replicas
-
-        found: dict[Box, tuple[int | None, Piece]] = {}
-        described = set()
-        for rank, node in nodes.items():
-            if kind(node) is None:
-                raise UnsupportedError(f"is in pieces, but not in the file of rank {rank}")
-            part = self.decoders[rank].part(node)
-            self.ranks = max(self.ranks, part.ranks)
-            described.add((part.dtype, part.shape))
-            for piece in part.pieces:
-                if self.reading.has_lost(piece.tensor.storage):
-                    continue
-                other, known = found.setdefault(piece.box, (rank, piece))
-                if known is not piece and not replicas.equal(known.tensor, piece.tensor):
-                    raise UnsafeError(
-                        f"the ranks {other} and {rank} have different values for the piece "
-                        f"{piece.box}",
-                        hint="take the files of one save only",
-                        code="ranks-differ",
-                    )
-        if len(described) > 1:
-            shapes = ", ".join(f"{list(shape)} of {dtype}" for dtype, shape in sorted(described))
-            raise UnsafeError(f"is not the same tensor in every file: {shapes}")
-        ((dtype, shape),) = described
-        return self.joiner.join(path, dtype, shape, [piece for _, piece in found.values()])
-
-    def _with_absent(self, error: ReadError, path: str) -> ReadError:
-        """The error for a tensor that is not whole, with the ranks whose files are not there."""
-        from ckptfix.errors import DamagedError
-        from ckptfix.hints import Hint, shell
-        from ckptfix.words import listed
-
-        absent = [str(rank) for rank in range(self.ranks) if rank not in self.documents]
-        whole = error.within(path.removeprefix("/")).within(self.name)
-        if not absent or error.code != "piece-missing":
-            return whole
-        import os
-
-        folder = os.path.dirname(self.name) or "."
-        return DamagedError(
-            f"{whole.what}; the files of {len(absent)} of {self.ranks} ranks are not there: "
-            f"{listed(absent)}",
-            where=whole.where,
-            hint=Hint("copy or download them too; see what is there", shell("ls", files=[folder])),
-            code="piece-missing",
-        )
-
-    def _check_plain(self, path: str, node: Node) -> None:
-        """Refuse pieces that stand in what is taken as it is."""
-        from ckptfix.errors import UnsupportedError
-
-        if type(node) in (tuple, Inert) and _piece_in(node) is not None:
-            raise UnsupportedError(
-                f"{path.removeprefix('/')} holds tensors in pieces inside of a "
-                f"{node.cls if isinstance(node, Inert) else 'tuple'}",
-                where=self.name,
-                hint="save its state dict",
-            )
-
-    def _check_equal(self, path: str, nodes: dict[int | None, Node]) -> None:
-        """Refuse values that differ among the ranks, but for states of random number generators."""
-        from ckptfix.errors import UnsafeError
-
-        (rank, first), *others = nodes.items()
-        for other, node in others:
-            if node is first or _equal(first, node):
-                continue
-            if "rng" in path.lower():
-                self.differing.append(path.removeprefix("/"))
-                return
-            raise UnsafeError(
-                f"{path.removeprefix('/')} differs in the files of ranks {rank} and {other}",
-                where=self.name,
-                hint="take the files of one save only",
-                code="ranks-differ",
-            )
-
-
-def _equal(one: Node, other: Node) -> bool:
-    """Whether two values are the same, tensors to the bit."""
-    from ckptfix.contents.tensors import as_tensor
-    from ckptfix.pieces import replicas
-    from ckptfix.tree import compare
-
-    tensor, beside = as_tensor(one), as_tensor(other)
-    if tensor is not None and beside is not None:
-        return replicas.equal(tensor, beside)
-    return compare.difference(one, other) is None
+    return ranks.of_folder(folder, reading)

@@ -152,7 +152,10 @@ def test_half_of_the_ranks_is_enough_where_they_are_replicas(
     known = whole(FIXTURES / "pieces", "whole.pt")["replicas"]
     for rank in there:
         shutil.copy(FIXTURES / "pieces" / f"replicas_rank_{rank}.pt", tmp_path)
-    assert same(ckptfix.load(tmp_path), {"w": known})
+    own = torch.full((4,), there[0], dtype=torch.uint8)
+    assert same(ckptfix.load(tmp_path), {"w": known, "rng_state": own})
+    told = ckptfix.open(tmp_path).findings
+    assert [(one.code, "rng_state" in one.message) for one in told] == [("ranks-differ", True)]
     (tmp_path / f"replicas_rank_{there[1]}.pt").unlink()
     refused(tmp_path / f"replicas_rank_{there[0]}.pt", "piece-missing", "files of 3 of 4 ranks")
 
@@ -251,3 +254,27 @@ def test_what_is_whole_is_recovered(folder: Path) -> None:
     assert {"number", "same.everywhere", "plain", "epoch"} <= set(found)
     assert "rows" not in found
     assert same(dict(found), {key: known[key] for key in found})
+
+
+# --- flat parameters
+
+
+def test_flat_parameters_are_joined_and_told(made: Path) -> None:
+    full = whole(made, "fsdp1_whole.pt")
+    found = ckptfix.load(made / "fsdp1_local_False_rank_0.pt")
+    names = ["scale", "first.weight", "first.bias", "norm.weight", "norm.bias"]
+    flat = torch.cat([full[name].flatten() for name in names])
+    assert same(found["_flat_param"][: len(flat)], flat)
+    last = torch.cat([full[name].flatten() for name in full if name.startswith("last")])
+    assert same(found["last._flat_param"][: len(last)], last)
+    told = ckptfix.open(made / "fsdp1_local_False_rank_0.pt").findings
+    assert [finding.code for finding in told] == ["flat-parameters"]
+
+
+def test_parameters_under_their_own_names_are_joined_from_the_flat_ones(made: Path) -> None:
+    full = whole(made, "fsdp1_whole.pt")
+    found = ckptfix.load(made / "fsdp1_local_True_rank_0.pt")
+    for name, tensor in full.items():
+        assert same(found[name].flatten(), tensor.flatten()), name
+    told = ckptfix.open(made / "fsdp1_local_True_rank_0.pt").findings
+    assert [finding.code for finding in told] == ["flat-parameters"]
