@@ -69,6 +69,9 @@ def salvage(path: str | os.PathLike[str]) -> tuple[Document, Salvage]:
 
 def _read(place: Place, reading: Reading) -> Document:
     if not place.is_folder:
+        whole = table.of_piece(place, reading)
+        if whole is not None:
+            return whole
         return table.of_file(read_place(place, reading), place, reading)
     document = table.of_folder(place, reading)
     if document is not None:
@@ -225,8 +228,10 @@ def beside(document: Document, suffix: str) -> str:
         extension = ".pt"
     if document.container == SAFETENSORS.name:
         extension = SAFETENSORS.extensions[0]
-    if not source.name:
-        return str(PurePath("..", f"{suffix}{extension}"))
+    if not source.name.strip("."):  # `.` has no name, `..` none that another could begin with
+        return str(source / ".." / f"{suffix}{extension}")
+    if Place(document.name).is_folder:
+        stem = source.name
     return str(source.with_name(f"{stem}.{suffix}{extension}"))
 
 

@@ -90,7 +90,22 @@ CODES: dict[str, Meaning] = {
         "`ckptfix convert` leaves them behind",
     ),
     "surplus-shard": Meaning(
-        _WARNING, "files beside the shards that the index does not name", "remove them"
+        _WARNING, "files beside the shards or pieces that nothing names", "remove them"
+    ),
+    "flat-parameters": Meaning(
+        _ERROR,
+        "parameters of FSDP1 lie flat, one after another; their shapes are not in the file",
+        "load it in the program that saved it, and save its full state dict",
+    ),
+    "ranks-differ": Meaning(
+        _NOTE,
+        "states of random number generators, of which each rank had its own",
+        "none needed; that of the lowest rank is kept",
+    ),
+    "end-unproven": Meaning(
+        _NOTE,
+        "the pieces fit together, but nothing says that none is missing at the end",
+        "none needed where `ckptfix check --like` or `--model` finds the shapes right",
     ),
     "wrong-extension": Meaning(
         _WARNING, "the name says another container than the bytes do", "rename the file"

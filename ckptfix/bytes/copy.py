@@ -20,7 +20,7 @@ from isal import isal_zlib
 
 from ckptfix.bytes import clone
 from ckptfix.bytes.engine import Sum, Workers, blocks, in_order, look, said, wrong_sum
-from ckptfix.bytes.source import BLOCK, CHUNK, ReadAhead, Source, read_into
+from ckptfix.bytes.source import BLOCK, CHUNK, ReadAhead, Source, everything, read_into
 from ckptfix.bytes.span import Span
 from ckptfix.bytes.sums import joined
 from ckptfix.errors import DamagedError, VerifyError
@@ -318,12 +318,8 @@ class Sink:
 
     def _note(self, source: Source) -> None:
         """Keep a source and all below it, to be asked at the end whether all was right."""
-        pending = [source]
-        while pending:
-            source = pending.pop()
-            if id(source) not in self._sources:
-                self._sources[id(source)] = source
-                pending.extend(source.below)
+        if id(source) not in self._sources:
+            self._sources.update((id(one), one) for one in everything(source))
 
     # --- a whole file
 

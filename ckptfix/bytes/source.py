@@ -19,7 +19,7 @@ from ckptfix.hints import Hint, shell
 from ckptfix.words import reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
 BLOCK = 4 << 20
 """Bytes that are looked at together: a thread holds one block or two of them."""
@@ -83,6 +83,18 @@ class Source(ABC):
         A file was changed meanwhile (`ReadError`), or bytes do not have the checksum on record
         (`DamagedError`).
         """
+
+
+def everything(source: Source) -> Iterator[Source]:
+    """A source and all that it takes its bytes from, each once."""
+    seen: set[int] = set()
+    pending = [source]
+    while pending:
+        one = pending.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            pending.extend(one.below)
+            yield one
 
 
 class Reader(io.RawIOBase):

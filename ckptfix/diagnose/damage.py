@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from isal import isal_zlib
 
 from ckptfix.bytes.engine import blocks, check_crc, in_order, look, wrong_sum
+from ckptfix.bytes.source import everything
 from ckptfix.bytes.span import Span, cut
 from ckptfix.bytes.sums import joined
 from ckptfix.contents.labels import label
@@ -70,7 +71,7 @@ def read_data(document: Document, progress: Progress | None = None) -> Reading:
             damaged.append(seen.damage(document.root, storage).message)
         elif seen.is_finite:
             finite.add(id(storage))
-    verified = sum(all(span.crc is not None for span in storage.spans) for storage in held)
+    verified = sum(all(map(_is_checked, storage.spans)) for storage in held)
     verified -= len(damaged)
     unverified = len(held) - verified - len(damaged)
     damaged += [error.message for error in _wrong_records(document)]
@@ -82,6 +83,11 @@ def read_data(document: Document, progress: Progress | None = None) -> Reading:
             nan.update({path: nans} if nans else {})
             inf.update({path: infs} if infs else {})
     return Reading(verified, unverified, damaged, nan, inf)
+
+
+def _is_checked(span: Span) -> bool:
+    """Whether the bytes of a span have a checksum on record, or belong to some that have."""
+    return span.crc is not None or span.source.is_checked
 
 
 def check_sums(document: Document) -> None:
@@ -189,7 +195,19 @@ def _seen(
                 whole = whole._replace(is_finite=finite, error=error)
             if span.crc not in (None, crc):
                 whole = whole._replace(wrong=whole.wrong or span)
+            if span.crc is None and span.source.is_checked:
+                whole = whole._replace(error=whole.error or _damage_of_parts(span))
         yield whole
+
+
+def _damage_of_parts(span: Span) -> DamagedError | None:
+    """What is wrong with what a source is made of, where that has checksums on record."""
+    try:
+        for source in everything(span.source):
+            source.check()
+    except DamagedError as error:
+        return error
+    return None
 
 
 def _look(block: _Block) -> _Seen:

@@ -35,7 +35,7 @@ def diagnose(document: Document) -> list[Finding]:
         if framework is not None:
             message = f"of {framework}, which keeps the weight of each Linear transposed"
             findings.append(Finding("other-framework", message, state.path))
-        findings += [*_prefixes(document, state), *_ties(state), *_unknown(state)]
+        findings += [*_prefixes(document, state), *_ties(state), *_unknown(state), *_flat(state)]
     findings += [*_globals(document), *_bloat(document), *_constants(document)]
     findings += _embedded(document)
     if not states:
@@ -129,6 +129,13 @@ def _unknown(state: StateDict) -> Iterator[Finding]:
     if state.unknown:
         names = listed((f"{path} ({cls})" for path, cls in state.unknown.items()), 4)
         yield Finding("unknown-state", f"what these parts hold is not known: {names}", state.path)
+
+
+def _flat(state: StateDict) -> Iterator[Finding]:
+    flat = [key for key in state.tensors if key.endswith("flat_param")]
+    if flat:
+        message = f"parameters lie flat in {listed(flat)}: their shapes are not in the file"
+        yield Finding("flat-parameters", message, state.path)
 
 
 def wasted(document: Document) -> int:

@@ -19,9 +19,11 @@ from ckptfix.pickles.torch_objects import BUILDERS
 from ckptfix.tree.document import Document, Global, Node, Storage
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ckptfix.bytes.source import Source
     from ckptfix.formats.reading import Salvage
-    from ckptfix.pickles.torch_objects import Arguments
+    from ckptfix.pickles.torch_objects import Arguments, Builder
 
 NAME = "plain pickle"
 _TEXT_STARTS = b"(c]}l"
@@ -41,10 +43,15 @@ def _says_so(head: bytes) -> bool:
     return head[:1] == b"\x80"
 
 
-def read(source: Source, limits: Limits = DEFAULT) -> Document:
-    """The document in a plain pickle. Weights are part of a pickle, and are read with it."""
+def read(
+    source: Source, limits: Limits = DEFAULT, builders: Mapping[Global, Builder] | None = None
+) -> Document:
+    """The document in a plain pickle. Weights are part of a pickle, and are read with it.
+
+    `builders` are further calls that are understood.
+    """
     try:
-        return _read(source, limits)
+        return _read(source, limits, builders)
     except DamagedError:
         if _says_so(source.head()):
             raise
@@ -56,13 +63,19 @@ def salvage(source: Source, found: Salvage) -> Document:
     return _read(source, found.limits)
 
 
-def _read(source: Source, limits: Limits) -> Document:
+def _read(
+    source: Source, limits: Limits, builders: Mapping[Global, Builder] | None = None
+) -> Document:
     if source.size > limits.pickle_bytes:
         raise UnsafeError(
             f"is a pickle of {source.size} bytes, more than are read", where=source.name
         )
     root, end = pickles.read(
-        torch_legacy.mapped(source), _refuse, name=source.name, limits=limits, builders=_BUILDERS
+        torch_legacy.mapped(source),
+        _refuse,
+        name=source.name,
+        limits=limits,
+        builders={**_BUILDERS, **(builders or {})},
     )
     surplus = source.size - end
     if surplus and isinstance(root, _SCALARS):  # as where the magic number of a legacy file is torn

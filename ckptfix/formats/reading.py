@@ -33,6 +33,14 @@ class Reading:
         """Say that a file, or a part of one, cannot be read; raises `error`, which says why."""
         raise error
 
+    def has_lost(self, storage: Storage) -> bool:
+        """Whether the bytes of a storage were said not to be there."""
+        return False
+
+    def lack(self, path: str, error: ReadError) -> None:
+        """Say that what should stand at a path cannot be had; raises `error`, which says why."""
+        raise error
+
 
 class Salvage(Reading):
     """A reading of what is whole in a damaged file: what is missing is noted here."""
@@ -43,6 +51,7 @@ class Salvage(Reading):
         super().__init__(limits)
         self.lost: list[Storage] = []
         """Storages whose bytes are not there, or are wrong."""
+        self._lost: set[int] = set()
         self.absent: list[str] = []
         """Keys that the checkpoint should have and that no file has."""
         self.steps: list[str] = []
@@ -51,7 +60,17 @@ class Salvage(Reading):
     def lose(self, storage: Storage, error: ReadError) -> None:
         """Note that the bytes of a storage are not there."""
         self.lost.append(storage)
+        self._lost.add(id(storage))
 
     def skip(self, step: str, error: ReadError) -> None:
         """Note that a file, or a part of one, cannot be read."""
         self.steps.append(f"{step} ({error})")
+
+    def has_lost(self, storage: Storage) -> bool:
+        """Whether the bytes of a storage were said not to be there."""
+        return id(storage) in self._lost
+
+    def lack(self, path: str, error: ReadError) -> None:
+        """Note that what should stand at a path cannot be had."""
+        self.absent.append(path)
+        self.steps.append(str(error))

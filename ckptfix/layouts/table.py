@@ -1,11 +1,13 @@
 """The table of layouts: which of them are asked about a folder, and which about a document.
 
 Bytes do not tell a layout, so a document is asked: what it was read from says which layouts it may
-be a part of, and those look at its neighbours. A module is imported when it is asked.
+be a part of, and those look at its neighbours. Only files that are no document by themselves are
+told by their names. A module is imported when it is asked.
 """
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
@@ -25,12 +27,24 @@ if TYPE_CHECKING:
         def of_file(self, document: Document, place: Place, reading: Reading) -> Document | None:
             """The document of which the one at `place` is a part; None where it is of none."""
 
+        def of_piece(self, place: Place, reading: Reading) -> Document | None:
+            """The document of which a file holds pieces that cannot be read by themselves."""
 
-FOLDERS = ("shards", "unpacked")
+
+FOLDERS = ("dcp", "dcp_safetensors", "shards", "unpacked", "rank_files", "one_below")
 """The modules that read folders, in the order in which they are asked."""
 
-FILES = {"shard index": ("shards",)}
+FILES = {
+    "shard index": ("shards",),
+    "plain pickle": ("dcp",),
+    "safetensors": ("dcp_safetensors",),
+    "torch zip": ("rank_files",),
+}
 """By the container of a document: the modules of which it may be a part."""
+
+
+PIECES = {".distcp": "dcp"}
+"""By the extension of a file that cannot be read by itself: the module that knows what it is of."""
 
 
 def _module(name: str) -> Layout:
@@ -41,6 +55,12 @@ def of_folder(folder: Place, reading: Reading) -> Document | None:
     """The document in a folder, by the first layout that finds one; None where none does."""
     found = (_module(name).of_folder(folder, reading) for name in FOLDERS)
     return next((document for document in found if document is not None), None)
+
+
+def of_piece(place: Place, reading: Reading) -> Document | None:
+    """The document of which a file holds pieces; None for a file that can be read by itself."""
+    name = PIECES.get(os.path.splitext(place.base)[1])
+    return None if name is None else _module(name).of_piece(place, reading)
 
 
 def of_file(document: Document, place: Place, reading: Reading) -> Document:

@@ -111,7 +111,7 @@ def tensor(
     Raises `UnsafeError` where it leaves the storage.
     """
     offset, shape, stride = layout
-    shape, stride = _sizes(shape), _sizes(stride)
+    shape, stride = sizes(shape), sizes(stride)
     if type(offset) is not int or shape is None or stride is None or len(shape) != len(stride):
         return None
     if type(storage) is StorageView:
@@ -125,11 +125,12 @@ def tensor(
     return Tensor(storage, dtype, shape, stride, offset, requires_grad is True, hooks, metadata)
 
 
-def _sizes(node: Node) -> tuple[int, ...] | None:
+def sizes(node: Node) -> tuple[int, ...] | None:
+    """The numbers of a tuple or a `torch.Size`; None for anything else."""
     if type(node) is not tuple:
         if type(node) is not Inert or node.function != _SIZE or len(node.args) != 1:
             return None
-        return _sizes(node.args[0]) if type(node.args[0]) is tuple else None
+        return sizes(node.args[0]) if type(node.args[0]) is tuple else None
     for size in node:
         if type(size) is not int:
             return None

@@ -221,7 +221,7 @@ SCORES = {
         {"meta": {"dataset_meta": {"classes": ("a", "b"), "palette": torch.zeros(2, 3)}}},
         {"meta": {"classes": ["a"], "palette": np.zeros((1, 3)), "areas": np.zeros(1)}},
     ],
-    ids=str,
+    ids=lambda beside: "-".join(map(str, beside)),
 )
 def test_what_is_not_a_state_dict_is_not_one(tmp_path: Path, beside: dict[str, Any]):
     torch.save({"model": NET, **beside}, tmp_path / "in.pt")

@@ -108,6 +108,9 @@ PRODUCED: dict[str, Any] = {
     "trailing-bytes": with_a_tail,
     "wrong-extension": misnamed,
     "no-state-dict": without_tensors,
+    "end-unproven": lambda: FIXTURES / "pieces" / "hf",
+    "flat-parameters": lambda: FIXTURES / "pieces" / "fsdp1_local_False_rank_0.pt",
+    "ranks-differ": lambda: FIXTURES / "pieces" / "replicas_rank_0.pt",
 }
 ELSEWHERE = {
     "surplus-shard", "rolled-back", "unused-records", "crc-mismatch", "nan-values", "inf-values",

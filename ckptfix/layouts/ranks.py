@@ -1,0 +1,329 @@
+"""Files of ranks, found and joined; `rank_files` describes them, and says which files they are."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from ckptfix.bytes.place import Place
+from ckptfix.contents.tensors import as_tensor
+from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedError
+from ckptfix.findings import Finding
+from ckptfix.formats import table
+from ckptfix.hints import Hint, shell
+from ckptfix.layouts.distributed_tensors import Decoder
+from ckptfix.layouts.in_pieces import kind, piece_in
+from ckptfix.pieces import replicas
+from ckptfix.pieces.joining import Joiner, Piece
+from ckptfix.tree import compare
+from ckptfix.tree.document import Inert, Node, OrderedMap, Storage, Tensor
+from ckptfix.tree.dtypes import UNTYPED
+from ckptfix.tree.walk import walk
+from ckptfix.words import listed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from ckptfix.errors import ReadError
+    from ckptfix.formats.reading import Reading
+    from ckptfix.pieces.boxes import Box
+    from ckptfix.tree.document import Document
+
+NAME = "files of ranks"
+
+_RANK = re.compile(r"(?P<head>.*rank[_-]?)(?P<rank>\d+)(?P<tail>\D*)", re.IGNORECASE)
+_NUMBER = re.compile(r"(?P<head>.*?)(?P<rank>\d+)(?P<tail>\.[^.\d]+)")
+_FLAT = "flat_param"
+_EXTENSIONS = (".pt", ".pth", ".bin", ".ckpt")
+
+
+class Family(NamedTuple):
+    """Names that differ in the rank only."""
+
+    head: str
+    tail: str
+
+
+# --- finding them
+
+
+def joined(document: Document, piece: Inert, place: Place, reading: Reading) -> Document:
+    """The document of which the one at `place`, with a piece in it, is that of one rank."""
+    found, said = _parsed(place.base), Decoder(None, document.byteorder).rank_in(piece)
+    if found is None or (said not in (None, found[1]) and not _RANK.fullmatch(place.base)):
+        return _Ranks(place.name, {said: document}, reading).document()
+    family, rank = found
+    names = _of_family(family, place.folder.names())
+    documents: dict[int | None, Document] = {
+        other: document if other == rank else _read(place.folder.below(name), reading)
+        for other, name in sorted(names.items())
+    }
+    return _Ranks(place.name, documents, reading).document()
+
+
+def of_folder(folder: Place, reading: Reading) -> Document | None:
+    """The document in a folder of such files; None for other folders.
+
+    Raises `ReadError` where there are files of several checkpoints.
+    """
+    families: dict[Family, list[str]] = {}
+    for name in folder.names():
+        found = _RANK.fullmatch(name)
+        if found and name.lower().endswith(_EXTENSIONS):
+            families.setdefault(Family(found["head"], found["tail"]), []).append(name)
+    named = [family for family in families if "model" in family.head.lower()]
+    meant = named if len(families) > 1 and len(named) == 1 else list(families)
+    if len(meant) != 1:
+        return None
+    place = folder.below(families[meant[0]][0])
+    document = _read(place, reading)
+    piece = piece_in(document.root)
+    if piece is None:
+        return None
+    return replace(joined(document, piece, place, reading), name=folder.name)
+
+
+def _parsed(name: str) -> tuple[Family, int] | None:
+    """What a name has besides its rank, and the rank; None where there is no number."""
+    found = _RANK.fullmatch(name) or _NUMBER.fullmatch(name)
+    return None if found is None else (Family(found["head"], found["tail"]), int(found["rank"]))
+
+
+def _of_family(family: Family, names: Iterable[str]) -> dict[int, str]:
+    """The names of a family by their ranks."""
+    found: dict[int, str] = {}
+    for name in names:
+        parsed = _parsed(name)
+        if parsed is not None and parsed[0] == family:
+            other = found.setdefault(parsed[1], name)
+            if other != name:
+                raise UnsafeError(f"{other} and {name} are of one rank", where=name)
+    return found
+
+
+def _read(place: Place, reading: Reading) -> Document:
+
+    return table.read_place(place, reading)
+
+
+# --- joining them
+
+
+class _Ranks:
+    """The files of some ranks, being joined."""
+
+    def __init__(self, name: str, documents: dict[int | None, Document], reading: Reading) -> None:
+
+        self.name, self.documents, self.reading = name, documents, reading
+        self.decoders: dict[int | None, Decoder] = {
+            rank: Decoder(rank, document.byteorder) for rank, document in documents.items()
+        }
+        self.joiner = Joiner()
+        self.flat = dict(self._flat())
+        self.done: dict[tuple[int, ...], Node] = {}
+        self.ranks = 0
+        self.differing: list[str] = []
+
+    def document(self) -> Document:
+        """The document that they are together. Raises `ReadError` and its kin."""
+        for rank, one in self.documents.items():
+            self._check_rank(rank, one.archive)
+        first, *others = self.documents.values()
+        if any(other.byteorder != first.byteorder for other in others):
+            raise UnsupportedError("its files differ in byte order", where=self.name)
+        root = self._merged({rank: one.root for rank, one in self.documents.items()})
+        notes = dict.fromkeys(note for one in self.documents.values() for note in one.notes)
+        if self.differing:
+            paths = ", ".join(self.differing)
+            message = f"differs among the ranks; that of the lowest is kept: {paths}"
+            notes[Finding("ranks-differ", message)] = None
+        return replace(
+            first,
+            root=root,
+            container=NAME,
+            name=self.name,
+            nbytes=sum(one.nbytes for one in self.documents.values()),
+            notes=tuple(notes),
+            extras={},
+        )
+
+    def _check_rank(self, rank: int | None, archive: str) -> None:
+        """Refuse a file whose name has another rank than the one that torch saved it under."""
+        found = _RANK.fullmatch(archive)
+        if rank is not None and found is not None and int(found["rank"]) != rank:
+            raise UnsafeError(
+                f"the file of rank {rank} was saved as {archive}",
+                where=self.name,
+                hint="give each file the name that it was saved under",
+            )
+
+    def _merged(self, roots: dict[int | None, Node]) -> Node:
+        """One tree of all, whose containers are new."""
+        box: list[Node] = []
+        pending = [(box.append, "", roots)]
+        while pending:
+            put, path, nodes = pending.pop()
+            key = tuple(id(node) for node in nodes.values())
+            if key in self.done:
+                put(self.done[key])
+                continue
+            made = self._one(path, nodes)
+            self.done[key] = made
+            put(made)
+            first = next(iter(nodes.values()))
+            if made is first:
+                continue
+            pending += reversed(list(self._below(path, nodes, made)))
+        return box[0]
+
+    def _below(self, path: str, nodes: dict[int | None, Node], made: Node) -> Iterator[Node]:
+        """What is to be put into a container that was made, piece by piece."""
+        if isinstance(made, dict):
+            keys = dict.fromkeys(key for node in nodes.values() for key in node)
+            for key in keys:
+                made[key] = None  # in order; what is below is put there later
+                at = {rank: node[key] for rank, node in nodes.items() if key in node}
+                yield (lambda value, key=key: made.__setitem__(key, value)), f"{path}/{key}", at
+        elif isinstance(made, list):
+            for place in range(len(made)):
+                at = {rank: node[place] for rank, node in nodes.items()}
+                yield (
+                    (lambda value, place=place: made.__setitem__(place, value)),
+                    f"{path}/{place}",
+                    at,
+                )
+
+    def _one(self, path: str, nodes: dict[int | None, Node]) -> Node:
+        """What several nodes are together: a container yet to be filled, a tensor, a value."""
+        first = next(iter(nodes.values()))
+        if any(kind(node) is not None for node in nodes.values()):
+            return self._joined(path, nodes)
+        if all(isinstance(node, dict) for node in nodes.values()):
+            if isinstance(first, OrderedMap):
+                return OrderedMap((), first.attributes)
+            return {}
+        if all(isinstance(node, list) and len(node) == len(first) for node in nodes.values()):
+            return [None] * len(first)
+        flat = self._from_flat(path, nodes) if self.flat else None
+        if flat is not None:
+            return flat
+        self._check_plain(path, first)
+        self._check_equal(path, nodes)
+        return first
+
+    def _flat(self) -> Iterator[tuple[int, int]]:
+        """By storage, where in a flat parameter of FSDP1 what lies in it begins."""
+        for rank, document in self.documents.items():
+            for path, node in walk(document.root, tensors=False):
+                if path and path[-1].endswith(_FLAT) and kind(node) == "ShardedTensor":
+                    for (begin, *_), tensor in self.decoders[rank].part(node).pieces:
+                        yield id(tensor.storage), begin - tensor.offset
+
+    def _from_flat(self, path: str, nodes: dict[int | None, Node]) -> Tensor | None:
+        """The parameter of which each rank has the part that lies in its flat parameter.
+
+        Its shape is in no file, so it has one dimension. None for other tensors.
+        """
+        pieces: list[tuple[int, Tensor]] = []
+        for node in nodes.values():
+            if type(node) is not Tensor or len(node.shape) != 1:
+                return None
+            if node.numel:
+                begin = self.flat.get(id(node.storage))
+                if begin is None:
+                    return None
+                pieces.append((begin + node.offset, node))
+        if not pieces:
+            return None
+        first = min(at for at, _ in pieces)
+        whole = (sum(tensor.numel for _, tensor in pieces),)
+        parts = [Piece((at - first,), tensor) for at, tensor in pieces]
+        return self.joiner.join(path.removeprefix("/"), pieces[0][1].dtype, whole, parts)
+
+    def _joined(self, path: str, nodes: dict[int | None, Node]) -> Tensor:
+        """The tensor of which each rank has a part."""
+        try:
+            return self._tensor(path.removeprefix("/"), nodes)
+        except DamagedError as error:
+            lost = Storage(UNTYPED, 0, "cpu")
+            self.reading.lose(lost, self._with_absent(error, path))
+            return Tensor(lost, UNTYPED, (0,), (1,))
+        except CkptfixError as error:
+            raise error.within(path.removeprefix("/")).within(self.name) from None
+
+    def _tensor(self, path: str, nodes: dict[int | None, Node]) -> Tensor:
+
+        found: dict[Box, tuple[int | None, Piece]] = {}
+        described = set()
+        for rank, node in nodes.items():
+            if kind(node) is None:
+                raise UnsupportedError(f"is in pieces, but not in the file of rank {rank}")
+            part = self.decoders[rank].part(node)
+            self.ranks = max(self.ranks, part.ranks)
+            described.add((part.dtype, part.shape))
+            for piece in part.pieces:
+                if self.reading.has_lost(piece.tensor.storage):
+                    continue
+                other, known = found.setdefault(piece.box, (rank, piece))
+                if known is not piece and not replicas.equal(known.tensor, piece.tensor):
+                    raise UnsafeError(
+                        f"the ranks {other} and {rank} have different values for the piece "
+                        f"{piece.box}",
+                        hint="take the files of one save only",
+                        code="ranks-differ",
+                    )
+        if len(described) > 1:
+            shapes = ", ".join(f"{list(shape)} of {dtype}" for dtype, shape in sorted(described))
+            raise UnsafeError(f"is not the same tensor in every file: {shapes}")
+        ((dtype, shape),) = described
+        return self.joiner.join(path, dtype, shape, [piece for _, piece in found.values()])
+
+    def _with_absent(self, error: ReadError, path: str) -> ReadError:
+        """The error for a tensor that is not whole, with the ranks whose files are not there."""
+        absent = [str(rank) for rank in range(self.ranks) if rank not in self.documents]
+        whole = error.within(path.removeprefix("/")).within(self.name)
+        if not absent or error.code != "piece-missing":
+            return whole
+        folder = Place(self.name).folder.name
+        return DamagedError(
+            f"{whole.what}; the files of {len(absent)} of {self.ranks} ranks are not there: "
+            f"{listed(absent)}",
+            where=whole.where,
+            hint=Hint("copy or download them too; see what is there", shell("ls", files=[folder])),
+            code="piece-missing",
+        )
+
+    def _check_plain(self, path: str, node: Node) -> None:
+        """Refuse pieces that stand in what is taken as it is."""
+        if type(node) in (tuple, Inert) and piece_in(node) is not None:
+            raise UnsupportedError(
+                f"{path.removeprefix('/')} holds tensors in pieces inside of a "
+                f"{node.cls if isinstance(node, Inert) else 'tuple'}",
+                where=self.name,
+                hint="save its state dict",
+            )
+
+    def _check_equal(self, path: str, nodes: dict[int | None, Node]) -> None:
+        """Refuse values that differ among the ranks, but for states of random number generators."""
+        (rank, first), *others = nodes.items()
+        for other, node in others:
+            if node is first or _equal(first, node):
+                continue
+            if "rng" in path.lower():
+                self.differing.append(path.removeprefix("/"))
+                return
+            raise UnsafeError(
+                f"{path.removeprefix('/')} differs in the files of ranks {rank} and {other}",
+                where=self.name,
+                hint="take the files of one save only",
+                code="ranks-differ",
+            )
+
+
+def _equal(one: Node, other: Node) -> bool:
+    """Whether two values are the same, tensors to the bit."""
+    tensor, beside = as_tensor(one), as_tensor(other)
+    if tensor is not None and beside is not None:
+        return replicas.equal(tensor, beside)
+    return compare.difference(one, other) is None

@@ -1,0 +1,280 @@
+"""What real processes saved in pieces, beside the whole of it; `fixtures/make_pieces.py` makes it.
+
+The committed files are of four ranks; the slow tests make those of 2, 3, 4 and 6.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import ckptfix
+from ckptfix.errors import CkptfixError, UnsupportedError
+from tests.conftest import FIXTURES
+from tests.dcp_folders import as_dicts, consolidated, same
+from tests.sharded import ckptfix_command, done
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SLOW = [pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 3, 4, 6)]
+
+
+@pytest.fixture(params=["committed", *SLOW], scope="module")
+def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the maker fills."""
+    if request.param == "committed":
+        return FIXTURES / "pieces"
+    out = tmp_path_factory.mktemp("pieces")
+    maker = FIXTURES / "make_pieces.py"
+    command = [sys.executable, str(maker), str(out), "--ranks", str(request.param)]
+    subprocess.run(command, check=True, timeout=300)
+    return out
+
+
+def whole(made: Path, name: str) -> Any:
+    return torch.load(made / name, weights_only=False)
+
+
+@pytest.mark.parametrize("folder", ["dcp", "local"])
+def test_every_kind_of_tensor_is_whole_again(made: Path, folder: str) -> None:
+    if (made / folder).is_dir():
+        assert same(ckptfix.load(made / folder), whole(made, "whole.pt"))
+
+
+def test_it_is_what_torch_makes_of_it(made: Path, tmp_path: Path) -> None:
+    for folder in ("dcp", "fsdp2", "fsdp1_sharded_True"):
+        theirs = consolidated(made / folder, tmp_path / "theirs.pt")
+        assert same(as_dicts(ckptfix.load(made / folder)), as_dicts(theirs))
+
+
+def test_strided_shards_of_dcp_are_boxes_as_any(made: Path) -> None:
+    if (made / "strided").is_dir():
+        assert same(ckptfix.load(made / "strided"), whole(made, "strided_whole.pt"))
+
+
+def test_an_fsdp2_model_is_what_full_tensor_says(made: Path) -> None:
+    found = ckptfix.load(made / "fsdp2")
+    assert list(found) == ["model", "optimizer", "epoch"]
+    assert same(dict(found["model"]), dict(whole(made, "fsdp2_whole.pt")))
+    assert list(found["optimizer"]["state"]) == [
+        key for key in found["model"] if "running" not in key and "tracked" not in key
+    ]
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_an_fsdp1_model_is_its_full_state_dict(made: Path, original: bool) -> None:
+    found = ckptfix.load(made / f"fsdp1_sharded_{original}")
+    assert same(dict(found), dict(whole(made, "fsdp1_whole.pt")))
+
+
+# --- files of ranks, as torch.save makes them
+
+
+def ranks_of(made: Path, stem: str) -> list[Path]:
+    return sorted(made.glob(f"{stem}_rank_*.pt"))
+
+
+def test_dtensors_are_whole_again_whichever_file_is_named(made: Path) -> None:
+    for path in ranks_of(made, "tensors"):
+        assert same(ckptfix.load(path), whole(made, "whole.pt"))
+
+
+def test_strided_shards_are_cut_where_torch_cuts_them(made: Path) -> None:
+    for path in ranks_of(made, "strided"):
+        assert same(ckptfix.load(path), whole(made, "strided_whole.pt"))
+
+
+def test_a_training_checkpoint_of_ranks_is_what_dcp_says_it_is(made: Path) -> None:
+    found = ckptfix.load(made / "fsdp2_rank_0.pt")
+    assert same(dict(found["model"]), dict(whole(made, "fsdp2_whole.pt")))
+    assert same(as_dicts(dict(found)), as_dicts(ckptfix.load(made / "fsdp2")))
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_sharded_tensors_are_the_full_state_dict(made: Path, original: bool) -> None:
+    for path in ranks_of(made, f"fsdp1_sharded_{original}"):
+        assert same(dict(ckptfix.load(path)), dict(whole(made, "fsdp1_whole.pt")))
+
+
+def test_a_sum_is_refused(made: Path) -> None:
+    with pytest.raises(UnsupportedError, match="sum: is a sum of which each rank has a part"):
+        ckptfix.open(made / "partial_rank_0.pt")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as verl leaves it: the files of four ranks."""
+    for rank in range(4):
+        name = f"model_world_size_4_rank_{rank}.pt"
+        shutil.copy(FIXTURES / "pieces" / f"tensors_rank_{rank}.pt", tmp_path / name)
+    return tmp_path
+
+
+def refused(path: Path, code: str, match: str) -> None:
+    with pytest.raises(CkptfixError, match=match) as caught:
+        ckptfix.open(path)
+    assert caught.value.code == code
+    assert caught.value.hint is not None
+    ran = ckptfix_command("convert", path, path.parent / "out.pt")
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: ")
+    assert not (path.parent / "out.pt").exists()
+
+
+def test_a_folder_of_ranks_becomes_one_file(folder: Path) -> None:
+    (folder / "extra_state_world_size_4_rank_0.pt").write_bytes(b"#")
+    done("convert", ".", "whole.pt", cwd=folder)
+    found = torch.load(folder / "whole.pt", weights_only=False)
+    assert same(found, whole(FIXTURES / "pieces", "whole.pt"))
+    (folder / "whole.pt").unlink()
+    done("convert", "model_world_size_4_rank_2.pt", "out.safetensors", cwd=folder)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_rank_that_is_not_there_is_named(folder: Path, rank: int) -> None:
+    (folder / f"model_world_size_4_rank_{rank}.pt").unlink()
+    other = folder / f"model_world_size_4_rank_{(rank + 1) % 4}.pt"
+    refused(other, "piece-missing", f"files of 1 of 4 ranks are not there: {rank}")
+
+
+@pytest.mark.parametrize("there", [(0, 1), (2, 3), (0, 3), (1, 2)])
+def test_half_of_the_ranks_is_enough_where_they_are_replicas(
+    tmp_path: Path, there: tuple[int, int]
+) -> None:
+    known = whole(FIXTURES / "pieces", "whole.pt")["replicas"]
+    for rank in there:
+        shutil.copy(FIXTURES / "pieces" / f"replicas_rank_{rank}.pt", tmp_path)
+    own = torch.full((4,), there[0], dtype=torch.uint8)
+    assert same(ckptfix.load(tmp_path), {"w": known, "rng_state": own})
+    told = ckptfix.open(tmp_path).findings
+    assert [(one.code, "rng_state" in one.message) for one in told] == [("ranks-differ", True)]
+    (tmp_path / f"replicas_rank_{there[1]}.pt").unlink()
+    refused(tmp_path / f"replicas_rank_{there[0]}.pt", "piece-missing", "files of 3 of 4 ranks")
+
+
+def test_files_under_the_names_of_others_are_refused(folder: Path) -> None:
+    one, other = (folder / f"model_world_size_4_rank_{rank}.pt" for rank in (0, 3))
+    kept = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(kept)
+    refused(one, "unsafe", "the file of rank 0 was saved as tensors_rank_3")
+
+
+def test_one_rank_twice_is_refused(folder: Path) -> None:
+    one, other = (folder / f"model_world_size_4_rank_{rank}.pt" for rank in (0, 1))
+    other.write_bytes(one.read_bytes())
+    refused(one, "unsafe", "the file of rank 1 was saved as tensors_rank_0")
+
+
+def repacked(path: Path, old: bytes, new: bytes, folder: str | None = None) -> None:
+    """Change the pickle of a torch zip, and the name of the folder in it."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            first, _, rest = name.partition("/")
+            if rest == "data.pkl":
+                assert old in data
+                data = data.replace(old, new)
+            archive.writestr(f"{folder or first}/{rest}", data)
+
+
+def test_a_piece_that_its_rank_does_not_have_is_refused(folder: Path) -> None:
+    one, other = (folder / f"model_world_size_4_rank_{rank}.pt" for rank in (0, 3))
+    one.write_bytes(other.read_bytes())
+    repacked(one, b"epoch", b"epoch", folder="archive")
+    refused(one, "unsafe", r"was saved by the rank at \[3\] of its mesh, not by rank 0")
+    repacked(one, b"_coordinate_on_dim", b"_coordinate_on_xxx")
+    refused(one, "unsafe", r"has a piece of .* where rank 0 has the piece")
+
+
+def test_ranks_of_two_saves_are_refused(folder: Path) -> None:
+    path = folder / "model_world_size_4_rank_1.pt"
+    epoch = re.compile(rb"X\x05\x00\x00\x00epoch(?:q.|r....)K\x07", re.DOTALL)
+    with zipfile.ZipFile(path) as archive:
+        (found,) = epoch.findall(archive.read("tensors_rank_1/data.pkl"))
+    repacked(path, found, found[:-1] + b"\x08")
+    refused(path, "ranks-differ", "epoch differs in the files of ranks 0 and 1")
+
+
+def test_two_ranks_that_differ_in_what_both_have_are_refused(folder: Path) -> None:
+    path = folder / "model_world_size_4_rank_2.pt"
+    data = bytearray(path.read_bytes())
+    needle = torch.arange(4.0).numpy().tobytes()
+    assert data.count(needle) == 1
+    with zipfile.ZipFile(path) as archive:
+        (name,) = [one for one in archive.namelist() if archive.read(one) == needle]
+        records = {one: archive.read(one) for one in archive.namelist()}
+    records[name] = torch.arange(4.0).flip(0).contiguous().numpy().tobytes()
+    with zipfile.ZipFile(path, "w") as archive:
+        for one, content in records.items():
+            archive.writestr(one, content)
+    refused(path, "ranks-differ", "plain differs in the files of ranks 0 and 2")
+
+
+def test_sharded_tensors_under_the_names_of_others_are_refused(tmp_path: Path) -> None:
+    for rank in range(4):
+        source = FIXTURES / "pieces" / f"fsdp1_sharded_True_rank_{3 - rank}.pt"
+        shutil.copy(source, tmp_path / f"x_rank{rank}.pt")
+        repacked(tmp_path / f"x_rank{rank}.pt", b"scale", b"scale", folder="archive")
+    refused(tmp_path / "x_rank0.pt", "unsafe", "was saved by rank 3, not by rank 0")
+
+
+@pytest.mark.parametrize("name", ["model.pt", "step_500.pt", "500.bin"])
+def test_one_file_alone_is_told_to_be_of_one_rank(tmp_path: Path, name: str) -> None:
+    for stem in ("tensors", "fsdp1_sharded_True"):
+        shutil.copy(FIXTURES / "pieces" / f"{stem}_rank_0.pt", tmp_path / name)
+        refused(tmp_path / name, "piece-missing", "files of 3 of 4 ranks are not there: 1, 2, 3")
+
+
+@pytest.mark.parametrize("name", ["{}.pt", "model_{}.pt", "a-rank-{}-b.pt", "x.RANK{}.bin"])
+def test_files_find_each_other_by_their_numbers(tmp_path: Path, name: str) -> None:
+    for rank in range(4):
+        source = FIXTURES / "pieces" / f"tensors_rank_{rank}.pt"
+        shutil.copy(source, tmp_path / name.format(rank))
+    (tmp_path / "model_step_7.pt").write_bytes(b"#")
+    found = ckptfix.load(tmp_path / name.format(2))
+    assert same(found, whole(FIXTURES / "pieces", "whole.pt"))
+
+
+def test_what_is_whole_is_recovered(folder: Path) -> None:
+    (folder / "model_world_size_4_rank_3.pt").unlink()
+    ran = ckptfix_command("recover", folder / "model_world_size_4_rank_0.pt", folder / "saved.pt")
+    assert ran.returncode == 1, ran.stderr
+    found = torch.load(folder / "saved.pt", weights_only=False)
+    known = whole(FIXTURES / "pieces", "whole.pt")
+    assert {"number", "same.everywhere", "plain", "epoch"} <= set(found)
+    assert "rows" not in found
+    assert same(dict(found), {key: known[key] for key in found})
+
+
+# --- flat parameters
+
+
+def test_flat_parameters_are_joined_and_told(made: Path) -> None:
+    full = whole(made, "fsdp1_whole.pt")
+    found = ckptfix.load(made / "fsdp1_local_False_rank_0.pt")
+    names = ["scale", "first.weight", "first.bias", "norm.weight", "norm.bias"]
+    flat = torch.cat([full[name].flatten() for name in names])
+    assert same(found["_flat_param"][: len(flat)], flat)
+    last = torch.cat([full[name].flatten() for name in full if name.startswith("last")])
+    assert same(found["last._flat_param"][: len(last)], last)
+    told = ckptfix.open(made / "fsdp1_local_False_rank_0.pt").findings
+    assert [finding.code for finding in told] == ["flat-parameters"]
+
+
+def test_parameters_under_their_own_names_are_joined_from_the_flat_ones(made: Path) -> None:
+    full = whole(made, "fsdp1_whole.pt")
+    found = ckptfix.load(made / "fsdp1_local_True_rank_0.pt")
+    for name, tensor in full.items():
+        assert same(found[name].flatten(), tensor.flatten()), name
+    told = ckptfix.open(made / "fsdp1_local_True_rank_0.pt").findings
+    assert [finding.code for finding in told] == ["flat-parameters"]
