@@ -260,6 +260,11 @@ class Place:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shell("df", "-h", files=[self.folder.name])
             hint = Hint("nothing was written; see what is free", free)
+        if error.errno in (errno.EACCES, errno.EPERM):
+            allow = shell("chmod", "u+w", files=[self.folder.name])
+            hint = Hint("its folder has to be writable, or give OUT in another", allow)
+        if error.errno == errno.EROFS:
+            hint = Hint("give OUT in another place: this file system cannot be written to")
         return WriteError(f"cannot be written: {reason(error)}", where=self.name, hint=hint)
 
 

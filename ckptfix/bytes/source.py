@@ -351,7 +351,12 @@ def too_short(name: str, offset: int, length: int) -> DamagedError:
 
 
 def _hint(path: str) -> Hint | None:
-    folder = os.path.dirname(path) or "."
-    if not os.path.exists(path) and os.path.isdir(folder):
-        return Hint("see what is there", shell("ls", files=[folder]))
-    return None
+    folder, name = os.path.split(path)
+    if os.path.exists(path) or not os.path.isdir(folder or "."):
+        return None
+    import difflib
+
+    near = difflib.get_close_matches(name, os.listdir(folder or "."), 1)
+    if near:
+        return Hint(f"did you mean {os.path.join(folder, near[0])}?")
+    return Hint("see what is there", shell("ls", files=[folder or "."]))

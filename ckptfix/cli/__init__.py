@@ -37,7 +37,8 @@ def _no_command(name: str, context: click.Context) -> Misuse:
     """There is no such command; the hint has what may be meant."""
     import difflib
 
-    near = difflib.get_close_matches(name, COMMANDS, 1)
+    near = [verb for verb in COMMANDS if verb.startswith(name)]
+    near = near or difflib.get_close_matches(name, COMMANDS, 1)
     hint = Hint("did you mean", command(near[0])) if near else None
     if os.path.exists(name):
         hint = Hint("see what is in it", command("inspect", name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,22 +18,13 @@ if TYPE_CHECKING:
 _EXCERPT = 200
 
 
-class _FileOrText(click.File):
-    """A file; or an error text as it is, which is words with spaces that name no file."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, str) and " " in value and not os.path.exists(value):
-            return io.StringIO(value)
-        return super().convert(value, param, ctx)
-
-
 @click.command("explain", cls=paths.Verb)
-@click.argument("file", metavar="[FILE|-|TEXT]", default="-", type=_FileOrText(errors="replace"))
+@click.argument("words", metavar="[FILE|-|TEXT]", nargs=-1)
 @options.as_json
-def command(file: TextIO) -> int:
+def command(words: tuple[str, ...]) -> int:
     r"""Say what an error means, and which command repairs it.
 
-    FILE holds a traceback or a log; or give the text itself, in quotes. Without one, or with -, it
+    FILE holds a traceback or a log; or give the text itself. Without one, or with -, it
     is read from standard input: paste it, and end with Ctrl-D. The file that the text names is
     filled into the command.
 
@@ -49,6 +40,7 @@ def command(file: TextIO) -> int:
       1  no known error is in the text
       2  the text cannot be read
     """
+    file = _opened(" ".join(words))
     if file.isatty():
         output.note("paste the error, then press Ctrl-D")
     found = explain(file.read())
@@ -68,6 +60,19 @@ def command(file: TextIO) -> int:
         return 1
     output.answer({"command": "explain", "found": rows}, lambda console: _draw(console, found))
     return 0
+
+
+def _opened(words: str) -> IO[Any]:
+    """A file; or an error text as it is, which is words with spaces that name no file."""
+    if " " in words and not os.path.exists(words):
+        return io.StringIO(words)
+    file: IO[Any] = click.File(errors="replace").convert(words or "-", _argument(), None)
+    return file
+
+
+def _argument() -> click.Parameter:
+    """What errors call it."""
+    return click.get_current_context().command.params[0]
 
 
 def _draw(console: Console, found: list[Explanation]) -> None:

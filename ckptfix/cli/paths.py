@@ -23,6 +23,14 @@ STDOUT = "-"
 class Read(click.Path):
     """The path of something that is read: a file, or a folder."""
 
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; `-` is none, since a checkpoint is not read from front to back."""
+        if value == STDOUT and not Place(value).exists:
+            self.fail(
+                "a checkpoint cannot be read from a pipe: save it to a file first", param, ctx
+            )
+        return super().convert(value, param, ctx)
+
 
 class Code(click.ParamType[str]):
     """`FILE.py:NAME` or `package.module:NAME`: a file, perhaps, that is read."""
@@ -36,6 +44,16 @@ class Code(click.ParamType[str]):
 
 class Written(click.Path):
     """The path of something that is written."""
+
+
+class Out(Written):
+    """The path of a checkpoint that is written."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; `-` is none, since the beginning of a file is written last."""
+        if value == STDOUT:
+            self.fail("a checkpoint cannot be written to a pipe: give a file", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class Verb(click.Command):

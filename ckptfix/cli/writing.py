@@ -253,14 +253,14 @@ _VERIFY = click.option(
 
 def writes(function: _Function) -> _Function:
     """`IN OUT --to --force --dry-run --json`, which a command gets as its `job`."""
-    out = click.argument("out", metavar="OUT", type=paths.Written())
+    out = click.argument("out", metavar="OUT", type=paths.Out())
     decorators = (options.as_json, _DRY_RUN, _VERIFY, _FORCE, _TO, out, _IN)
     return _decorated(_with_job(function), decorators)
 
 
 def edits(function: _Function) -> _Function:
     """As `writes`; or `--in-place IN` without OUT."""
-    out = click.argument("out", metavar="[OUT]", required=False, type=paths.Written())
+    out = click.argument("out", metavar="[OUT]", required=False, type=paths.Out())
     flag = click.option("--in-place", is_flag=True, help="Change IN itself; no OUT is written.")
     decorators = (options.as_json, _DRY_RUN, _VERIFY, _FORCE, flag, _TO, out, _IN)
     return _decorated(_with_job(function), decorators)
