@@ -12,12 +12,12 @@ from ckptfix.contents.state_dicts import StateDict, choose
 from ckptfix.diagnose import damage
 from ckptfix.diagnose.document import diagnose
 from ckptfix.door import beside
-from ckptfix.errors import CkptfixError, DamagedError, KeyMismatchError
+from ckptfix.errors import CkptfixError, DamagedError, KeyMismatchError, SelectionError
 from ckptfix.hints import Hint
 from ckptfix.match import judge, mismatches
-from ckptfix.match.choose import Match, match
+from ckptfix.match.choose import look
 from ckptfix.match.remedy import Remedy, remedy
-from ckptfix.report import Difference, Report, counts, sections
+from ckptfix.report import Difference, Report, counts, sections, without_strict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ckptfix.findings import Finding
+    from ckptfix.match.choose import Match
     from ckptfix.match.target import Target
     from ckptfix.tree.document import Document
 
@@ -85,11 +86,13 @@ def command(
             choose(document, select)
         output.answer(answer, lambda console: _draw_sound(console, document, found))
         return 0
-    meant = _match(document, wanted, select)
-    state = meant.state if isinstance(meant, Match) else choose(document, select)
-    report = judge.report(state, wanted)
+    meant, error = look(document, wanted, select)
+    if isinstance(error, SelectionError):
+        raise error
+    state = meant.state
+    report = judge.as_it_stands(document, state, wanted)
     given = {"select": select, "model": model, "init": init, "like": like}
-    cure = None if report.loads else _cure(document, state, wanted, meant, given)
+    cure = None if report.loads else _cure(document, wanted, meant, error, given)
     beside = [finding for finding in found if finding.code not in _ABOUT_NAMES]
 
     def draw(console: Console) -> None:
@@ -101,29 +104,21 @@ def command(
     return 0 if report.loads else 1
 
 
-def _match(document: Document, wanted: Target, select: str | None) -> Match | CkptfixError:
-    """The state dict that fits once it is repaired, or why none does."""
-    try:
-        return match(document, wanted, select)
-    except CkptfixError as error:
-        return error
-
-
 def _cure(
     document: Document,
-    state: StateDict,
     wanted: Target,
-    meant: Match | CkptfixError,
+    meant: Match,
+    error: CkptfixError | None,
     given: dict[str, str | None],
 ) -> Remedy:
     """What makes it load, or the sentence that says why nothing does."""
-    if isinstance(meant, CkptfixError):
-        what, hint = meant.what, meant.hint
-        if isinstance(meant, KeyMismatchError):
-            what, hint = mismatches.cause(document, state, meant.report)
+    if error is not None:
+        what, hint = error.what, error.hint
+        if isinstance(error, KeyMismatchError):
+            what, hint = mismatches.cause(document, meant.state, meant.report)
         return Remedy(what if hint is None else f"{what}\n{hint}", None)
     fix = hints.command("fix", document.name, beside(document, "fixed"), **given)
-    return remedy(document, state, wanted) or Remedy("This makes a file that loads:", fix)
+    return remedy(document, meant.state, wanted) or Remedy("This makes a file that loads:", fix)
 
 
 _ABOUT_NAMES = frozenset(
@@ -176,7 +171,11 @@ def _data(state: StateDict, wanted: Target, report: Report, cure: Remedy | None)
         "matched": report.matched,
         "missing": report.missing,
         "unexpected": report.unexpected,
+        "forgiven": report.forgiven,
+        "missing_buffers": report.buffers,
         "shape_mismatch": rows(report.shape_mismatch),
+        "kind_mismatch": rows(report.kind_mismatch),
+        "refusals": report.refusals,
         "dtype_difference": rows(report.dtype_difference),
         "elements_left_at_random": report.random_numel,
         "remedy": None if cure is None else _remedy_data(cure),
@@ -199,11 +198,8 @@ def _draw(
         if len(rows) > _SHOWN:
             told = output.more(len(rows) - _SHOWN, "--json has all")
             console.print(output.text((f"  {told}", "dim")))
-    if report.random_numel:
-        console.print(
-            f"\nWith strict=False, {report.random_numel:,} of {report.target_numel:,} elements "
-            f"would silently stay at random."
-        )
+    for line in without_strict(report):
+        console.print(f"\n{line}", soft_wrap=True)
 
 
 def _remedy_data(cure: Remedy) -> dict[str, str | None]:

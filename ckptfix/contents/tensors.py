@@ -25,7 +25,7 @@ def as_tensor(node: Node) -> Tensor | None:
     for _ in range(_DEPTH):
         if not isinstance(node, Inert):
             break
-        unwrap = _WRAPPERS.get(node.function) if type(node.function) is Global else None
+        unwrap = _unwrapping(node)
         node = unwrap(node) if unwrap is not None else None
     return node if isinstance(node, Tensor) else None
 
@@ -37,10 +37,35 @@ def without_disguise(node: Node) -> Node:
     return node
 
 
+def disguise(node: Node) -> str:
+    """What a tensor is saved as that `torch.load` does not give back as one; empty for others."""
+    unwrap = _unwrapping(node)
+    if unwrap in (_array, _frombuffer):
+        return "numpy array"
+    return "XLA tensor" if unwrap is not None and node.function == _XLA else ""
+
+
+def undressed(node: Node) -> Node:
+    """What a parameter, or a tensor of another class, was made of: a tensor of any kind."""
+    for _ in range(_DEPTH):
+        if _unwrapping(node) not in (_first_argument, _first_of_state, _of_type):
+            break
+        node = _unwrapping(node)(node)
+    return node
+
+
+def _unwrapping(node: Node) -> Callable[[Inert], Node] | None:
+    if not isinstance(node, Inert) or type(node.function) is not Global:
+        return None
+    return _WRAPPERS.get(node.function)
+
+
+_XLA = Global("torch._utils", "_rebuild_xla_tensor")
+"""What torch before 1.12 saved tensors of TPUs with, and no torch has any longer."""
 DEVICE_TENSORS = frozenset(
     Global("torch._utils", f"_rebuild_device_tensor_from_{kind}")
     for kind in ("numpy", "cpu_tensor")
-)
+) | {_XLA}
 """How tensors of devices without storages of their own (XLA, HPU, …) are saved: with a copy on the
 CPU, and the device as the third argument."""
 

@@ -14,7 +14,7 @@ from ckptfix.door import beside
 from ckptfix.errors import KeyMismatchError
 from ckptfix.hints import Command, Hint, command
 from ckptfix.keys.renaming import components_of, joined, prefix_of, unlike
-from ckptfix.report import describe, shape
+from ckptfix.report import META, describe, shape
 from ckptfix.words import FEW, listed
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Cause(NamedTuple):
     """What differs, and what to do about it."""
 
     what: str
-    hint: Hint
+    hint: Hint | str
 
 
 def error(document: Document, state: StateDict, report: Report, wanted: str) -> KeyMismatchError:
@@ -41,10 +41,77 @@ def error(document: Document, state: StateDict, report: Report, wanted: str) -> 
 
 
 def cause(document: Document, state: StateDict, report: Report) -> Cause:
-    """The sentence that says it best, of a report with missing keys or other shapes."""
+    """The sentence that says it best, of a report of what does not fit."""
+    without_bytes = [row for row in report.kind_mismatch if row.found.kind == META]
+    if without_bytes:
+        return _without_bytes(without_bytes)
+    placeholders = [row for row in report.shape_mismatch if is_placeholder(row)]
+    if placeholders:
+        return _placeholders(placeholders)
     if report.missing:
         return _missing(document, state, report)
-    return _shapes(report.shape_mismatch, document.name)
+    if report.kind_mismatch:
+        return _kinds(report.kind_mismatch)
+    if report.shape_mismatch:
+        return _shapes(report.shape_mismatch, document.name)
+    return Cause(
+        report.refusals[0],
+        Hint(
+            "build the model as it was trained (--init)",
+            python="build the model as it was trained",
+        ),
+    )
+
+
+# --- what no configuration of the model changes
+
+
+def _without_bytes(rows: Sequence[Difference]) -> Cause:
+    return Cause(
+        f"saved while offloaded: {_tensors(rows)} no bytes",
+        "save it again where all weights are in memory, not on the meta device",
+    )
+
+
+def is_placeholder(row: Difference) -> bool:
+    """Whether an empty tensor stands where a model has a weight."""
+    return row.found.shape == (0,) and row.wanted.numel > 0
+
+
+def _placeholders(rows: Sequence[Difference]) -> Cause:
+    return Cause(
+        f"saved as placeholders: {_tensors(rows)} no elements, as DeepSpeed ZeRO-3 leaves them "
+        "where the weights were not gathered",
+        "gather the weights: run zero_to_fp32.py in the folder that training saved",
+    )
+
+
+def _kinds(rows: Sequence[Difference]) -> Cause:
+    first = rows[0]
+    found, wanted = (spec.kind or "dense" for spec in (first.found, first.wanted))
+    verb = "is" if len(rows) == 1 else f"and {len(rows) - 1} more are"
+    return Cause(
+        f"{first.key} {verb} {found}, where the model has it {wanted}: "
+        "torch does not copy one into the other",
+        _DENSE.get(found.partition(" ")[0].partition("_")[0], _REBUILD),
+    )
+
+
+_REBUILD = "build the model as it was when it was saved"
+_DENSE = {
+    "sparse": "save x.to_dense() of it in torch first",
+    "quantized": "save x.dequantize() of it in torch first, or quantize the model as it was",
+    "nested": "save x.to_padded_tensor(0.0) of it in torch first",
+    "torch.distributed": "save x.full_tensor() of it where it was trained",
+}
+
+
+def _tensors(rows: Sequence[Difference]) -> str:
+    have = "has" if len(rows) == 1 else f"and {len(rows) - 1} more tensors have"
+    return f"{rows[0].key} {have}"
+
+
+# --- what is missing
 
 
 def _missing(document: Document, state: StateDict, report: Report) -> Cause:
