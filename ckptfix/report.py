@@ -44,6 +44,8 @@ class Difference(NamedTuple):
     key: str
     found: Spec
     wanted: Spec
+    is_buffer: bool = False
+    """Whether the target computes it, and does not learn it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,9 @@ def sections(report: Report) -> list[Section]:
     ]
     found = [
         Section("missing: wanted, and not in the file", "-", report.missing),
-        Section("missing, and passed over by the model's own load_state_dict", "-", report.forgiven),
+        Section(
+            "missing, and passed over by the model's own load_state_dict", "-", report.forgiven
+        ),
         Section("unexpected: in the file, and not wanted", "+", report.unexpected),
         Section("of another shape", "!", shapes),
         Section("of another kind (torch does not copy one into the other)", "!", kinds),
@@ -185,7 +189,7 @@ def without_strict(report: Report) -> list[str]:
         )
     if report.buffers:
         told.append(
-            f"With strict=False, {listed(report.buffers)} would keep what the model computes."
+            f"With strict=False, {listed(report.buffers)} would keep what the model gives them."
         )
     return told
 

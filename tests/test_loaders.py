@@ -276,10 +276,12 @@ def test_a_sparse_tensor_that_is_not_sound_is_refused_by_name(damage: str, tmp_p
     sparse = torch.eye(3).to_sparse()
     indices = sparse.indices() + (7 if damage == "index" else 0)
     size = (3, 3) if damage == "index" else (2**40, 2**40)
+
     class Odd:
         def __reduce__(self) -> Any:
             parts = (indices, sparse.values(), torch.Size(size), False)
             return torch._utils._rebuild_sparse_tensor, (torch.sparse_coo, parts)
+
     path = saved({"w": Odd(), "b": torch.ones(2)}, tmp_path / "odd.pt")
     with pytest.raises(UnsupportedError, match="'w' is a tensor of another kind"):
         ckptfix.load_state_dict(path)
@@ -420,7 +422,9 @@ def test_a_sparse_tensor_is_refused_before_the_model_is_touched(tmp_path: Path):
     path = saved({**pair(), "weight": torch.eye(2).to_sparse()}, tmp_path / "sparse.pt")
     model = nn.Linear(2, 2)
     bias = model.bias.clone()
-    with pytest.raises(KeyMismatchError, match="weight is sparse_coo, where the model has it dense"):
+    with pytest.raises(
+        KeyMismatchError, match="weight is sparse_coo, where the model has it dense"
+    ):
         ckptfix.load_into(model, path)
     assert unlike(model.bias, bias) is None
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import hints
+from ckptfix import door, hints
 from ckptfix.cli import findings, options, output, reading
 from ckptfix.contents.state_dicts import StateDict, choose
 from ckptfix.diagnose import damage
@@ -86,13 +86,13 @@ def command(
             choose(document, select)
         output.answer(answer, lambda console: _draw_sound(console, document, found))
         return 0
-    meant, error = look(document, wanted, select)
-    if isinstance(error, SelectionError):
-        raise error
+    meant, problem = look(document, wanted, select)
+    if isinstance(problem, SelectionError):
+        raise problem
     state = meant.state
     report = judge.as_it_stands(document, state, wanted)
     given = {"select": select, "model": model, "init": init, "like": like}
-    cure = None if report.loads else _cure(document, wanted, meant, error, given)
+    cure = None if report.loads else _cure(document, wanted, meant, problem, given)
     beside = [finding for finding in found if finding.code not in _ABOUT_NAMES]
 
     def draw(console: Console) -> None:
@@ -108,17 +108,24 @@ def _cure(
     document: Document,
     wanted: Target,
     meant: Match,
-    error: CkptfixError | None,
+    problem: CkptfixError | None,
     given: dict[str, str | None],
 ) -> Remedy:
     """What makes it load, or the sentence that says why nothing does."""
-    if error is not None:
-        what, hint = error.what, error.hint
-        if isinstance(error, KeyMismatchError):
-            what, hint = mismatches.cause(document, meant.state, meant.report)
+    if problem is not None:
+        what, hint = problem.what, problem.hint
+        if isinstance(problem, KeyMismatchError):
+            what = mismatches.cause(document, meant.state, meant.report).what
         return Remedy(what if hint is None else f"{what}\n{hint}", None)
-    fix = hints.command("fix", document.name, beside(document, "fixed"), **given)
+    once = judge.written_once(document, meant.state)
+    untie = any(key in once or key in meant.tied for key in wanted.specs) and _is_flat(document)
+    fix = hints.command("fix", document.name, beside(document, "fixed"), untie=untie, **given)
     return remedy(document, meant.state, wanted) or Remedy("This makes a file that loads:", fix)
+
+
+def _is_flat(document: Document) -> bool:
+    """Whether the hint to repair it names an output that holds a tied tensor once."""
+    return door.resolve(beside(document, "fixed")).container.tensors_only
 
 
 _ABOUT_NAMES = frozenset(

@@ -7,19 +7,30 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptfix.cli import options, output, writing
+from ckptfix.cli.usage import Misuse
+from ckptfix.contents.state_dicts import find, of_models
+from ckptfix.diagnose.document import without_weights
 from ckptfix.repair.plan import Plan, plan
 from ckptfix.tree.document import Tensor
 from ckptfix.tree.walk import walk
 from ckptfix.words import plural
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rich.console import Console
+
+    from ckptfix.findings import Finding
+    from ckptfix.tree.document import Document
 
 
 @click.command("fix")
 @writing.writes
 @options.target
 @options.select
+@click.option(
+    "--untie", is_flag=True, help="Write tied tensors under each name, where OUT is safetensors."
+)
 @click.option("--keep-training-state", is_flag=True, help="Repair the weights where they are.")
 def command(
     job: writing.Job,
@@ -27,6 +38,7 @@ def command(
     init: str | None,
     like: str | None,
     select: str | None,
+    untie: bool,
     keep_training_state: bool,
 ) -> int:
     r"""Find what is wrong with a checkpoint, and repair it.
@@ -36,6 +48,7 @@ def command(
     is a state dict that load_state_dict takes strictly: prefixes are stripped, added or exchanged,
     the part of a larger model that is meant is taken out, and what the model does not want is
     dropped, by name. Averages (EMA, SWA) are taken only where nothing else fits, or by --select.
+    safetensors holds a tied tensor once, under one of its names; --untie writes it under each.
 
     \b
     Examples:
@@ -51,6 +64,8 @@ def command(
          written; nothing was written
     """
     wanted = options.wanted(model, init, like)
+    if untie and wanted is None:
+        raise Misuse("--untie is for --model or --like, and neither is given")
     document = job.open()
     made = plan(
         document,
@@ -58,8 +73,12 @@ def command(
         select=select,
         keep_training_state=keep_training_state,
         tensors_only=job.container.tensors_only,
+        untie=untie,
         verify=not job.dry_run,
     )
+    for found in _beyond_repair(made.document):
+        output.note(f"{found.message}: nothing repairs that")
+    _say_written_once(made)
     if not made.cures and document.container == job.container.name:
         return job.nothing("nothing to repair")
     if made.cures:
@@ -80,6 +99,22 @@ def _summary(made: Plan, tensors: int) -> str:
     )
 
 
+def _beyond_repair(document: Document) -> Iterator[Finding]:
+    for state in of_models(find(document.root)):
+        yield from without_weights(state)
+
+
+def _say_written_once(made: Plan) -> None:
+    if made.written_once:
+        keys = [f"{key} (as {other})" for key, other in made.written_once.items()]
+        output.note_names(f"{plural(len(keys), 'tied key')} written once", keys)
+        size = output.size(made.untying)
+        output.note(
+            "safetensors.torch.load_model(model, OUT) loads that, load_state_dict(load_file(OUT)) "
+            f"lacks a key; --untie writes both, which takes {size} more"
+        )
+
+
 def _say_keys(what: str, keys: list[str]) -> None:
     if keys:
         output.note_names(f"{plural(len(keys), 'key')} {what}", keys)
@@ -91,6 +126,7 @@ def _data(made: Plan) -> dict[str, Any]:
         "renamed": dict(made.renamed),
         "dropped": made.dropped,
         "of_another_dtype": made.of_another_dtype,
+        "written_once": dict(made.written_once),
     }
 
 

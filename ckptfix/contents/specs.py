@@ -45,8 +45,10 @@ Arguments = tuple["Node", ...]
 
 
 def _sparse(args: Arguments) -> Spec | None:
-    """`_rebuild_sparse_tensor(layout, (indices, values, size, is_coalesced))`; compressed ones
-    have two tensors of indices, and nothing after the size."""
+    """`_rebuild_sparse_tensor(layout, (indices, values, size, is_coalesced))`.
+
+    Compressed ones have two tensors of indices, and nothing after the size.
+    """
     if len(args) < 2 or not isinstance(args[1], tuple):
         return None
     layout, parts = args[0], args[1]
@@ -70,7 +72,7 @@ def _quantized(args: Arguments) -> Spec | None:
 def _nested(args: Arguments) -> Spec:
     """`_rebuild_nested_tensor(buffer, sizes, strides, offsets)`: tensors of several shapes."""
     buffer = as_tensor(args[0]) if args else None
-    return Spec(None, buffer and buffer.dtype.name, "nested")
+    return Spec(None, buffer.dtype.name if buffer is not None else None, "nested")
 
 
 def _meta(args: Arguments) -> Spec:
@@ -88,7 +90,7 @@ def _wrapper(args: Arguments) -> Spec | None:
 def _on_device(args: Arguments) -> Spec | None:
     """`_rebuild_device_tensor_from_…(data, dtype, device, requires_grad)`, which casts."""
     data = as_tensor(args[0]) if args else None
-    return data and Spec(data.shape, _dtype(args[1:2]))
+    return None if data is None else Spec(data.shape, _dtype(args[1:2]))
 
 
 def _dtype(args: Arguments) -> str | None:

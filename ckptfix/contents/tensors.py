@@ -7,7 +7,7 @@ Sources: `torch._utils._rebuild_parameter`, `torch._tensor._rebuild_from_type_v2
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptfix.bytes.source import BytesSource, ComputedSource
 from ckptfix.bytes.span import Span
@@ -48,13 +48,14 @@ def disguise(node: Node) -> str:
 def undressed(node: Node) -> Node:
     """What a parameter, or a tensor of another class, was made of: a tensor of any kind."""
     for _ in range(_DEPTH):
-        if _unwrapping(node) not in (_first_argument, _first_of_state, _of_type):
+        unwrap = _unwrapping(node)
+        if unwrap is None or unwrap not in (_first_argument, _first_of_state, _of_type):
             break
-        node = _unwrapping(node)(node)
+        node = unwrap(node)
     return node
 
 
-def _unwrapping(node: Node) -> Callable[[Inert], Node] | None:
+def _unwrapping(node: Node) -> Callable[[Any], Node] | None:
     if not isinstance(node, Inert) or type(node.function) is not Global:
         return None
     return _WRAPPERS.get(node.function)

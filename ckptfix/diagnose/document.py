@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from ckptfix.contents.packed import packed_weights, placeholders, without_bytes
 from ckptfix.contents.state_dicts import StateDict, find, of_models
 from ckptfix.door import beside, is_sharded
 from ckptfix.edit.compacting import compact
@@ -27,7 +28,7 @@ def diagnose(document: Document) -> list[Finding]:
     states = of_models(find(document.root))
     findings = [*document.notes, *_containers(document), *_devices(document)]
     for state in states:
-        findings += [*_prefixes(document, state), *_ties(state)]
+        findings += [*_prefixes(document, state), *without_weights(state), *_ties(state)]
     findings += [*_globals(document), *_bloat(document)]
     if not states:
         findings.append(Finding("no-state-dict", "nothing in the file maps names to tensors"))
@@ -88,6 +89,19 @@ def _prefixes(document: Document, state: StateDict) -> Iterator[Finding]:
         if name in wrappers.ANYWHERE:
             message = f"{count} keys hold {name!r} (added by {wrappers.WRAPPERS[name]})"
             yield Finding("wrapper-inside", message, state.path, strip)
+
+
+def without_weights(state: StateDict) -> Iterator[Finding]:
+    """Weights that are not there, whatever is done to the file."""
+    told = (
+        ("meta-tensors", without_bytes(state.mapping), "no bytes: saved while offloaded"),
+        ("placeholders", placeholders(state.mapping), "no elements: placeholders of ZeRO-3"),
+        ("packed-weights", packed_weights(state.mapping), "packed values: saved quantized"),
+    )
+    for code, keys, what in told:
+        if keys:
+            verb = "tensor has" if len(keys) == 1 else "tensors have"
+            yield Finding(code, f"{len(keys)} {verb} {what} ({listed(keys)})", state.path)
 
 
 def _ties(state: StateDict) -> Iterator[Finding]:

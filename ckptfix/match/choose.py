@@ -15,7 +15,7 @@ from ckptfix.contents.state_dicts import StateDict, choose, find, is_average, of
 from ckptfix.door import beside
 from ckptfix.errors import CkptfixError, KeyCollisionError, RenameError, SelectionError
 from ckptfix.hints import Command, Hint, adding, command
-from ckptfix.keys import prefixes
+from ckptfix.keys import prefixes, wrappers
 from ckptfix.keys.renaming import (
     components_of,
     joined,
@@ -24,16 +24,15 @@ from ckptfix.keys.renaming import (
     shared_prefix,
     shared_start,
 )
-from ckptfix.keys import wrappers
 from ckptfix.match import judge, mismatches
-from ckptfix.tree.document import Document, OrderedMap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from ckptfix.keys.renaming import Renaming
     from ckptfix.match.target import Target
     from ckptfix.report import Report
+    from ckptfix.tree.document import Document, OrderedMap
 
 
 class Match(NamedTuple):
@@ -194,7 +193,9 @@ def _best(found: list[Match]) -> list[Match]:
     return [one for one in found if one.report.share == best]
 
 
-def _held_against(document: Document, state: StateDict, wanted: Target, renaming: Renaming) -> Match:
+def _held_against(
+    document: Document, state: StateDict, wanted: Target, renaming: Renaming
+) -> Match:
     report, tied = judge.once_repaired(document, state, wanted, renaming)
     return Match(state, renaming, report, tied, _part(renaming, wanted))
 

@@ -1,4 +1,4 @@
-"""The one judge of whether a state dict loads into a target: a match is what torch's strict load takes.
+"""The one judge of what loads into a target: a match is what torch's strict load takes.
 
 Keys, shapes and kinds of tensors are held against those of the target. Where the target is a model
 that has code of its own for loading, the model is asked.
@@ -35,12 +35,10 @@ def compare(
     `buffers` are the keys of the target that are no parameters.
     """
     common = [key for key in found if key in wanted]
-    unlike = [Difference(key, found[key], wanted[key]) for key in common]
+    unlike = [Difference(key, found[key], wanted[key], key in buffers) for key in common]
     kinds = [row for row in unlike if not _is_taken(row.found, row.wanted)]
     refused = {row.key for row in kinds}
-    shapes = [
-        row for row in unlike if row.key not in refused and not _fits(row.found, row.wanted)
-    ]
+    shapes = [row for row in unlike if row.key not in refused and not _fits(row.found, row.wanted)]
     refused.update(row.key for row in shapes)
     matched = [key for key in common if key not in refused]
     missing = [key for key in wanted if key not in found]
@@ -89,12 +87,21 @@ def _casts(key: str, found: Mapping[str, Spec], wanted: Mapping[str, Spec]) -> b
 # --- a state dict
 
 
-def as_it_stands(document: Document, state: StateDict, wanted: Target) -> Report:
-    """Whether the strict load takes a state dict as torch, or safetensors, gives it to a program."""
+def as_it_stands(
+    document: Document, state: StateDict, wanted: Target, renaming: Renaming | None = None
+) -> Report:
+    """Whether the strict load takes a state dict as torch, or safetensors, gives it to a program.
+
+    With a renaming, once its keys are renamed and nothing else is done.
+    """
     lacking = written_once(document, state)
-    mapping = OrderedMap((key, node) for key, node in state.mapping.items() if key not in lacking)
+    new = renaming.keys if renaming is not None else {key: key for key in state.mapping}
+    mapping = OrderedMap(
+        (new[key], node) for key, node in state.mapping.items() if key not in lacking
+    )
     if state.metadata is not None:
-        mapping.attributes = {"_metadata": state.metadata}
+        versions = state.metadata if renaming is None else renaming.metadata(state.metadata)
+        mapping.attributes = {"_metadata": OrderedMap(versions)}
     return _Judge(document, state, wanted).of(mapping, specs(mapping))
 
 
@@ -159,6 +166,10 @@ class _Judge:
         listed = compare(found, self._specs, self._wanted.buffers)
         if self._wanted.model is not None:
             listed = self._asked(mapping, listed)
+        tied = _ties_to_make(listed.missing, self._wanted.ties, mapping)
+        if tied:  # they get the values of the key that is there
+            absent = set(listed.missing).difference(listed.buffers, tied)
+            listed = replace(listed, random_numel=_numel(self._specs, absent))
         if listed.fits:
             listed = replace(listed, refusals=list(self._torn(mapping)))
         return listed
@@ -169,7 +180,7 @@ class _Judge:
         left.attributes = mapping.attributes
         again = self.of(left, specs(left, repaired=True))
         if again.unexpected:
-            what = f"the model's own loader makes {again.unexpected[0]!r} of it, and does not have that"
+            what = f"the model's loader makes {again.unexpected[0]!r} of it, which it does not have"
             again = replace(again, refusals=[*again.refusals, what])
         return replace(again, unexpected=made.unexpected)
 
@@ -214,9 +225,7 @@ class _Judge:
         """Different tensors for one tensor of the target: the one loaded last would stay."""
         for keys in self._wanted.ties:
             tensors = ((key, as_tensor(mapping.get(key))) for key in keys)
-            sides = {
-                key: Side(found, self._document.byteorder) for key, found in tensors if found
-            }
+            sides = {key: Side(found, self._document.byteorder) for key, found in tensors if found}
             for first, second in pairwise(sides):
                 if not same_values(sides[first], sides[second]):
                     yield (

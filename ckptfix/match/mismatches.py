@@ -10,6 +10,7 @@ import difflib
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from ckptfix.contents.packed import packed_weights
 from ckptfix.door import beside
 from ckptfix.errors import KeyMismatchError
 from ckptfix.hints import Command, Hint, command
@@ -48,7 +49,14 @@ def cause(document: Document, state: StateDict, report: Report) -> Cause:
     placeholders = [row for row in report.shape_mismatch if is_placeholder(row)]
     if placeholders:
         return _placeholders(placeholders)
+    packed = [row.key for row in report.shape_mismatch if _is_packed(row)]
+    packed += packed_weights({**dict.fromkeys(report.unexpected), **dict.fromkeys(report.missing)})
+    if packed:
+        return _packed(packed)
     if report.missing:
+        counted = any(key.endswith(_COUNTED) for key in report.buffers)
+        if len(report.buffers) == len(report.missing) and not counted:
+            return _buffers(report.buffers)
         return _missing(document, state, report)
     if report.kind_mismatch:
         return _kinds(report.kind_mismatch)
@@ -86,6 +94,34 @@ def _placeholders(rows: Sequence[Difference]) -> Cause:
     )
 
 
+def _is_packed(row: Difference) -> bool:
+    """Whether bytes that hold several values each stand where a model has numbers."""
+    dtype, wanted = row.found.dtype or "", row.wanted.dtype or ""
+    is_whole = dtype.startswith(("int", "uint"))
+    return is_whole and "float" in wanted and 0 < row.found.numel < row.wanted.numel
+
+
+def _packed(keys: Sequence[str]) -> Cause:
+    verb = "holds packed values" if len(keys) == 1 else "hold packed values"
+    return Cause(
+        f"saved quantized: {listed(keys)} {verb}, and no weights",
+        "load it by the library that quantized it, or dequantize it there and save that",
+    )
+
+
+def _buffers(keys: Sequence[str]) -> Cause:
+    return Cause(
+        f"the file lacks {listed(keys)}, which the model computes itself",
+        Hint(
+            "load it with strict=False, which leaves those as they are", python="pass strict=False"
+        ),
+    )
+
+
+_COUNTED = ("running_mean", "running_var")
+"""Buffers that a model gathers while it is trained: to begin with others is to lose them."""
+
+
 def _kinds(rows: Sequence[Difference]) -> Cause:
     first = rows[0]
     found, wanted = (spec.kind or "dense" for spec in (first.found, first.wanted))
@@ -107,8 +143,8 @@ _DENSE = {
 
 
 def _tensors(rows: Sequence[Difference]) -> str:
-    have = "has" if len(rows) == 1 else f"and {len(rows) - 1} more tensors have"
-    return f"{rows[0].key} {have}"
+    verb = "has" if len(rows) == 1 else "have"
+    return f"{listed(row.key for row in rows)} {verb}"
 
 
 # --- what is missing
@@ -145,6 +181,8 @@ def _substitution(old: str, new: str) -> tuple[str, str]:
 
 
 def _shapes(rows: Sequence[Difference], name: str) -> Cause:
+    if all(row.is_buffer for row in rows):
+        return _resolution(rows)
     sizes = _only_sizes(rows)
     shown = f"{rows[0].key} {shape(rows[0].found)} vs {shape(rows[0].wanted)}"
     if sizes is None:
@@ -173,6 +211,20 @@ def _shapes(rows: Sequence[Difference], name: str) -> Cause:
     )
 
 
+def _resolution(rows: Sequence[Difference]) -> Cause:
+    """Buffers alone differ: masks and indices for another size of image, window or text."""
+    first, verb = rows[0], "differs" if len(rows) == 1 else "differ"
+    others = "" if len(rows) == 1 else f" and {len(rows) - 1} more"
+    return Cause(
+        f"only what the model computes for its resolution {verb}: "
+        f"{first.key} {shape(first.found)} vs {shape(first.wanted)}{others}",
+        _building(
+            "for the resolution, window or length that it was trained with",
+            ", or leave these keys out and load the rest with strict=False",
+        ),
+    )
+
+
 def _building(how: str, then: str) -> Hint:
     """The hint to build another model; on the command line `--init` says how."""
     return Hint(f"build the model {how} (--init){then}", python=f"build the model {how}{then}")
@@ -180,6 +232,10 @@ def _building(how: str, then: str) -> Hint:
 
 _POSITIONS = ("pos", "wpe")
 _VOCABULARIES = ("emb", "wte", "vocab", "tok", "lm")
+
+
+_OF_LAYERS = ("weight", "bias")
+"""What the parameters of a head are called, and those of an embedding."""
 
 
 def _says(key: str, words: tuple[str, ...]) -> bool:
@@ -202,6 +258,10 @@ def _only_sizes(rows: Sequence[Difference]) -> tuple[int, int] | None:
         if unlike[0] and not _says(row.key, _POSITIONS):
             return None
         pairs.add((found[unlike[0]], wanted[unlike[0]]))
+    if any(
+        row.is_buffer or row.key.rpartition(".")[2] not in _OF_LAYERS for row in rows
+    ) and not all(_says(row.key, _POSITIONS) for row in rows):
+        return None
     modules = {prefix_of(row.key) for row in rows}
     layers = {prefix_of(row.key) for row in rows if len(row.found.shape or ()) > 1}
     return pairs.pop() if modules == layers and len(pairs) == 1 else None  # no norm is among them

@@ -102,7 +102,8 @@ def _spec(key: str, value: Any) -> Spec:
         kind = "quantized" if is_per_tensor else "quantized per channel"
     if value.is_nested:
         return Spec(None, str(value.dtype).removeprefix("torch."), "nested")
-    if is_traceable_wrapper_subclass(value):
+    is_wrapper: bool = is_traceable_wrapper_subclass(value)
+    if is_wrapper:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
     return Spec(tuple(value.shape), str(value.dtype).removeprefix("torch."), kind)
 
@@ -120,8 +121,7 @@ def of_document(document: Document, select: str | None = None) -> Target:
     state = choose(document, select)
     ties = tuple(map(tuple, state.ties))
     wanted = {
-        key: _wanted(key, found)
-        for key, found in specs(state.mapping, repaired=True).items()
+        key: _wanted(key, found) for key, found in specs(state.mapping, repaired=True).items()
     }
     buffers = frozenset(filter(_is_computed, wanted))
     return Target(document.name, wanted, ties, buffers, notes=document.notes)
@@ -213,7 +213,12 @@ def of_reference(reference: str, init: str | None = None) -> Target:
     def build(device: str) -> nn.Module:
         return _build(found, arguments, keywords, reference, device)
 
-    target = of_module(build("meta"), reference)
+    try:
+        target = of_module(build("meta"), reference)
+    except TargetError as error:
+        if not isinstance(error.__cause__, (RuntimeError, NotImplementedError)):
+            raise
+        return of_module(build("cpu"), reference)  # its code wants values, which meta has not
     return target if target.model is None else replace(target, real=lambda: build("cpu"))
 
 

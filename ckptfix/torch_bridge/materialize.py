@@ -171,7 +171,8 @@ def tree(root: Node, materializer: Materializer) -> Any:
     """A tree with its tensors made, and the plain objects that torch checkpoints hold.
 
     Devices, dtypes, sizes, sets, complex numbers and parameters become what they were, and so do
-    sparse and quantized tensors, and those without bytes; objects of other classes stay `Inert`. RNG states stay on the CPU, where torch wants them.
+    sparse and quantized tensors, and those without bytes; objects of other classes stay `Inert`.
+    RNG states stay on the CPU, where torch wants them.
     """
     rng = {id(node.storage) for node in _rng_states(root)}
 
@@ -239,7 +240,7 @@ def special(node: Node, materializer: Materializer) -> torch.Tensor | None:
 
 def _sparse(materializer: Materializer, layout: Any, parts: tuple[Node, ...]) -> torch.Tensor:
     layout = getattr(torch, layout.args[0].removeprefix("torch."))
-    given = [_part(part, materializer) for part in parts]
+    given: list[Any] = [_part(part, materializer) for part in parts]
     if layout is torch.sparse_coo:
         is_coalesced = given[3] if len(given) > 3 else None
         return torch.sparse_coo_tensor(*given[:3], check_invariants=True, is_coalesced=is_coalesced)
@@ -259,7 +260,8 @@ def _quantized(
     check_layout(storage, storage.dtype, offset, tuple(size), stride, DEFAULT)
     kind, *rest = (_part(part, materializer) for part in scheme)
     memory = materializer.storage(storage)
-    given = (memory, offset, tuple(size), stride, (kind, *rest), False, OrderedDict())
+    hooks: OrderedDict[Any, Any] = OrderedDict()
+    given = (memory, offset, tuple(size), stride, (kind, *rest), False, hooks)
     made: torch.Tensor = torch._utils._rebuild_qtensor(*given)  # type: ignore[no-untyped-call]
     return made
 

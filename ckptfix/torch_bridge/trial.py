@@ -41,7 +41,9 @@ def decides(model: nn.Module) -> bool:
     modules = list(model.modules())
     if any(isinstance(one, torch.jit.ScriptModule) or _is_sharded(one) for one in modules):
         return False  # cannot be given stand-ins; and would have to be asked on all ranks at once
-    return any(_has_loader(one) for one in modules) or _has_own(model, "load_state_dict")
+    if any(_has_loader(one) for one in modules) or _has_own(model, "load_state_dict"):
+        return True
+    return not all(map(_is_plain, (*model.parameters(), *model.buffers())))
 
 
 def _is_sharded(module: nn.Module) -> bool:
@@ -119,15 +121,17 @@ def _tried(
     lists: list[Any] = []
     with _on_trial(model, stand_in), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        handle = model.register_load_state_dict_post_hook(lambda _, keys: lists.append(keys))
+        handle = model.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            lambda _, keys: lists.append(keys)
+        )
         try:
             load(model, materialize.tree(mapping, materializer))
             refusal = ""
-        except Exception as error:  # whatever code of the model raises is its answer
+        except Exception as error:  # noqa: BLE001  # whatever the model raises is its answer
             refusal = f"{type(error).__name__}: {error}" if not lists else str(error)
         finally:
             handle.remove()
-    if not refusal or not lists:
+    if not lists:
         return Verdict([], [], refusal, ended=not refusal)
     return Verdict(list(lists[-1].missing_keys), list(lists[-1].unexpected_keys), refusal)
 
@@ -136,9 +140,7 @@ _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 @contextmanager
-def _on_trial(
-    model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]
-) -> Iterator[None]:
+def _on_trial(model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """The model with other tensors in the place of its own; all its attributes come back."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
@@ -166,17 +168,33 @@ def _on_trial(
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of the same kind on the meta device; a copy of one that is not of a plain kind."""
     if is_lazy(tensor):
-        kind = UninitializedParameter if isinstance(tensor, nn.Parameter) else UninitializedBuffer
-        return kind(requires_grad=tensor.requires_grad, device="meta", dtype=tensor.dtype)
-    is_plain = type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)
-    if not is_plain or tensor.layout is not torch.strided or tensor.is_quantized:
+        kind: Any = (
+            UninitializedParameter if isinstance(tensor, nn.Parameter) else UninitializedBuffer
+        )
+        return kind(tensor.requires_grad, device="meta", dtype=tensor.dtype)  # type: ignore[no-any-return]
+    if not _is_plain(tensor):
         return _copied(tensor)
-    made = torch.empty_like(tensor, device="meta")
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(made, requires_grad=tensor.requires_grad)
-    return made
+    return _as_it_was(torch.empty_like(tensor, device="meta"), tensor)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of the same class and kind, with the same values in memory of its own."""
-    return copy.deepcopy(tensor if tensor.is_leaf else tensor.detach())
+    if is_lazy(tensor) or type(tensor) not in _CLASSES:
+        return copy.deepcopy(tensor)
+    return _as_it_was(tensor.detach().clone(), tensor)
+
+
+def _as_it_was(made: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter, if another one is."""
+    if not isinstance(tensor, nn.Parameter):
+        return made
+    return nn.Parameter(made, requires_grad=tensor.requires_grad)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor takes all that has its shape."""
+    is_strided = tensor.layout is torch.strided and not tensor.is_quantized
+    return is_strided and type(tensor) in _CLASSES
+
+
+_CLASSES = (torch.Tensor, nn.Parameter, nn.Buffer)
