@@ -552,6 +552,29 @@ def test_a_tied_key_in_safetensors_is_written_once_and_said_to_be_or_twice(
         assert ckptfix_command("check", name, "--model", "net.py:Tied").returncode == 0
 
 
+@pytest.mark.parametrize("out", ["out.safetensors", "out/"])
+def test_strip_prefix_writes_no_tied_key_once_where_the_model_wants_both(
+    models: ModuleType, out: str
+) -> None:
+    weight = torch.rand(5, 2)
+    torch.save({"module.embed.weight": weight, "module.head.weight": weight}, "in.pt")
+    ran = ckptfix_command("strip-prefix", "in.pt", out, "--model", "net.py:Tied")
+    assert (ran.returncode, Path(out).exists()) == (2, False)
+    assert "embed.weight = head.weight once" in ran.stderr
+    fix = ran.stderr.splitlines()[-1].partition(": ckptfix ")[2].split()
+    assert ckptfix_command(*fix).returncode == 0
+    files = [Path(out)] if Path(out).is_file() else sorted(Path(out).glob("*.safetensors"))
+    state = {
+        key: value for file in files for key, value in safetensors.torch.load_file(file).items()
+    }
+    models.Tied().load_state_dict(state, strict=True)
+    assert ckptfix_command("check", out, "--model", "net.py:Tied").returncode == 0
+    done("fix", "in.pt", out, "--force", "--model", "net.py:Tied")
+    assert ckptfix_command("check", out, "--model", "net.py:Tied").returncode == 1
+    done("strip-prefix", "in.pt", "out.pt", "--model", "net.py:Tied")
+    models.Tied().load_state_dict(torch.load("out.pt"), strict=True)
+
+
 def test_untie_without_a_target_is_a_misuse() -> None:
     torch.save({"w": torch.ones(2)}, "in.pt")
     ran = ckptfix_command("fix", "in.pt", "out.safetensors", "--untie")

@@ -18,6 +18,7 @@ from ckptfix.keys import wrappers
 from ckptfix.match import judge
 from ckptfix.match.choose import match
 from ckptfix.report import describe
+from ckptfix.words import listed
 
 if TYPE_CHECKING:
     from ckptfix.contents.state_dicts import StateDict
@@ -102,15 +103,29 @@ def _for_target(
     found = match(document, wanted, select)
     state, way = found.state, found.renaming
     report = judge.as_it_stands(document, state, wanted, way)
-    if not report.loads or way.added:
+    once = _written_once(job, state, way, wanted)
+    if once or way.added or not report.loads:
         what = f"to strip prefixes does not make it match {wanted.name}"
-        fix = hints.command("fix", job.source, beside(document, "fixed"), select=select, **given)
+        if once:
+            what += f": OUT would hold {listed(once)} once, under one name of each"
+        out = beside(document, "fixed") if job.output is None else job.output.path
+        fix = hints.command("fix", job.source, out, select=select, untie=bool(once), **given)
+        details = describe(report)
         raise KeyMismatchError(
-            report, what, where=document.name, hint=Hint("this does", fix), details=describe(report)
+            report, what, where=document.name, hint=Hint("this does", fix), details=details
         )
     if not way.changed:
         return job.nothing(f"its keys are those of {wanted.name} already")
     return job.finish_renamed(edits.rename(document, [(state, way)]), [(state, way)])
+
+
+def _written_once(job: writing.Job, state: StateDict, way: Renaming, wanted: Target) -> list[str]:
+    """Tied tensors of which the target wants several names, and OUT would have one."""
+    if job.output is None or not job.container.tensors_only:
+        return []
+    groups = ([way.keys[key] for key in keys] for keys in state.ties)
+    kept = ([key for key in keys if key in wanted.specs] for keys in groups)
+    return [" = ".join(keys) for keys in kept if len(keys) > 1]
 
 
 def _explain(states: list[StateDict]) -> None:

@@ -80,8 +80,8 @@ def of_module(module: nn.Module, name: str | None = None) -> Target:
     from ckptfix.torch_bridge import trial
 
     found = {key: _spec(key, value) for key, value in module.state_dict().items()}
-    parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}
-    buffers = frozenset(key for key in found if key not in parameters)
+    named = module.named_buffers(remove_duplicate=False)
+    buffers = frozenset(key for key, _ in named if key in found)
     model = module if trial.decides(module) else None
     return Target(name or type(module).__name__, found, _ties(module), buffers, model)
 
