@@ -10,6 +10,7 @@ from ckptfix.bytes.place import Place
 from ckptfix.contents.state_dicts import choose, choose_all, find
 from ckptfix.diagnose.document import diagnose
 from ckptfix.edit import averages, casting, compacting, edits, reduce
+from ckptfix.errors import SelectionError
 from ckptfix.keys import wrappers
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.tree.document import Document
@@ -142,11 +143,22 @@ class Checkpoint:
         return Checkpoint(reduce.only(taken.document, choose(taken.document, taken.path)).document)
 
     def check(self, model: nn.Module, *, select: str | None = None) -> Report:
-        """How its keys, shapes and dtypes compare with a model's, as they stand."""
+        """Whether its state dict loads into a model as it stands, and what keeps it from that.
+
+        `loads` is what `load_state_dict(strict=True)` says of what torch gives of the file.
+
+        Raises:
+            SelectionError: there is no state dict, or several could be meant.
+        """
+        from ckptfix.match import choose as chooser
         from ckptfix.match import judge
         from ckptfix.match import target as targets
 
-        return judge.report(choose(self.document, select), targets.of_module(model))
+        wanted = targets.of_module(model)
+        found, error = chooser.look(self.document, wanted, select)
+        if isinstance(error, SelectionError):
+            raise error
+        return judge.as_it_stands(self.document, found.state, wanted)
 
     def save(
         self,

@@ -70,6 +70,26 @@ CODES: dict[str, Meaning] = {
         "storages are larger than the tensors that use them",
         "`ckptfix convert --compact`",
     ),
+    "meta-tensors": Meaning(
+        _ERROR,
+        "tensors without bytes: they were saved while they were offloaded",
+        "none; save it again where all weights are in memory",
+    ),
+    "placeholders": Meaning(
+        _ERROR,
+        "empty tensors stand for weights, as DeepSpeed ZeRO-3 leaves them",
+        "none; run `zero_to_fp32.py` in the folder that training saved",
+    ),
+    "packed-weights": Meaning(
+        _WARNING,
+        "weights are quantized and packed: only the library that did it loads them",
+        "none; dequantize them there",
+    ),
+    "numpy-arrays": Meaning(
+        _ERROR,
+        "numpy arrays, or tensors of a TPU, where a model wants tensors (`fix --model`)",
+        "`ckptfix fix --model`",
+    ),
     "tied-tensors": Meaning(
         _NOTE, "several names for one tensor", "none needed; every container keeps them"
     ),

@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptfix import door
+from ckptfix.contents.specs import spec
 from ckptfix.contents.state_dicts import choose
-from ckptfix.contents.tensors import as_tensor, is_special_tensor
 from ckptfix.diagnose import damage
 from ckptfix.edit import averages, edits
 from ckptfix.errors import UnsupportedError
@@ -21,7 +21,9 @@ from ckptfix.keys import globs, wrappers
 from ckptfix.match import mismatches
 from ckptfix.match import target as targets
 from ckptfix.match.choose import match
-from ckptfix.torch_bridge import materialize
+from ckptfix.report import META
+from ckptfix.torch_bridge import materialize, trial
+from ckptfix.tree.document import Inert
 from ckptfix.words import listed
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ def load_state_dict(
         ReadError: the file cannot be read, or with `verify`, a byte of it has changed.
         SelectionError: there is no state dict, or more than one could be meant.
         RenameError: the keys fit, or come nearest, in two ways.
-        UnsupportedError: it holds a sparse, quantized or other special tensor.
+        UnsupportedError: it holds a tensor without bytes, or one of a class of its own.
         KeyMismatchError: with `strict`, the keys or shapes do not fit; carries the `Report`.
     """
     document, select = embedded.taken(door.read(path), select)
@@ -153,9 +155,14 @@ def load_into(
         document, select, _ = averages.take(document, select)
     wanted = targets.of_module(model)
     found = match(document, wanted, select, partly=not strict, drop=_patterns(drop))
-    if found.report.shape_mismatch:
+    if found.report.refused:
         raise mismatches.error(document, found.state, found.report, wanted.name)
-    model.load_state_dict(_loaded(document, found.mapping(), "cpu", verify), strict=strict)
+    loaded = _loaded(document, found.mapping(), "cpu", verify)
+    try:
+        trial.load(model, loaded, strict=strict)
+    except Exception as error:
+        report = replace(found.report, refusals=[f"{type(error).__name__}: {error}"])
+        raise mismatches.error(document, found.state, report, wanted.name) from error
     return replace(found.report, left_out=True)
 
 
@@ -176,16 +183,24 @@ def _materializer(document: Document, map_location: MapLocation) -> materialize.
 def _loaded(
     document: Document, mapping: dict[str, Node], map_location: MapLocation, verify: bool
 ) -> OrderedDict[str, Any]:
-    for key, node in mapping.items():
-        if as_tensor(node) is None and is_special_tensor(node):
+    kinds = {key: kind for key, node in mapping.items() if (kind := spec(node, repaired=True).kind)}
+    for key, kind in kinds.items():
+        if kind == META:
             raise UnsupportedError(
-                f"{key!r} is a sparse, quantized or other special tensor",
+                f"{key!r} has no bytes: it was saved while it was offloaded",
                 where=document.name,
-                hint="load it with torch.load, and give that to ckptfix.strip_prefix",
+                hint="save it again where all weights are in memory, not on the meta device",
             )
     if verify:
         damage.check_tensors(document, mapping)
     made = materialize.tree(mapping, _materializer(document, map_location))
+    for key, kind in kinds.items():
+        if isinstance(made[key], Inert):
+            raise UnsupportedError(
+                f"{key!r} is a tensor of another kind: {kind}",
+                where=document.name,
+                hint="load it with torch.load, and give that to ckptfix.strip_prefix",
+            )
     return made if isinstance(made, OrderedDict) else OrderedDict(made)
 
 

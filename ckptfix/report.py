@@ -7,20 +7,35 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-SPECIAL = "special"
-"""Stands for the dtype of a sparse, quantized or other tensor, whose shape is not looked at."""
+from ckptfix.words import listed
+
+META = "meta"
+"""The kind of a tensor that was saved without its bytes."""
 
 
 class Spec(NamedTuple):
-    """What a target wants under a key. A value that is no tensor has neither shape nor dtype."""
+    """What lies under a key, or is wanted there.
+
+    A value that is no tensor has neither shape nor dtype, nor a kind. Where that is wanted, any
+    value is taken.
+    """
 
     shape: tuple[int, ...] | None
     dtype: str | None
+    kind: str = ""
+    """Empty for what torch calls strided, which nearly every tensor is; otherwise what it is:
+    `sparse_coo`, `quantized`, `meta`, `numpy array`, the name of a class."""
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape) if self.shape is not None else 0
+
+
+ANYTHING = Spec(None, None)
+"""What a target wants under the key of an extra state."""
+LAZY = "lazy"
+"""The kind of a parameter that takes the shape of what is loaded."""
 
 
 class Difference(NamedTuple):
@@ -29,6 +44,8 @@ class Difference(NamedTuple):
     key: str
     found: Spec
     wanted: Spec
+    is_buffer: bool = False
+    """Whether the target computes it, and does not learn it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +59,25 @@ class Report:
     unexpected: list[str]
     """Keys that only the state dict has."""
     shape_mismatch: list[Difference]
+    """Keys that are in both with other shapes, which torch refuses, with `strict=False` too."""
     dtype_difference: list[Difference]
     """Keys of `matched` whose dtypes differ; torch casts them without a word."""
     target_numel: int
     """Elements that the target wants."""
     random_numel: int
-    """Elements that `strict=False` would leave at random: missing and mismatching ones."""
+    """Elements of missing parameters: `strict=False` would leave them as they were initialised."""
+    kind_mismatch: list[Difference] = field(default_factory=list)
+    """Keys that are in both, of kinds that torch does not copy into one another: sparse ones into
+    dense ones, or tensors without bytes. It refuses them with `strict=False` too."""
+    buffers: list[str] = field(default_factory=list)
+    """Keys of `missing` that are buffers: they keep what the model computed for them."""
+    forgiven: list[str] = field(default_factory=list)
+    """Keys that are not there, and that the model's own `load_state_dict` passes over."""
+    refusals: list[str] = field(default_factory=list)
+    """Why it does not load besides: what the model's own loader says, or two tensors that differ
+    and are one in the target."""
+    absent_numel: int = 0
+    """Elements of the target that would not be loaded: missing ones, other shapes and kinds."""
     passed_over: list[str] = field(default_factory=list)
     """Where averages of the weights stand that fit as well, and were not taken."""
     left_out: bool = False
@@ -60,7 +90,17 @@ class Report:
         Of a report that `load_into` returns: whether the model has all that it wants.
         """
         surplus = self.unexpected and not self.left_out
-        return not (self.missing or surplus or self.shape_mismatch)
+        return self.fits and not surplus
+
+    @property
+    def fits(self) -> bool:
+        """Whether the target would get all that it wants, whatever else is there."""
+        return not (self.missing or self.refused)
+
+    @property
+    def refused(self) -> bool:
+        """Whether torch refuses something that is there, with `strict=False` too."""
+        return bool(self.shape_mismatch or self.kind_mismatch or self.refusals)
 
     @property
     def identical(self) -> bool:
@@ -72,7 +112,7 @@ class Report:
         """The share of the target's elements that would be loaded, from 0 to 1."""
         if not self.target_numel:
             return float(self.loads)
-        return 1 - self.random_numel / self.target_numel
+        return 1 - self.absent_numel / self.target_numel
 
 
 class Section(NamedTuple):
@@ -94,12 +134,14 @@ def describe(report: Report, limit: int = 12) -> list[str]:
 
 def counts(report: Report) -> list[str]:
     """How many keys match, and in a second line how many do not."""
-    total = len(report.matched) + len(report.missing) + len(report.shape_mismatch)
+    unlike = len(report.shape_mismatch) + len(report.kind_mismatch)
+    total = len(report.matched) + len(report.missing) + unlike
     share = math.floor(report.share * 1000) / 10  # 100 % is said only of all
     found = {
         "missing": len(report.missing),
         "unexpected": len(report.unexpected),
         "of another shape": len(report.shape_mismatch),
+        "of another kind": len(report.kind_mismatch),
         "of another dtype": len(report.dtype_difference),
     }
     told = [f"{count:,} {what}" for what, count in found.items() if count]
@@ -113,17 +155,43 @@ def sections(report: Report) -> list[Section]:
         f"{row.key}: {shape(row.found)}, wanted {shape(row.wanted)}"
         for row in report.shape_mismatch
     ]
+    kinds = [
+        f"{row.key}: {row.found.kind or 'dense'}, wanted {row.wanted.kind or 'dense'}"
+        for row in report.kind_mismatch
+    ]
     dtypes = [
         f"{row.key}: {row.found.dtype}, wanted {row.wanted.dtype}"
         for row in report.dtype_difference
     ]
     found = [
         Section("missing: wanted, and not in the file", "-", report.missing),
+        Section(
+            "missing, and passed over by the model's own load_state_dict", "-", report.forgiven
+        ),
         Section("unexpected: in the file, and not wanted", "+", report.unexpected),
         Section("of another shape", "!", shapes),
+        Section("of another kind (torch does not copy one into the other)", "!", kinds),
         Section("of another dtype (torch casts them when it loads)", "~", dtypes),
     ]
+    found.append(Section("refused", "!", report.refusals))
     return [section for section in found if section.rows]
+
+
+def without_strict(report: Report) -> list[str]:
+    """What `strict=False` would make of a state dict that does not load, in sentences."""
+    if report.refused:
+        return ["strict=False would not help: torch refuses what is marked with ! all the same."]
+    told = []
+    if report.random_numel:
+        told.append(
+            f"With strict=False, {report.random_numel:,} of {report.target_numel:,} elements "
+            f"would silently stay at random."
+        )
+    if report.buffers:
+        told.append(
+            f"With strict=False, {listed(report.buffers)} would keep what the model gives them."
+        )
+    return told
 
 
 def shape(spec: Spec) -> str:

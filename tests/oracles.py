@@ -87,7 +87,13 @@ def sharing(tree: Any) -> list[tuple[Any, ...]]:
 
 
 def _same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return (one.dtype, one.shape) == (other.dtype, other.shape) and bits(one) == bits(other)
+    if (one.dtype, one.shape, one.layout) != (other.dtype, other.shape, other.layout):
+        return False
+    if one.is_quantized:
+        return torch.equal(one, other)
+    if one.layout is not torch.strided:
+        one, other = one.to_dense(), other.to_dense()
+    return bits(one) == bits(other)
 
 
 def _first(rows: Any) -> str | None:

@@ -239,13 +239,52 @@ def test_bare_storages_come_back_as_torch_gives_them(tmp_path: Path):
     assert loaded["raw"].tolist() == value["raw"].tolist()
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per", "ignore:TypedStorage is deprecated")
-def test_a_quantized_tensor_stays_inert_and_the_rest_loads(tmp_path: Path):
-    quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
-    path = saved({"q": quantized, "epoch": 3}, tmp_path / "q.pt")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_sparse_quantized_and_meta_tensors_come_back_as_torch_gives_them(tmp_path: Path):
+    dense = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+    scales, zeros = torch.tensor([0.1, 0.2]).double(), torch.tensor([1, 2])
+    value = {
+        "coo": dense.to_sparse(),
+        "csc": dense.to_sparse_csc(),
+        "bsr": dense.to_sparse_bsr((1, 1)),
+        "quantized": torch.quantize_per_tensor(dense, 0.1, 3, torch.quint8),
+        "per channel": torch.quantize_per_channel(dense, scales, zeros, 1, torch.qint8),
+        "meta": dense.to("meta"),
+        "parameter": nn.Parameter(dense.to_sparse()),
+    }
+    path = saved({**value, "epoch": 3}, tmp_path / "q.pt")
     loaded = ckptfix.load(path)
-    assert isinstance(loaded["q"], ckptfix.Inert)
     assert loaded["epoch"] == 3
+    assert type(loaded["parameter"]) is nn.Parameter
+    for key, wanted in value.items():
+        found = loaded[key]
+        assert (found.layout, found.dtype, found.shape) == (
+            wanted.layout,
+            wanted.dtype,
+            wanted.shape,
+        )
+        if key == "meta":
+            assert found.is_meta
+        elif found.is_quantized:
+            assert torch.equal(found, wanted)
+        else:
+            assert torch.equal(found.to_dense(), wanted.to_dense())
+
+
+@pytest.mark.parametrize("damage", ["index", "size"])
+def test_a_sparse_tensor_that_is_not_sound_is_refused_by_name(damage: str, tmp_path: Path):
+    sparse = torch.eye(3).to_sparse()
+    indices = sparse.indices() + (7 if damage == "index" else 0)
+    size = (3, 3) if damage == "index" else (2**40, 2**40)
+
+    class Odd:
+        def __reduce__(self) -> Any:
+            parts = (indices, sparse.values(), torch.Size(size), False)
+            return torch._utils._rebuild_sparse_tensor, (torch.sparse_coo, parts)
+
+    path = saved({"w": Odd(), "b": torch.ones(2)}, tmp_path / "odd.pt")
+    with pytest.raises(UnsupportedError, match="'w' is a tensor of another kind"):
+        ckptfix.load_state_dict(path)
 
 
 # State dicts
@@ -383,7 +422,9 @@ def test_a_sparse_tensor_is_refused_before_the_model_is_touched(tmp_path: Path):
     path = saved({**pair(), "weight": torch.eye(2).to_sparse()}, tmp_path / "sparse.pt")
     model = nn.Linear(2, 2)
     bias = model.bias.clone()
-    with pytest.raises(UnsupportedError, match="'weight' is a sparse"):
+    with pytest.raises(
+        KeyMismatchError, match="weight is sparse_coo, where the model has it dense"
+    ):
         ckptfix.load_into(model, path)
     assert unlike(model.bias, bias) is None
 

@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix import hints
+from ckptfix import door, hints
 from ckptfix.cli import findings, options, output, paths, reading
 from ckptfix.contents.state_dicts import StateDict, choose
 from ckptfix.diagnose import damage
 from ckptfix.diagnose.document import diagnose
 from ckptfix.door import beside
-from ckptfix.errors import ChangedMeaningError, CkptfixError, DamagedError
+from ckptfix.errors import ChangedMeaningError, CkptfixError, DamagedError, SelectionError
 from ckptfix.findings import Finding
 from ckptfix.formats import embedded
 from ckptfix.hints import Hint
 from ckptfix.match import judge, transposes
-from ckptfix.match.choose import Match, match
+from ckptfix.match.choose import look
 from ckptfix.match.remedy import Remedy, remedy
-from ckptfix.report import Difference, Report, counts, sections
+from ckptfix.report import Difference, Report, counts, sections, without_strict
 from ckptfix.tree.walk import nbytes
 from ckptfix.words import listed
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ckptfix.match.choose import Match
     from ckptfix.match.target import Target
     from ckptfix.tree.document import Document
 
@@ -95,9 +96,11 @@ def command(
             choose(document, select)
         output.answer(answer, lambda console: _draw_sound(console, document, found))
         return 0
-    meant = _match(document, wanted, select)
-    state = meant.state if isinstance(meant, Match) else choose(document, select)
-    report = judge.report(state, wanted)
+    meant, problem = look(document, wanted, select)
+    if isinstance(problem, SelectionError):
+        raise problem
+    state = meant.state
+    report = judge.as_it_stands(document, state, wanted)
     given: dict[str, str | bool | None] = {
         "select": asked,
         "average": average,
@@ -105,7 +108,7 @@ def command(
         "init": init,
         "like": like,
     }
-    cure = None if report.loads else _cure(document, state, wanted, meant, given)
+    cure = None if report.loads else _cure(document, wanted, meant, problem, given)
     square = transposes.unseen(report, wanted.specs)
     if square:
         what = f"they may be transposed, which square weights do not tell: {listed(square)}"
@@ -122,32 +125,31 @@ def command(
     return 0 if report.loads else 1
 
 
-def _match(document: Document, wanted: Target, select: str | None) -> Match | CkptfixError:
-    """The state dict that fits once it is repaired, or why none does."""
-    try:
-        return match(document, wanted, select)
-    except CkptfixError as error:
-        return error
-
-
 def _cure(
     document: Document,
-    state: StateDict,
     wanted: Target,
-    meant: Match | CkptfixError,
+    meant: Match,
+    problem: CkptfixError | None,
     given: dict[str, str | bool | None],
 ) -> Remedy:
     """What makes it load, or the sentence that says why nothing does."""
-    if isinstance(meant, CkptfixError):
-        what, hint = meant.what.removeprefix(f"does not match {wanted.name}: "), meant.hint
-        if isinstance(meant, ChangedMeaningError) and meant.options and hint is not None:
-            options = {**given, **meant.options}
+    if problem is not None:
+        what, hint = problem.what.removeprefix(f"does not match {wanted.name}: "), problem.hint
+        if isinstance(problem, ChangedMeaningError) and problem.options and hint is not None:
+            options = {**given, **problem.options}
             fix = hints.command("fix", document.name, beside(document, "fixed"), **options)
             return Remedy(f"{what}\n{hint.text.partition(':')[0]}:", fix)
         return Remedy(what if hint is None else f"{what}\n{hint}", None)
-    fix = hints.command("fix", document.name, beside(document, "fixed"), **given)
-    found = None if given["average"] else remedy(document, state, wanted)
+    once = judge.written_once(document, meant.state)
+    untie = any(key in once or key in meant.tied for key in wanted.specs) and _is_flat(document)
+    fix = hints.command("fix", document.name, beside(document, "fixed"), untie=untie, **given)
+    found = None if given["average"] else remedy(document, meant.state, wanted)
     return found or Remedy("This makes a file that loads:", fix)
+
+
+def _is_flat(document: Document) -> bool:
+    """Whether the hint to repair it names an output that holds a tied tensor once."""
+    return door.resolve(beside(document, "fixed")).container.tensors_only
 
 
 _ABOUT_NAMES = frozenset(
@@ -200,7 +202,11 @@ def _data(state: StateDict, wanted: Target, report: Report, cure: Remedy | None)
         "matched": report.matched,
         "missing": report.missing,
         "unexpected": report.unexpected,
+        "forgiven": report.forgiven,
+        "missing_buffers": report.buffers,
         "shape_mismatch": rows(report.shape_mismatch),
+        "kind_mismatch": rows(report.kind_mismatch),
+        "refusals": report.refusals,
         "dtype_difference": rows(report.dtype_difference),
         "elements_left_at_random": report.random_numel,
         "remedy": None if cure is None else _remedy_data(cure),
@@ -223,11 +229,8 @@ def _draw(
         if len(rows) > _SHOWN:
             told = output.more(len(rows) - _SHOWN, "--json has all")
             console.print(output.text((f"  {told}", "dim")))
-    if report.random_numel:
-        console.print(
-            f"\nWith strict=False, {report.random_numel:,} of {report.target_numel:,} elements "
-            f"would silently stay at random."
-        )
+    for line in without_strict(report):
+        console.print(f"\n{line}", soft_wrap=True)
 
 
 def _remedy_data(cure: Remedy) -> dict[str, str | None]:

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptfix.cli import options, output, paths, writing
+from ckptfix.cli.usage import Misuse
+from ckptfix.contents.state_dicts import find, of_models
 from ckptfix.diagnose import damage
+from ckptfix.diagnose.document import without_weights
 from ckptfix.formats import embedded
 from ckptfix.repair.plan import Plan, plan
 from ckptfix.tree.document import Tensor
@@ -15,7 +18,12 @@ from ckptfix.tree.walk import walk
 from ckptfix.words import plural
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rich.console import Console
+
+    from ckptfix.findings import Finding
+    from ckptfix.tree.document import Document
 
 
 @click.command("fix", cls=paths.Verb)
@@ -23,6 +31,9 @@ if TYPE_CHECKING:
 @options.target
 @options.select
 @options.average
+@click.option(
+    "--untie", is_flag=True, help="Write tied tensors under each name, where OUT is safetensors."
+)
 @click.option("--keep-training-state", is_flag=True, help="Repair the weights where they are.")
 @options.drop
 @click.option(
@@ -38,6 +49,7 @@ def command(
     like: str | None,
     select: str | None,
     average: bool,
+    untie: bool,
     keep_training_state: bool,
     drop: tuple[str, ...],
     apply_masks: bool,
@@ -51,6 +63,7 @@ def command(
     the part of a larger model that is meant is taken out, and what the model does not want is
     dropped, by name. Averages (EMA, SWA) are taken only where nothing else fits, or by --average.
     Keys that change what others mean (LoRA, masks, scales) are dropped only by --drop.
+    safetensors holds a tied tensor once, under one of its names; --untie writes it under each.
     What would run commands or code where it is unpickled is left out, by name.
 
     \b
@@ -67,6 +80,8 @@ def command(
          written; nothing was written
     """
     wanted = options.wanted(model, init, like)
+    if untie and wanted is None:
+        raise Misuse("--untie is for --model or --like, and neither is given")
     document, select = embedded.taken(job.open(), select)
     made = plan(
         document,
@@ -78,7 +93,11 @@ def command(
         apply_masks=apply_masks,
         drop=drop,
         tensors_only=job.container.tensors_only,
+        untie=untie,
     )
+    for found in _beyond_repair(made.document):
+        output.note(f"{found.message}: nothing repairs that")
+    _say_written_once(made)
     if not made.cures and document.container == job.container.name:
         if not job.dry_run:  # nothing is copied, so nothing else reads it
             damage.check_sums(document)
@@ -115,6 +134,22 @@ def _say_remaining(name: str, made: Plan) -> None:
         output.note(f"{name}{where}: left as it is: {row.found}; {row.reason}")
 
 
+def _beyond_repair(document: Document) -> Iterator[Finding]:
+    for state in of_models(find(document.root)):
+        yield from without_weights(state)
+
+
+def _say_written_once(made: Plan) -> None:
+    if made.written_once:
+        keys = [f"{key} (as {other})" for key, other in made.written_once.items()]
+        output.note_names(f"{plural(len(keys), 'tied key')} written once", keys)
+        size = output.size(made.untying)
+        output.note(
+            "safetensors.torch.load_model(model, OUT) loads that, load_state_dict(load_file(OUT)) "
+            f"lacks a key; --untie writes both, which takes {size} more"
+        )
+
+
 def _say_keys(what: str, keys: list[str]) -> None:
     if keys:
         output.note_names(f"{plural(len(keys), 'key')} {what}", keys)
@@ -128,6 +163,7 @@ def _data(made: Plan) -> dict[str, Any]:
         "of_another_dtype": made.of_another_dtype,
         "remaining": _remaining(made),
         "may_be_transposed": made.unseen,
+        "written_once": dict(made.written_once),
     }
 
 

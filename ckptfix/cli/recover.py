@@ -45,7 +45,7 @@ def command(
     reading.say_notes(found.document.notes)
     missing: list[str] = []
     if wanted is not None:
-        missing = judge.report(choose(found.document, select), wanted).missing
+        missing = judge.as_it_stands(found.document, choose(found.document, select), wanted).missing
     _say(job.source, found, missing)
     data = {
         "saved": found.saved,

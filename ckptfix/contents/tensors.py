@@ -9,7 +9,7 @@ Sources: `torch._utils._rebuild_parameter`, `torch._tensor._rebuild_from_type_v2
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptfix.bytes.source import BytesSource
 from ckptfix.bytes.span import Span
@@ -85,10 +85,36 @@ def without_disguise(node: Node) -> Node:
     return node
 
 
+def disguise(node: Node) -> str:
+    """What a tensor is saved as that `torch.load` does not give back as one; empty for others."""
+    unwrap = _unwrapping(node)
+    if unwrap in (_array, _frombuffer):
+        return "numpy array"
+    return "XLA tensor" if unwrap is not None and node.function == _XLA else ""
+
+
+def undressed(node: Node) -> Node:
+    """What a parameter, or a tensor of another class, was made of: a tensor of any kind."""
+    for _ in range(_DEPTH):
+        unwrap = _unwrapping(node)
+        if unwrap is None or unwrap not in (_first_argument, _of_variable, _of_type):
+            break
+        node = unwrap(node)
+    return node
+
+
+def _unwrapping(node: Node) -> Callable[[Any], Node] | None:
+    if not isinstance(node, Inert) or type(node.function) is not Global:
+        return None
+    return _WRAPPERS.get(node.function)
+
+
+_XLA = Global("torch._utils", "_rebuild_xla_tensor")
+"""What torch before 1.12 saved tensors of TPUs with, and no torch has any longer."""
 DEVICE_TENSORS = frozenset(
     Global("torch._utils", f"_rebuild_device_tensor_from_{kind}")
     for kind in ("numpy", "cpu_tensor")
-)
+) | {_XLA}
 """How tensors of devices without storages of their own (XLA, HPU, …) are saved: with a copy on the
 CPU, and the device as the third argument."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptfix.contents.foreign import framework_of
 from ckptfix.contents.modules import unwrapped
+from ckptfix.contents.packed import packed_weights, placeholders, without_bytes
 from ckptfix.contents.state_dicts import StateDict, find, of_models
 from ckptfix.door import beside, is_sharded, taking
 from ckptfix.edit.compacting import compact
@@ -35,7 +36,8 @@ def diagnose(document: Document) -> list[Finding]:
         if framework is not None:
             message = f"of {framework}, which keeps the weight of each Linear transposed"
             findings.append(Finding("other-framework", message, state.path))
-        findings += [*_prefixes(document, state), *_ties(state), *_unknown(state), *_flat(state)]
+        findings += [*_prefixes(document, state), *without_weights(state), *_ties(state)]
+        findings += [*_unknown(state), *_flat(state)]
     findings += [*_globals(document), *_bloat(document), *_constants(document)]
     findings += _embedded(document)
     if not states:
@@ -115,6 +117,19 @@ def _prefixes(document: Document, state: StateDict) -> Iterator[Finding]:
         if name in wrappers.ANYWHERE:
             message = f"{count} keys hold {name!r} (added by {wrappers.WRAPPERS[name]})"
             yield Finding("wrapper-inside", message, state.path, strip)
+
+
+def without_weights(state: StateDict) -> Iterator[Finding]:
+    """Weights that are not there, whatever is done to the file."""
+    told = (
+        ("meta-tensors", without_bytes(state.mapping), "no bytes: saved while offloaded"),
+        ("placeholders", placeholders(state.mapping), "no elements: placeholders of ZeRO-3"),
+        ("packed-weights", packed_weights(state.mapping), "packed values: saved quantized"),
+    )
+    for code, keys, what in told:
+        if keys:
+            verb = "tensor has" if len(keys) == 1 else "tensors have"
+            yield Finding(code, f"{len(keys)} {verb} {what} ({listed(keys)})", state.path)
 
 
 def _ties(state: StateDict) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.state_dicts import StateDict, optimizers
-from ckptfix.contents.tensors import DEVICE_TENSORS
+from ckptfix.contents.tensors import DEVICE_TENSORS, as_tensor, disguise
 from ckptfix.door import beside, taking
 from ckptfix.errors import UnsupportedError
 from ckptfix.hints import Hint, command
@@ -177,6 +177,8 @@ def to_cpu(document: Document) -> tuple[Document, Counter[str]]:
         if isinstance(node, Inert) and node.function in DEVICE_TENSORS and len(node.args) == 4:
             data, dtype, device, requires_grad = node.args
             tags[str(device)] += device != "cpu"
+            if disguise(node):  # no torch builds one of those any longer
+                return as_tensor(node) or node
             return replace(node, args=(data, dtype, "cpu", requires_grad))
         if isinstance(node, Tensor):
             storage = on_cpu(node.storage)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.contents import foreign
@@ -22,13 +21,17 @@ from ckptfix.contents.state_dicts import (
     known,
     of_models,
 )
-from ckptfix.contents.tensors import as_tensor, without_disguise
-from ckptfix.diffs.values import Side, same_values
 from ckptfix.door import beside
 from ckptfix.edit import edits
-from ckptfix.errors import KeyCollisionError, KeyMismatchError, RenameError, SelectionError
+from ckptfix.errors import (
+    CkptfixError,
+    KeyCollisionError,
+    KeyMismatchError,
+    RenameError,
+    SelectionError,
+)
 from ckptfix.hints import Command, Hint, adding, command
-from ckptfix.keys import globs, prefixes
+from ckptfix.keys import globs, prefixes, wrappers
 from ckptfix.keys.renaming import (
     components_of,
     joined,
@@ -37,12 +40,11 @@ from ckptfix.keys.renaming import (
     shared_prefix,
     shared_start,
 )
-from ckptfix.keys.wrappers import bare_prefix
 from ckptfix.match import judge, meanings, mismatches, rules
 from ckptfix.tree.document import Document, OrderedMap, kind
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from ckptfix.keys.renaming import Renaming
     from ckptfix.match.target import Target
@@ -64,7 +66,7 @@ class Match(NamedTuple):
     @property
     def fits(self) -> bool:
         """Whether the target gets all it wants."""
-        return not self.report.missing and not self.report.shape_mismatch
+        return self.report.fits
 
     @property
     def is_average(self) -> bool:
@@ -76,6 +78,12 @@ class Match(NamedTuple):
     def place(self) -> str:
         """Where its tensors stand, for people: `state_dict_ema`, `module.encoder_k.*`."""
         return self.state.path if self.state.is_average or not self.part else f"{self.part}*"
+
+    @property
+    def used(self) -> list[str]:
+        """Keys that the target takes, by their old names."""
+        unused = set(self.unused)
+        return [old for old in self.renaming.keys if old not in unused]
 
     @property
     def unused(self) -> list[str]:
@@ -92,16 +100,10 @@ class Match(NamedTuple):
 
     def mapping(self) -> OrderedMap:
         """The state dict as the target has it, with its ties and nothing that it does not have."""
-        left, new = set(self.unused), self.renaming.keys
-        items = OrderedMap(
-            (new[key], without_disguise(node))
-            for key, node in self.state.mapping.items()
-            if key in new and key not in left
-        )
+        items = judge.renamed(self.state, self.renaming)
+        for key in self.unused:
+            del items[self.renaming.keys[key]]
         items.update({key: items[other] for key, other in self.tied.items()})
-        versions = self.state.metadata
-        if versions is not None:
-            items.attributes = {"_metadata": OrderedMap(self.renaming.metadata(versions))}
         return items
 
 
@@ -122,42 +124,78 @@ def match(
 
     Raises:
         SelectionError: there is no state dict, or several fit; or a pattern matches no key.
+        UnsupportedError: the values of a state dict lie in another layout than torch's, or a part
+            of a pickled model keeps its weights in an unknown way.
         ChangedMeaningError: keys that would be dropped change what others mean.
         RenameError: the keys fit in two ways, or a key is there twice.
         KeyMismatchError: a key is missing or a shape differs, and not `partly`; or two tensors
             differ that are one in the target. Has the report.
     """
+    found, error = look(document, wanted, select, partly=partly, drop=drop)
+    if error is not None:
+        raise error
+    return found
+
+
+def look(
+    document: Document,
+    wanted: Target,
+    select: str | None = None,
+    *,
+    partly: bool = False,
+    drop: Sequence[str] = (),
+) -> tuple[Match, CkptfixError | None]:
+    """What `match` gives, or the nearest there is with the error that `match` raises.
+
+    Raises `SelectionError` where there is no state dict, or a pattern of `drop` matches no key, and
+    `UnsupportedError` as `match` does.
+    """
+    original = _states(document, wanted, select)
+    states = _without(document, original, drop)
+    whole = _whole(document, states, wanted)
+    found = _plain(whole) or _nearest(document, states, wanted)
+    best = found[0]
+    meant = next(one for one, new in zip(original, states, strict=True) if new is best.state)
+    passed_over = [one.place for one in whole if one is not best]
+    report = replace(best.report, passed_over=passed_over)
+    return best._replace(report=report, state=meant), _error(document, found, wanted, whole, partly)
+
+
+def _states(document: Document, wanted: Target, select: str | None) -> list[StateDict]:
+    """Every state dict that could be meant."""
     states = [choose(document, select)] if select is not None else of_models(find(document.root))
     states = distinct(states) or [choose(document)]  # which says that there is none
     if all(state.role == "loose" for state in states):
         raise _no_names(document, wanted)
     for state in states:
         foreign.check(document, state.path, state.mapping)
-    original = states
-    if drop:
-        keys = (key for state in states for key in state.mapping)
-        dropped = globs.matching(keys, drop, document.name)
-        states = [
-            replace(state, mapping=edits.mapping_without(state.mapping, dropped))
-            for state in original
-        ]
-    whole = _whole(states, wanted)
-    found = _plain(whole) or _nearest(states, wanted)
+    return states
+
+
+def _without(document: Document, states: list[StateDict], drop: Sequence[str]) -> list[StateDict]:
+    if not drop:
+        return states
+    keys = (key for state in states for key in state.mapping)
+    gone = globs.matching(keys, drop, document.name)
+    return [replace(state, mapping=edits.mapping_without(state.mapping, gone)) for state in states]
+
+
+def _error(
+    document: Document, found: list[Match], wanted: Target, whole: list[Match], partly: bool
+) -> CkptfixError | None:
+    """Why the first of several is not taken; None: it is."""
+    best = found[0]
     if len(found) > 1 and (whole or partly):
-        raise _several(document, found, wanted)
-    _check_twice(document, found[0], wanted)
+        return _several(document, found, wanted)
+    twice = _twice(document, best, wanted)
+    if twice is not None:
+        return twice
     if not whole:
-        known(document, found[0].state)
-    if not whole and not partly:
-        raise _refusal(document, found[0], wanted)
-    _check_ties(document, found[0], wanted)
-    about = found[0].state, found[0].renaming.keys, found[0].report, wanted.name
-    if error := meanings.changed(document, *about):
-        raise error
-    passed_over = [one.place for one in whole if one is not found[0]]
-    report = replace(found[0].report, passed_over=passed_over)
-    meant = next(one for one, new in zip(original, states, strict=True) if new is found[0].state)
-    return found[0]._replace(report=report, state=meant)
+        known(document, best.state)
+    if not whole and (not partly or best.report.refusals):
+        return _refusal(document, best, wanted)
+    about = best.state, best.renaming.keys, best.report, wanted.name
+    return meanings.changed(document, *about)
 
 
 def _refusal(document: Document, found: Match, wanted: Target) -> KeyMismatchError:
@@ -180,36 +218,15 @@ def _no_names(document: Document, wanted: Target) -> SelectionError:
     )
 
 
-def _check_twice(document: Document, found: Match, wanted: Target) -> None:
-    """Refuse keys that are there with a wrapper's prefix and without: one of them is the older."""
+def _twice(document: Document, found: Match, wanted: Target) -> CkptfixError | None:
+    """The refusal of keys with a wrapper's prefix and without: one of them is the older."""
     old_of = {new: old for old, new in found.renaming.keys.items()}
-    for old, bare in renamed_by(found.unused, bare_prefix).items():
+    for old, bare in renamed_by(found.unused, wrappers.bare_prefix).items():
         if bare in wanted.specs and bare in old_of:
             aside = _putting_aside(document, found, old)
             error = KeyCollisionError(old, old_of[bare], bare).within(document.name)
-            raise error.suggest(Hint(f"to take {old_of[bare]!r}", aside))
-
-
-def _check_ties(document: Document, meant: Match, wanted: Target) -> None:
-    """Refuse different tensors for one tensor of the target: the one loaded last would stay."""
-    mapping = meant.mapping() if wanted.ties else {}
-    tensors = {key: as_tensor(node) for key, node in mapping.items()}
-    for keys in wanted.ties:
-        sides = {
-            key: Side(found, document.byteorder) for key in keys if (found := tensors.get(key))
-        }
-        for first, second in pairwise(sides):
-            if not same_values(sides[first], sides[second]):
-                raise KeyMismatchError(
-                    meant.report,
-                    f"{first!r} and {second!r} are one tensor of {wanted.name}, "
-                    "and two different ones in the file",
-                    where=document.name,
-                    hint=Hint(
-                        "build the model as it was trained, without that tie (--init)",
-                        python="build the model as it was trained, without that tie",
-                    ),
-                )
+            return error.suggest(Hint(f"to take {old_of[bare]!r}", aside))
+    return None
 
 
 def _plain(found: list[Match]) -> list[Match]:
@@ -217,10 +234,12 @@ def _plain(found: list[Match]) -> list[Match]:
     return [one for one in found if not one.is_average] or found
 
 
-def _whole(states: list[StateDict], wanted: Target) -> list[Match]:
+def _whole(document: Document, states: list[StateDict], wanted: Target) -> list[Match]:
     """All that give the target all it wants, without exchanging prefixes if that can be."""
     for exchange in (False, True):
-        found = [one for state in states for one in _fitting(state, wanted, exchange)]
+        found = [one for state in states for one in _fitting(document, state, wanted, exchange)]
+        if any(one.report.forgiven for one in found):
+            return _best(found)
         if found:
             return _distinct(found)
     return []
@@ -239,38 +258,50 @@ def _distinct(found: list[Match]) -> list[Match]:
     return list(by_tensors.values())
 
 
-def _fitting(state: StateDict, wanted: Target, exchange: bool) -> list[Match]:
+def _fitting(document: Document, state: StateDict, wanted: Target, exchange: bool) -> list[Match]:
     """All ways in which one state dict fits; where its keys do as they are, only that."""
+    as_it_is, *others = _ways(state, wanted, exchange)
+    first = _held_against(document, state, wanted, as_it_is)
+    if first.fits and not first.report.forgiven:
+        return [first]
+    found = [first, *(_held_against(document, state, wanted, way) for way in others)]
+    distinct: dict[object, Match] = {}
+    for one in found:
+        if one.fits:  # a model may know two names for what it takes: one of them will do
+            distinct.setdefault(frozenset(one.used) if wanted.model else id(one), one)
+    return list(distinct.values())
+
+
+def _ways(state: StateDict, wanted: Target, exchange: bool) -> list[Renaming]:
+    """Every renaming worth a look. A model may know older names, which are not in its list."""
     ways = prefixes.ways(state.mapping, wanted.specs_for(state), exchange=exchange)
-    found = [one for way in ways if (one := _held_against(state, wanted, way)).fits]
-    return found[:1] if found and found[0].renaming is ways[0] else found
+    bare = wrappers.strip(state.mapping) if wanted.model is not None else ways[0]
+    return ways if any(bare.keys == way.keys for way in ways) else [*ways, bare]
 
 
-def _nearest(states: list[StateDict], wanted: Target) -> list[Match]:
+def _nearest(document: Document, states: list[StateDict], wanted: Target) -> list[Match]:
     """The ways that give the target most of what it wants."""
     found = _plain(
         [
-            _held_against(state, wanted, way)
+            _held_against(document, state, wanted, way)
             for state in states
             for way in prefixes.nearest(state.mapping, wanted.specs_for(state))
         ]
     )
+    return _best(found)
+
+
+def _best(found: list[Match]) -> list[Match]:
+    """Those that give the target most of what it wants."""
     best = max(one.report.share for one in found)
     return _distinct([one for one in found if one.report.share == best])
 
 
-def _held_against(state: StateDict, wanted: Target, renaming: Renaming) -> Match:
-    there = set(renaming.keys.values())
-    others = {key: _present(key, wanted.ties, there) for key in wanted.specs if key not in there}
-    tied = {key: other for key, other in others.items() if other is not None}
-    report = judge.report(state, wanted, renaming, tied)
+def _held_against(
+    document: Document, state: StateDict, wanted: Target, renaming: Renaming
+) -> Match:
+    report, tied = judge.once_repaired(document, state, wanted, renaming)
     return Match(state, renaming, report, tied, _part(renaming, wanted))
-
-
-def _present(key: str, ties: Iterable[Iterable[str]], there: set[str]) -> str | None:
-    """A key that names the same tensor of the target as `key`, and is there."""
-    groups = (group for group in ties if key in group)
-    return next((other for group in groups for other in group if other in there), None)
 
 
 def _part(renaming: Renaming, wanted: Target) -> str:
@@ -306,7 +337,7 @@ def _several(
 
 def _putting_aside(document: Document, found: Match, key: str) -> Command:
     """The command that gives keys which begin as one does another name, which nobody wants."""
-    start = prefix_of(key).removesuffix(bare_prefix(prefix_of(key))) or prefix_of(key)
+    start = prefix_of(key).removesuffix(wrappers.bare_prefix(prefix_of(key))) or prefix_of(key)
     return command(
         "rename",
         document.name,

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from ckptfix.contents.packed import packed_weights
 from ckptfix.errors import KeyMismatchError
 from ckptfix.hints import Command, Hint, command
 from ckptfix.keys.renaming import prefix_of
 from ckptfix.match.transposes import is_transposed
-from ckptfix.report import describe, shape
+from ckptfix.report import META, describe, shape
 from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Cause(NamedTuple):
     """What differs, and what to do about it."""
 
     what: str
-    hint: Hint
+    hint: Hint | str
 
 
 def error(
@@ -38,15 +39,117 @@ def error(
     where = f"{document.name} ({state.path})" if state.selection else document.name
     found = cause(document, report)
     what = f"does not match {wanted}: {found.what}"
-    details, hint = describe(report), hint or found.hint
-    return KeyMismatchError(report, what, where=where, hint=hint, details=details)
+    details = describe(report)
+    return KeyMismatchError(report, what, where=where, hint=hint or found.hint, details=details)
 
 
 def cause(document: Document, report: Report) -> Cause:
-    """The sentence that says it best, of a report with missing keys or other shapes."""
+    """The sentence that says it best, of a report of what does not fit."""
+    without_bytes = [row for row in report.kind_mismatch if row.found.kind == META]
+    if without_bytes:
+        return _without_bytes(without_bytes)
+    placeholders = [row for row in report.shape_mismatch if is_placeholder(row)]
+    if placeholders:
+        return _placeholders(placeholders)
+    packed = [row.key for row in report.shape_mismatch if _is_packed(row)]
+    packed += packed_weights({**dict.fromkeys(report.unexpected), **dict.fromkeys(report.missing)})
+    if packed:
+        return _packed(packed)
     if report.missing:
+        counted = any(key.endswith(_COUNTED) for key in report.buffers)
+        if len(report.buffers) == len(report.missing) and not counted:
+            return _buffers(report.buffers)
         return _missing(document, report)
-    return _shapes(report.shape_mismatch, document.name)
+    if report.kind_mismatch:
+        return _kinds(report.kind_mismatch)
+    if report.shape_mismatch:
+        return _shapes(report.shape_mismatch, document.name)
+    return Cause(
+        report.refusals[0],
+        Hint(
+            "build the model as it was trained (--init)",
+            python="build the model as it was trained",
+        ),
+    )
+
+
+# --- what no configuration of the model changes
+
+
+def _without_bytes(rows: Sequence[Difference]) -> Cause:
+    return Cause(
+        f"saved while offloaded: {_tensors(rows)} no bytes",
+        "save it again where all weights are in memory, not on the meta device",
+    )
+
+
+def is_placeholder(row: Difference) -> bool:
+    """Whether an empty tensor stands where a model has a weight."""
+    return row.found.shape == (0,) and row.wanted.numel > 0
+
+
+def _placeholders(rows: Sequence[Difference]) -> Cause:
+    return Cause(
+        f"saved as placeholders: {_tensors(rows)} no elements, as DeepSpeed ZeRO-3 leaves them "
+        "where the weights were not gathered",
+        "gather the weights: run zero_to_fp32.py in the folder that training saved",
+    )
+
+
+def _is_packed(row: Difference) -> bool:
+    """Whether bytes that hold several values each stand where a model has numbers."""
+    dtype, wanted = row.found.dtype or "", row.wanted.dtype or ""
+    is_whole = dtype.startswith(("int", "uint"))
+    return is_whole and "float" in wanted and 0 < row.found.numel < row.wanted.numel
+
+
+def _packed(keys: Sequence[str]) -> Cause:
+    verb = "holds packed values" if len(keys) == 1 else "hold packed values"
+    return Cause(
+        f"saved quantized: {listed(keys)} {verb}, and no weights",
+        "load it by the library that quantized it, or dequantize it there and save that",
+    )
+
+
+def _buffers(keys: Sequence[str]) -> Cause:
+    return Cause(
+        f"the file lacks {listed(keys)}, which the model computes itself",
+        Hint(
+            "load it with strict=False, which leaves those as they are", python="pass strict=False"
+        ),
+    )
+
+
+_COUNTED = ("running_mean", "running_var")
+"""Buffers that a model gathers while it is trained: to begin with others is to lose them."""
+
+
+def _kinds(rows: Sequence[Difference]) -> Cause:
+    first = rows[0]
+    found, wanted = (spec.kind or "dense" for spec in (first.found, first.wanted))
+    verb = "is" if len(rows) == 1 else f"and {len(rows) - 1} more are"
+    return Cause(
+        f"{first.key} {verb} {found}, where the model has it {wanted}: "
+        "torch does not copy one into the other",
+        _DENSE.get(found.partition(" ")[0].partition("_")[0], _REBUILD),
+    )
+
+
+_REBUILD = "build the model as it was when it was saved"
+_DENSE = {
+    "sparse": "save x.to_dense() of it in torch first",
+    "quantized": "save x.dequantize() of it in torch first, or quantize the model as it was",
+    "nested": "save x.to_padded_tensor(0.0) of it in torch first",
+    "torch.distributed": "save x.full_tensor() of it where it was trained",
+}
+
+
+def _tensors(rows: Sequence[Difference]) -> str:
+    verb = "has" if len(rows) == 1 else "have"
+    return f"{listed(row.key for row in rows)} {verb}"
+
+
+# --- what is missing
 
 
 def _missing(document: Document, report: Report) -> Cause:
@@ -61,6 +164,8 @@ def _inspect_all(name: str) -> Command:
 
 
 def _shapes(rows: Sequence[Difference], name: str) -> Cause:
+    if all(row.is_buffer for row in rows):
+        return _resolution(rows)
     sizes = _only_sizes(rows)
     shown = f"{rows[0].key} {shape(rows[0].found)} vs {shape(rows[0].wanted)}"
     if all(map(is_transposed, rows)):
@@ -99,6 +204,20 @@ def _shapes(rows: Sequence[Difference], name: str) -> Cause:
     )
 
 
+def _resolution(rows: Sequence[Difference]) -> Cause:
+    """Buffers alone differ: masks and indices for another size of image, window or text."""
+    first, verb = rows[0], "differs" if len(rows) == 1 else "differ"
+    others = "" if len(rows) == 1 else f" and {len(rows) - 1} more"
+    return Cause(
+        f"only what the model computes for its resolution {verb}: "
+        f"{first.key} {shape(first.found)} vs {shape(first.wanted)}{others}",
+        _building(
+            "for the resolution, window or length that it was trained with",
+            ", or leave these keys out and load the rest with strict=False",
+        ),
+    )
+
+
 def _building(how: str, then: str) -> Hint:
     """The hint to build another model; on the command line `--init` says how."""
     return Hint(f"build the model {how} (--init){then}", python=f"build the model {how}{then}")
@@ -106,6 +225,10 @@ def _building(how: str, then: str) -> Hint:
 
 _POSITIONS = ("pos", "wpe")
 _VOCABULARIES = ("emb", "wte", "vocab", "tok", "lm")
+
+
+_OF_LAYERS = ("weight", "bias")
+"""What the parameters of a head are called, and those of an embedding."""
 
 
 def _says(key: str, words: tuple[str, ...]) -> bool:
@@ -128,6 +251,10 @@ def _only_sizes(rows: Sequence[Difference]) -> tuple[int, int] | None:
         if unlike[0] and not _says(row.key, _POSITIONS):
             return None
         pairs.add((found[unlike[0]], wanted[unlike[0]]))
+    if any(
+        row.is_buffer or row.key.rpartition(".")[2] not in _OF_LAYERS for row in rows
+    ) and not all(_says(row.key, _POSITIONS) for row in rows):
+        return None
     modules = {prefix_of(row.key) for row in rows}
     layers = {prefix_of(row.key) for row in rows if len(row.found.shape or ()) > 1}
     return pairs.pop() if modules == layers and len(pairs) == 1 else None  # no norm is among them

@@ -34,7 +34,9 @@ def remedy(document: Document, state: StateDict, wanted: Target) -> Remedy | Non
     if len(ways) > 1:
         listed = "; ".join(way.label for way in ways)
         return Remedy(f"The keys fit in {len(ways)} ways: {listed}.", None)
-    if not ways or not judge.report(state, wanted, ways[0]).loads:
+    if not ways or not ways[0].changed:
+        return None
+    if not judge.as_it_stands(document, state, wanted, ways[0]).loads:
         return None
     found = _command_for(ways[0], document, state)
     if found is None:

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,11 @@ from ckptfix.contents.specs import specs
 from ckptfix.contents.state_dicts import choose
 from ckptfix.errors import CkptfixError, ReadError, SelectionError, TargetError
 from ckptfix.hints import Command, Hint, command, naming, shell
-from ckptfix.report import Spec
+from ckptfix.report import ANYTHING, LAZY, META, Spec
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from types import ModuleType
 
     from torch import nn
@@ -45,6 +45,12 @@ class Target:
     specs: Mapping[str, Spec]
     ties: tuple[tuple[str, ...], ...] = ()
     """Groups of keys that name one tensor, where the target knows."""
+    buffers: frozenset[str] = frozenset()
+    """Keys that are no parameters: what the model computes, or keeps count of."""
+    model: nn.Module | None = None
+    """The model itself, where it has code of its own that decides what it takes."""
+    real: Callable[[], nn.Module] | None = None
+    """What builds that model with values, where it is on the meta device."""
     notes: tuple[Finding, ...] = ()
     """What was noticed while it was read, where it is a checkpoint."""
 
@@ -61,6 +67,7 @@ class Target:
         return {key: spec for key, spec in self.specs.items() if not key.endswith(_COUNTER)}
 
 
+_EXTRA = "_extra_state"
 _COUNTER = "num_batches_tracked"
 
 
@@ -70,14 +77,35 @@ def _dicts(mapping: Mapping[str, Any]) -> list[dict[Any, Any]]:
 
 def of_module(module: nn.Module, name: str | None = None) -> Target:
     """The target that a model is, wherever it lives."""
-    from torch.nn.parameter import is_lazy
+    from ckptfix.torch_bridge import trial
 
-    found = {}
-    for key, value in module.state_dict().items():
-        is_tensor = not is_lazy(value) and hasattr(value, "dtype") and hasattr(value, "shape")
-        dtype = str(value.dtype).removeprefix("torch.") if is_tensor else None
-        found[key] = Spec(tuple(value.shape) if is_tensor else None, dtype)
-    return Target(name or type(module).__name__, found, _ties(module))
+    found = {key: _spec(key, value) for key, value in module.state_dict().items()}
+    named = module.named_buffers(remove_duplicate=False)
+    buffers = frozenset(key for key, _ in named if key in found)
+    model = module if trial.decides(module) else None
+    return Target(name or type(module).__name__, found, _ties(module), buffers, model)
+
+
+def _spec(key: str, value: Any) -> Spec:
+    """What a model wants under a key."""
+    import torch
+    from torch.nn.parameter import is_lazy
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if is_lazy(value):
+        return Spec(None, None, LAZY)
+    if not isinstance(value, torch.Tensor) or key.endswith(_EXTRA):
+        return ANYTHING
+    kind = "" if value.layout is torch.strided else str(value.layout).removeprefix("torch.")
+    if value.is_quantized:
+        is_per_tensor = value.qscheme() is torch.per_tensor_affine
+        kind = "quantized" if is_per_tensor else "quantized per channel"
+    if value.is_nested:
+        return Spec(None, str(value.dtype).removeprefix("torch."), "nested")
+    is_wrapper: bool = is_traceable_wrapper_subclass(value)
+    if is_wrapper:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    return Spec(tuple(value.shape), str(value.dtype).removeprefix("torch."), kind)
 
 
 def _ties(module: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -92,14 +120,36 @@ def of_document(document: Document, select: str | None = None) -> Target:
     """The target that another checkpoint is."""
     state = choose(document, select)
     ties = tuple(map(tuple, state.ties))
-    return Target(document.name, specs(state.mapping), ties, document.notes)
+    wanted = {
+        key: _wanted(key, found) for key, found in specs(state.mapping, repaired=True).items()
+    }
+    buffers = frozenset(filter(_is_computed, wanted))
+    return Target(document.name, wanted, ties, buffers, notes=document.notes)
+
+
+def _wanted(key: str, found: Spec) -> Spec:
+    """What a model wants that has this in its state dict."""
+    if key.endswith(_EXTRA):
+        return ANYTHING
+    return found._replace(kind="") if found.kind == META else found
+
+
+def _is_computed(key: str) -> bool:
+    """Whether a key is called as buffers are that a model computes; a file does not tell."""
+    return key.rpartition(".")[2] in _COMPUTED
+
+
+_COMPUTED = (
+    "num_batches_tracked", "position_ids", "token_type_ids", "relative_position_index",
+    "relative_coords_table", "attn_mask", "inv_freq",
+)  # fmt: skip
 
 
 def of_file(path: str | os.PathLike[str]) -> Target:
     """The target in a file: a checkpoint, or the JSON of `ckptfix inspect --json`."""
     listed = _listed_keys(Place(path))
     if listed is not None:
-        return Target(str(path), listed)
+        return Target(str(path), listed, buffers=frozenset(filter(_is_computed, listed)))
     try:
         return of_document(door.read(path))
     except SelectionError as error:
@@ -159,7 +209,17 @@ def of_reference(reference: str, init: str | None = None) -> Target:
         )
     arguments, keywords = _arguments(init)
     found = _attribute(_import(where, reference), name, reference)
-    return of_module(_build(found, arguments, keywords, reference), reference)
+
+    def build(device: str) -> nn.Module:
+        return _build(found, arguments, keywords, reference, device)
+
+    try:
+        target = of_module(build("meta"), reference)
+    except TargetError as error:
+        if not isinstance(error.__cause__, (RuntimeError, NotImplementedError)):
+            raise
+        return of_module(build("cpu"), reference)  # its code wants values, which meta has not
+    return target if target.model is None else replace(target, real=lambda: build("cpu"))
 
 
 def _arguments(init: str | None) -> tuple[list[Any], dict[str, Any]]:
@@ -239,11 +299,13 @@ def _is_model_class(value: Any, module: ModuleType) -> bool:
     return isinstance(value, type) and value.__module__ == module.__name__
 
 
-def _build(found: Any, arguments: list[Any], keywords: dict[str, Any], reference: str) -> nn.Module:
+def _build(
+    found: Any, arguments: list[Any], keywords: dict[str, Any], reference: str, device: str
+) -> nn.Module:
     import torch
 
     try:
-        with torch.device("meta"), redirect_stdout(sys.stderr):
+        with torch.device(device), redirect_stdout(sys.stderr):
             model = found if isinstance(found, torch.nn.Module) else found(*arguments, **keywords)
     except (Exception, SystemExit) as error:
         raise TargetError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ckptfix.contents import foreign
 from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.state_dicts import StateDict, choose, choose_all, find, of_models
-from ckptfix.contents.tensors import as_tensor, is_special_tensor
+from ckptfix.contents.tensors import as_tensor, disguise, is_special_tensor, without_disguise
 from ckptfix.diagnose.document import diagnose
 from ckptfix.door import beside
 from ckptfix.edit import averages, edits, masks, optimizers, reduce
@@ -71,6 +71,10 @@ class Plan:
     """Keys of the state dict that the target does not want."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """Path and kind of what lies beside the state dict and is not carried along."""
+    written_once: Mapping[str, str] = field(default_factory=dict)
+    """Keys that the container cannot hold beside the one that they are tied to, each with that."""
+    untying: int = 0
+    """Bytes that it would take to write those keys too."""
     of_another_dtype: list[str] = field(default_factory=list)
     """Keys whose dtype is not the target's: they are left, and torch casts them."""
     remaining: list[Remaining] = field(default_factory=list)
@@ -90,6 +94,7 @@ def plan(
     apply_masks: bool = False,
     drop: Sequence[str] = (),
     tensors_only: bool = False,
+    untie: bool = False,
 ) -> Plan:
     """What repairs a document, for a target if there is one.
 
@@ -99,8 +104,8 @@ def plan(
     commands or code where it is unpickled is left out, unless `keep_dangerous`. Keys that a pattern
     of `drop` matches are dropped; pruned weights are multiplied by their masks with `apply_masks`.
     With `tensors_only`, for containers that hold nothing else and a tied tensor once, keys that the
-    target does not tie get tensors of their own. Bytes are not read: whoever writes the document
-    holds them against the checksums on record.
+    target does not tie get tensors of their own; with `untie`, all of them do. Bytes are not read:
+    whoever writes the document holds them against the checksums on record.
 
     Raises:
         SelectionError: there is no state dict, or several fit; a pattern of `drop` matches no key,
@@ -123,8 +128,10 @@ def plan(
         return _finished(_after(before, removed, made), None)
     found = match(document, wanted, select, drop=drop)
     mapping = found.mapping()
-    untied = _untie(document, mapping, wanted) if tensors_only else []
+    untied = _untie(document, mapping, wanted, everything=untie) if tensors_only else []
     made = _fitting(document, wanted, found, mapping, untied)
+    if tensors_only:
+        made = _written_once(made, mapping)
     if keep_training_state:
         kept = {old: new for old, new in found.renaming.keys.items() if new in mapping}
         order = {new: old for old, new in kept.items()}
@@ -368,6 +375,10 @@ def _cures(found: Match, wanted: Target) -> Iterable[Cure]:
     path, dropped = found.state.path, found.dropped
     if found.renaming.changed:
         yield _renaming_cure(found.state, found.renaming)
+    disguised = [one for one in found.state.mapping.values() if without_disguise(one) is not one]
+    if disguised:
+        what = f"{len(disguised)} keys hold a {disguise(disguised[0]) or 'tensor of a device'}"
+        yield Cure("numpy-arrays", path, what, "made tensors")
     if found.report.passed_over:
         what = f"averages that fit as well: {', '.join(found.report.passed_over)}"
         yield Cure("averaged-copy", path, what, "not taken; --average takes them")
@@ -381,8 +392,12 @@ def _cures(found: Match, wanted: Target) -> Iterable[Cure]:
         yield Cure("unexpected-keys", path, what, "dropped")
 
 
-def _untie(document: Document, mapping: OrderedMap, wanted: Target) -> list[str]:
+def _untie(
+    document: Document, mapping: OrderedMap, wanted: Target, *, everything: bool
+) -> list[str]:
     """Give a storage of its own to each tied key that the target does not tie; returns the keys.
+
+    With `everything`, to those that it ties as well.
 
     Raises `UnsupportedError` for a value that is not a tensor.
     """
@@ -396,10 +411,25 @@ def _untie(document: Document, mapping: OrderedMap, wanted: Target) -> list[str]
         if tensor is None or not tensor.numel:
             continue
         other = first.setdefault(tensor.view, key)
-        if other != key and other not in group.get(key, ()):
+        if other != key and (everything or other not in group.get(key, ())):
             mapping[key] = replace(tensor, storage=replace(tensor.storage))
             untied.append(key)
     return untied
+
+
+def _written_once(made: Plan, mapping: OrderedMap) -> Plan:
+    """The plan, with the keys that a container of tensors has as other names alone."""
+    first: dict[Hashable, str] = {}
+    once: dict[str, str] = {}
+    nbytes = 0
+    for key, node in mapping.items():
+        tensor = as_tensor(node)
+        if tensor is not None and tensor.numel:
+            other = first.setdefault(tensor.view, key)
+            if other != key:
+                once[key] = other
+                nbytes += tensor.nbytes
+    return replace(made, written_once=once, untying=nbytes)
 
 
 def _replaced(document: Document, state: StateDict, mapping: OrderedMap) -> Document:

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.serialization import default_restore_location
 
-from ckptfix.contents.tensors import as_tensor
-from ckptfix.errors import UnsupportedError
+from ckptfix.contents.tensors import DEVICE_TENSORS, as_tensor, undressed
+from ckptfix.errors import CkptfixError, UnsupportedError
+from ckptfix.limits import DEFAULT
+from ckptfix.pickles.torch_objects import check_layout
 from ckptfix.tree.document import Global, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.tree.dtypes import UNTYPED, swap_bytes
 from ckptfix.tree.rebuild import rebuild
@@ -152,8 +154,9 @@ def _freest_device() -> str:
 def tree(root: Node, materializer: Materializer) -> Any:
     """A tree with its tensors made, and the plain objects that torch checkpoints hold.
 
-    Devices, dtypes, sizes, sets, complex numbers and parameters become what they were; objects of
-    other classes stay `Inert`. RNG states stay on the CPU, where torch wants them.
+    Devices, dtypes, sizes, sets, complex numbers and parameters become what they were, and so do
+    sparse and quantized tensors, and those without bytes; objects of other classes stay `Inert`.
+    RNG states stay on the CPU, where torch wants them.
     """
     rng = {id(node.storage) for node in _rng_states(root)}
 
@@ -167,7 +170,8 @@ def tree(root: Node, materializer: Materializer) -> Any:
             return materializer.storage(node)
         if isinstance(node, Inert):
             dense = as_tensor(node)
-            return _revived(node) if dense is None else _parameter(node, materializer.tensor(dense))
+            made = special(node, materializer) if dense is None else materializer.tensor(dense)
+            return _revived(node) if made is None else _parameter(node, made)
         return _dtype(node) if type(node) is Global else node
 
     return rebuild(root, change, _keep_metadata)
@@ -202,6 +206,90 @@ def _dtype(node: Global) -> Any:
     found = getattr(torch, node.name, None) if node.module == "torch" else None
     return found if isinstance(found, torch.dtype) else node
 
+
+# --- tensors that are not dense
+
+
+def special(node: Node, materializer: Materializer) -> torch.Tensor | None:
+    """A sparse, quantized or meta tensor; None for others, and for one that is not sound."""
+    node = undressed(node)
+    if not isinstance(node, Inert) or not isinstance(node.args, tuple):
+        return None
+    make = _SPECIAL.get(str(node.function))
+    try:
+        return make(materializer, *node.args) if make is not None else None
+    except (CkptfixError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError):
+        return None
+
+
+def _sparse(materializer: Materializer, layout: Any, parts: tuple[Node, ...]) -> torch.Tensor:
+    layout = getattr(torch, layout.args[0].removeprefix("torch."))
+    given: list[Any] = [_part(part, materializer) for part in parts]
+    if layout is torch.sparse_coo:
+        is_coalesced = given[3] if len(given) > 3 else None
+        return torch.sparse_coo_tensor(*given[:3], check_invariants=True, is_coalesced=is_coalesced)
+    return torch.sparse_compressed_tensor(*given, layout=layout, check_invariants=True)
+
+
+def _quantized(
+    materializer: Materializer,
+    storage: Storage,
+    offset: int,
+    size: Any,
+    stride: tuple[int, ...],
+    scheme: tuple[Any, ...],
+    requires_grad: bool,
+    *_: Node,
+) -> torch.Tensor:
+    check_layout(storage, storage.dtype, offset, tuple(size), stride, DEFAULT)
+    kind, *rest = (_part(part, materializer) for part in scheme)
+    memory = materializer.storage(storage)
+    hooks: OrderedDict[Any, Any] = OrderedDict()
+    given = (memory, offset, tuple(size), stride, (kind, *rest), False, hooks)
+    made: torch.Tensor = torch._utils._rebuild_qtensor(*given)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _without_bytes(
+    materializer: Materializer, dtype: Global, size: Any, stride: Any, requires_grad: bool
+) -> torch.Tensor:
+    return torch.empty_strided(
+        _part(size, materializer), stride, dtype=getattr(torch, dtype.name), device="meta"
+    )
+
+
+def _cast(materializer: Materializer, data: Node, dtype: Global, *_: Node) -> torch.Tensor:
+    dense = as_tensor(data)
+    if dense is None:
+        raise TypeError
+    return materializer.tensor(dense).to(getattr(torch, dtype.name))
+
+
+def _part(node: Node, materializer: Materializer) -> Any:
+    """An argument of a call that makes a tensor: a tensor, a size, a number, a scheme."""
+    dense = as_tensor(node)
+    if dense is not None:
+        return materializer.tensor(dense)
+    if isinstance(node, Inert):
+        return _revived(node)
+    if type(node) is Global:
+        return _SCHEMES[node.name]
+    return node
+
+
+_SCHEMES = {
+    name: getattr(torch, name)
+    for name in ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")
+}
+_SPECIAL: dict[str, Callable[..., torch.Tensor]] = {
+    "torch._utils._rebuild_sparse_tensor": _sparse,
+    "torch._utils._rebuild_qtensor": _quantized,
+    "torch._utils._rebuild_meta_tensor_no_storage": _without_bytes,
+    **{f"torch._utils.{function.name}": _cast for function in DEVICE_TENSORS},
+}
+
+
+# --- plain objects
 
 _SCALARS = (str, int, float, bool, type(None), bytes)
 

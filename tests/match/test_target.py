@@ -228,12 +228,13 @@ def test_a_model_in_memory_is_a_target_wherever_it_lives():
     specs = targets.of_module(model).specs
     assert specs["running_mean"] == Spec((3,), "float32")
     assert specs["num_batches_tracked"] == Spec((), "int64")
-    assert targets.of_module(nn.LazyLinear(2)).specs["weight"] == Spec(None, None)
+    assert targets.of_module(nn.LazyLinear(2)).specs["weight"] == Spec(None, None, "lazy")
 
 
 @pytest.mark.parametrize("init", ['{"neural_num": 4, "layers": 3}', "[4, 3]", "[4]"])
 def test_the_report_of_a_fixture_against_its_model(init: str):
-    state = choose(door.read(FIXTURES / "cpu.pt"))
-    report = judge.report(state, targets.of_reference(FOONET, init))
+    document = door.read(FIXTURES / "cpu.pt")
+    wanted = targets.of_reference(FOONET, init)
+    report = judge.as_it_stands(document, choose(document), wanted)
     assert report.identical
     assert report.share == 1.0
