@@ -1,6 +1,7 @@
 """What is compared: the works, and for each work the programs that do it.
 
-A command is a list of words in which `IN` and `OUT` stand for the input and the output. The recipes
+A command is a list of words in which `IN` and `OUT` stand for the input and the output, and `COPY`
+for another file that holds what the input holds. The recipes
 strip `module.` and tag `cpu` at once, as they are pasted; conversions leave keys alone.
 """
 
@@ -47,6 +48,12 @@ from safetensors.torch import save_file
 loader = LazyPickleLoader(sys.argv[1], device="cpu")
 save_file({k: loader.get_tensor(k) for k in loader.keys()}, sys.argv[2])
 """
+CAST = """\
+import sys, torch
+from safetensors.torch import save_file
+state_dict = torch.load(sys.argv[1], map_location="cpu", mmap=True)
+save_file({k: v.to(torch.bfloat16) for k, v in state_dict.items()}, sys.argv[2])
+"""
 SAFETENSORS_SAVE = """\
 import sys, torch
 from safetensors.torch import load_file
@@ -71,8 +78,13 @@ class Contender:
 
     def words(self, source: Path, target: Path) -> list[str]:
         """The command for these two files."""
-        places = {"IN": str(source), "OUT": str(target)}
+        places = {"IN": str(source), "OUT": str(target), "COPY": str(copy_of(source))}
         return [places.get(word, word) for word in self.command]
+
+
+def copy_of(source: Path) -> Path:
+    """Where the copy of an input lies."""
+    return source.with_name(f"copy-of-{source.name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +159,26 @@ def works(peers: str) -> tuple[Work, ...]:
                 CP,
                 CP_SYNC,
                 script("load_file + torch.save", SAFETENSORS_SAVE),
+            ),
+        ),
+        Work(
+            "cast",
+            "float32 to bfloat16, .pt to .safetensors",
+            "pt",
+            ".safetensors",
+            (
+                ckptfix("convert --dtype", "convert", "IN", "OUT", "--dtype", "bf16"),
+                script("torch.load(mmap) + .to + save_file", CAST),
+            ),
+        ),
+        Work(
+            "read-data",
+            "check --read-data, .pt",
+            "pt",
+            "",
+            (
+                ckptfix("check --read-data", "check", "--read-data", "IN"),
+                Contender("cmp", ("cmp", "IN", "COPY")),
             ),
         ),
         Work("in-place", "edits in place, .pt", "pt", "", _in_place(), in_place=True),

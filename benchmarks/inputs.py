@@ -1,6 +1,6 @@
 """The inputs: `python benchmarks/inputs.py KIND AMOUNT FILE`, in a process of its own.
 
-Checkpoints as a training run under DataParallel leaves them, of random bytes: a state dict of
+Checkpoints as a training run under DataParallel leaves them, of random numbers: a state dict of
 weights and biases, keys that begin with `module.`, storages tagged `cuda:0`. KIND is `pt` or
 `safetensors`, AMOUNT being the bytes of the weights, or `many`, AMOUNT being the number of tensors.
 """
@@ -34,8 +34,9 @@ def small(number: int) -> OrderedDict[str, torch.Tensor]:
 
 
 def noise(nbytes: int) -> torch.Tensor:
-    """A float32 tensor of random bytes."""
-    return torch.randint(-(2**63), 2**63 - 1, (nbytes // 8,)).view(torch.float32)
+    """A float32 tensor of random numbers below 2, none of them infinite or NaN."""
+    bits = torch.randint(-(2**63), 2**63 - 1, (nbytes // 8,)) & ~0x4000000040000000
+    return bits.view(torch.float32)
 
 
 def main(kind: str, amount: str, path: str) -> None:

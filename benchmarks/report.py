@@ -45,7 +45,7 @@ BARS = (
         bar
         for ours in (STRIP, TO_CPU)
         for bar in (
-            Bar("strip-prefix", ours, "cp", 1.1),
+            Bar("strip-prefix", ours, "cp", 1.15),
             Bar("strip-prefix", ours, "cp + fsync", 1.1),
             Bar("strip-prefix", ours, RECIPE, 6, faster=True),
             Bar("strip-prefix", ours, MMAP_SAVE, 2, faster=True),
@@ -57,6 +57,8 @@ BARS = (
     Bar("from-safetensors", CONVERT, "cp", 1.4),
     Bar("from-safetensors", CONVERT, "cp + fsync", 1.4),
     Bar("from-safetensors", CONVERT, LOAD_FILE, 4, faster=True),
+    Bar("cast", "ckptfix convert --dtype", "torch.load(mmap) + .to + save_file", 2, faster=True),
+    Bar("read-data", "ckptfix check --read-data", "cmp", 1),
     Bar("many", STRIP, RECIPE, 4, faster=True),
     Bar("inspect", "ckptfix inspect", "import torch", 0.2),
     Bar("load", *LOADERS, 1.2),

@@ -146,22 +146,35 @@ class Checkpoint:
         select: str | None = None,
         force: bool = False,
         to: str | None = None,
+        verify: bool = False,
     ) -> list[tuple[str, str]]:
-        """Write it to a file, and read back what it holds.
+        """Write it to a file, and read back the names and places of what that holds.
 
         The extension names the container, unless `to` does: `torch`, `safetensors` or `shards`.
+        Bytes are held against the checksums on record while they are copied, where the container
+        keeps them. Where only names or tags were edited and the file system can share blocks, the
+        file shares those of the input, and they are not read.
+
+        Args:
+            path: where to write; a name that ends in `/` is a folder of shards.
+            select: the path of the state dict, where the container holds one and there are several.
+            force: whether to replace what is there.
+            to: the container, whatever the extension says.
+            verify: whether to copy in any case, and to read every byte of the output back.
 
         Returns:
             Path and kind of each thing that the container cannot hold and that was left out.
 
         Raises:
             OutputExistsError: the file is there already, and `force` is not set.
+            DamagedError: a byte of the input is not the one that was saved; nothing is written.
+            VerifyError: the output does not read back as it should; nothing is left.
             UnsupportedError: the container cannot hold one of the tensors.
             WriteError: the file cannot be written; nothing is left behind.
         """
         output = door.resolve(path, to)
         fitted = reduce.fit(self.document, output.container, select)
-        output.write(fitted.document, force=force)
+        output.write(fitted.document, force=force, verify=verify)
         return fitted.left_out
 
     def save_in_place(self) -> None:
@@ -205,6 +218,7 @@ def save(
     select: str | None = None,
     force: bool = False,
     to: str | None = None,
+    verify: bool = False,
 ) -> list[tuple[str, str]]:
     """Write a `Checkpoint`, or what a program holds: tensors, containers and plain values.
 
@@ -216,7 +230,7 @@ def save(
 
         value = Checkpoint(Document(describe(value), "memory"))
     checkpoint: Checkpoint = value
-    return checkpoint.save(path, select=select, force=force, to=to)
+    return checkpoint.save(path, select=select, force=force, to=to, verify=verify)
 
 
 def diff(

@@ -27,6 +27,7 @@ from ckptfix.layouts import table
 from ckptfix.limits import DEFAULT, Limits
 
 if TYPE_CHECKING:
+    from ckptfix.bytes.copy import Checked
     from ckptfix.bytes.place import Progress
     from ckptfix.tree.document import Document
 
@@ -45,10 +46,15 @@ def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
         return _read(Place(path), Reading(limits))
     except DamagedError as error:
         if error.code == DamagedError.code:
-            saved = f"{os.path.splitext(path)[0]}.recovered.pt"
-            save = Hint("save what is whole", command("recover", os.fspath(path), saved))
-            error.suggest(save if error.hint is None else error.hint.otherwise_do(save))
+            error.suggest(_recovery(path, error.hint))
         raise
+
+
+def _recovery(path: str | os.PathLike[str], hint: Hint | None) -> Hint:
+    """The hint of an error, and that what is whole of a damaged file can be saved."""
+    saved = f"{os.path.splitext(path)[0]}.recovered.pt"
+    save = Hint("save what is whole", command("recover", os.fspath(path), saved))
+    return save if hint is None else hint.otherwise_do(save)
 
 
 def salvage(path: str | os.PathLike[str]) -> tuple[Document, Salvage]:
@@ -104,21 +110,34 @@ class Output(NamedTuple):
         force: bool = False,
         progress: Progress | None = None,
         max_shard_size: int | None = None,
-    ) -> None:
-        """Write a document, whole or not at all, and read it back before it gets its name.
+        verify: bool = False,
+    ) -> Checked:
+        """Write a document, whole or not at all; its names are read back before it gets its own.
 
         A folder is written in files of at most `max_shard_size` bytes of tensors each (5 GB if that
-        is not given). Raises `WriteError` and its kin, `UnsupportedError` for what the container
-        cannot hold.
+        is not given). With `verify` every byte is read back. Returns what is known of the bytes.
+        Raises `DamagedError` where the input is damaged, `WriteError` and its kin,
+        `UnsupportedError` for what the container cannot hold.
         """
         place = Place(self.path)
-        if not self.is_folder:
-            write_place(document, place, self.container, force=force, progress=progress)
-            return
-        from ckptfix.layouts import shard_writer
+        try:
+            if not self.is_folder:
+                return write_place(
+                    document, place, self.container, force=force, progress=progress, verify=verify
+                )
+            from ckptfix.layouts import shard_writer
 
-        size = max_shard_size or shard_writer.MAX_SHARD_SIZE
-        shard_writer.write(document, place, force=force, progress=progress, max_shard_size=size)
+            size = max_shard_size or shard_writer.MAX_SHARD_SIZE
+            return shard_writer.write(
+                document,
+                place,
+                force=force,
+                progress=progress,
+                max_shard_size=size,
+                verify=verify,
+            )
+        except DamagedError as error:
+            raise error.suggest(_recovery(document.name, error.hint)) from None
 
 
 def write(
@@ -128,10 +147,16 @@ def write(
     force: bool = False,
     progress: Progress | None = None,
     max_shard_size: int | None = None,
-) -> None:
+    verify: bool = False,
+) -> Checked:
     """As `Output.write`, in the container that the path asks for."""
-    output = resolve(path)
-    output.write(document, force=force, progress=progress, max_shard_size=max_shard_size)
+    return resolve(path).write(
+        document,
+        force=force,
+        progress=progress,
+        max_shard_size=max_shard_size,
+        verify=verify,
+    )
 
 
 SHARDS = SAFETENSORS._replace(name="safetensors folder", extensions=())

@@ -33,6 +33,10 @@ class Limits(NamedTuple):
     tensor_bytes: int = 1 << 40
     """Bytes that one tensor may claim through strides of zero."""
 
+    repeated_bytes: int = 4 << 30
+    """Bytes that tensors may grow by in all, where they repeat elements through their strides, and
+    are written to a container that has no strides."""
+
     records: int = 10_000_000
     """Records of one zip archive."""
 

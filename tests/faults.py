@@ -15,18 +15,24 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tests.helpers import unmeasured
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 CALLS = (
-    "open", "write", "copy_file_range", "fsync", "fchmod", "link", "replace", "unlink", "mkdir",
-    "rmdir",
+    "open", "write", "pwrite", "copy_file_range", "ioctl", "ftruncate", "fsync", "fchmod", "link",
+    "replace", "unlink", "mkdir", "rmdir",
 )  # fmt: skip
 _UNDOING = ("unlink", "rmdir")
 _BEFORE = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP} if hasattr(signal, "SIGSTOP") else {}
@@ -168,18 +174,23 @@ def _run(arguments: list[str], fault: Fault, counted: int) -> int:
 
 def _make_faulty(fault: Fault, calls: list[str]) -> None:
     for name in CALLS:
-        setattr(os, name, _faulty(name, getattr(os, name), fault, calls))
+        module = fcntl if name == "ioctl" else os
+        setattr(module, name, _faulty(name, getattr(module, name), fault, calls))
 
 
 def _faulty(
     name: str, original: Callable[..., Any], fault: Fault, calls: list[str]
 ) -> Callable[..., Any]:
+    lock = threading.Lock()
+
     def call(*arguments: Any, **keywords: Any) -> Any:
         if name == "open" and not arguments[1] & _WRITING:
             return original(*arguments, **keywords)
-        calls.append(name)
-        later = fault.kind == "fail on" and len(calls) > fault.number and name not in _UNDOING
-        if len(calls) != fault.number and not later:
+        with lock:  # workers call too
+            calls.append(name)
+            number = len(calls)
+        later = fault.kind == "fail on" and number > fault.number and name not in _UNDOING
+        if number != fault.number and not later:
             return original(*arguments, **keywords)
         if fault.kind.startswith("fail"):
             raise OSError(fault.code, os.strerror(fault.code))
@@ -196,9 +207,9 @@ def _faulty(
 
 
 def _half(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    if name == "write":
-        descriptor, data = arguments
-        return (descriptor, data[: (len(data) + 1) // 2])
+    if name in ("write", "pwrite"):
+        descriptor, data, *rest = arguments
+        return (descriptor, data[: (len(data) + 1) // 2], *rest)
     if name == "copy_file_range":
         source, target, count, *rest = arguments
         return (source, target, (count + 1) // 2, *rest)

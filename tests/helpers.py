@@ -6,11 +6,13 @@ import io
 import os
 import pickle
 import struct
+import threading
 import tracemalloc
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ckptfix import pickles
+from ckptfix.bytes.source import Source, too_short
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +48,24 @@ def peak_memory(most: int) -> Iterator[None]:
         assert tracemalloc.get_traced_memory()[1] < most
     finally:
         tracemalloc.stop()
+
+
+class Computed(Source):
+    """Bytes that are made when they are read; `made` has what was asked for, and by whom."""
+
+    def __init__(self, data: bytes, size: int | None = None, name: str = "computed") -> None:
+        self.name, self.size = name, len(data) if size is None else size
+        self.made: list[tuple[int, int]] = []
+        self.threads: set[int] = set()
+        self._data = data
+
+    def read(self, offset: int, length: int) -> bytes:
+        self.made.append((offset, length))
+        self.threads.add(threading.get_ident())
+        data = self._data[offset : offset + length]
+        if len(data) < length:
+            raise too_short(self.name, offset, length)
+        return data
 
 
 def u4(number: int) -> bytes:

@@ -15,6 +15,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "run.py"
 WORKS = {
     "strip-prefix", "to-safetensors", "from-safetensors", "in-place", "many", "inspect", "load",
+    "cast", "read-data",
 }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="they look into /proc")
@@ -47,7 +48,7 @@ def test_every_work_is_measured_against_its_rivals(results: Path) -> None:
 
 def test_the_table_has_the_bars_and_the_machine(results: Path) -> None:
     text = (results / "results.md").read_text("utf-8")
-    assert "| ckptfix strip-prefix, 1 MiB | ≤ 1.1 x cp |" in text
+    assert "| ckptfix strip-prefix, 1 MiB | ≤ 1.15 x cp |" in text
     assert "| ckptfix.load_state_dict, 1 MiB | ≤ 1.2 x torch.load(mmap=True) |" in text
     assert "writes ≤ 4 x (pickle + directory)" in text
     assert "cores" in text
@@ -65,7 +66,7 @@ def test_only_the_rivals_that_are_named_take_part(tmp_path: Path) -> None:
     assert bench(*small, "--dir", tmp_path, "--out", out).returncode == 0
     rows = json.loads((out / "results.json").read_text("utf-8"))["measurements"]
     assert {row["contender"] for row in rows} == {"ckptfix strip-prefix", "ckptfix to-cpu", "cp"}
-    shown = r"\| ≤ 1\.1 x cp \| (\S+) x \((\S+) to (\S+)\) \|"
+    shown = r"\| ≤ 1\.15 x cp \| (\S+) x \((\S+) to (\S+)\) \|"
     found = re.search(shown, (out / "results.md").read_text("utf-8"))
     assert found is not None
     middle, low, high = map(float, found.groups())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ckptfix import door, pickles
-from ckptfix.bytes.source import BytesSource, ComputedSource, FileSource
+from ckptfix.bytes.source import BytesSource, FileSource
 from ckptfix.bytes.span import Span
 from ckptfix.errors import (
     DamagedError,
@@ -24,6 +24,7 @@ from ckptfix.formats import table
 from ckptfix.formats.reading import Reading
 from ckptfix.tree import compare, walk
 from ckptfix.tree.document import OrderedMap, Storage, Tensor
+from tests.helpers import Computed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,9 +145,9 @@ def with_storage(document: Document, span: Span) -> Document:
 
 def test_a_source_that_gives_too_few_bytes_leaves_nothing(tmp_path: Path) -> None:
     document = small(tmp_path)
-    short = ComputedSource(16, lambda: b"too short", "w")
+    short = Computed(b"too short", 16)
     for name in ("out.pt", "out.safetensors"):
-        with pytest.raises(DamagedError, match="9 bytes were made instead of 16"):
+        with pytest.raises(DamagedError, match="computed: ends before byte 16"):
             door.write(with_storage(document, Span(short, 0, 16)), tmp_path / name)
     assert names(tmp_path) == ["small.pt"]
 

@@ -30,6 +30,7 @@ from ckptfix.bytes import journal
 from tests.conftest import FIXTURES
 from tests.faults import Fault, Outcome, Runner
 from tests.oracles import unlike
+from tests.sharing import KINDS, mounted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -227,7 +228,9 @@ def is_synced_before_it_is_named(calls: list[str]) -> bool:
     for call in calls:
         if written and call in ("link", "replace"):
             return False
-        written = call in ("write", "copy_file_range") or (written and call != "fsync")
+        written = call in ("write", "pwrite", "copy_file_range", "ioctl") or (
+            written and call != "fsync"
+        )
     return True
 
 
@@ -253,7 +256,17 @@ class Campaign:
         put(self.folder, self.old)
         self.calls = self.run(Fault()).calls
         self.new = files_in(self.folder)
+        self.copied = self.without_cloning()
         assert self.new != {}
+
+    def without_cloning(self) -> Files:
+        """What there is where the file system shares no blocks."""
+        if "ioctl" not in self.calls:
+            return self.new
+        put(self.folder, self.old)
+        number = self.calls.index("ioctl") + 1
+        assert self.run(Fault("fail", number, errno.EOPNOTSUPP)).code in (0, 1)
+        return files_in(self.folder)
 
     def run(self, fault: Fault) -> Outcome:
         return self.runner.run(self.arguments, self.folder.parent, fault)
@@ -274,9 +287,10 @@ class Campaign:
         assert "Traceback" not in outcome.stderr, said
         assert outcome.killed == (fault.kind in ("kill", "tear", "kill after")), said
         if outcome.killed:
-            assert visible(without_strays(found)) in (visible(self.old), visible(self.new)), said
+            whole = (self.old, self.new, self.copied)
+            assert visible(without_strays(found)) in map(visible, whole), said
         elif outcome.code in (0, 1):
-            assert without_strays(found) == self.new, said
+            assert without_strays(found) in (self.new, self.copied), said
         else:
             assert re.search("^error: .*cannot be (written|unpacked)", outcome.stderr, re.M), said
             self.check_refused(fault, found, said)
@@ -328,6 +342,28 @@ def test_what_is_written_without_faults_is_whole(
     found = torch.load(made.folder / "out.pt", map_location="cpu")
     found = found.get("model_state_dict", found)
     assert unlike(dict(found), dict(ckptfix.strip_prefix(wanted))) is None
+
+
+CLONED = {
+    "strip-prefix": Job(large, ("strip-prefix",)),
+    "to-cpu": Job(fixture("dataparallel_cuda.pt"), ("to-cpu",)),
+    "safetensors": Job(fixture("dataparallel.safetensors"), ("strip-prefix",), "out.safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_clone_is_there_whole_or_not_at_all(
+    kind: str, runner: Runner, tmp_path: Path, tally: Any
+) -> None:
+    with mounted(kind, tmp_path) as disk:
+        for name, job in CLONED.items():
+            for replaced in (False, True):
+                folder = disk / f"{name} {replaced}"
+                folder.mkdir()
+                campaign = Campaign(runner, folder, job, tally, replaced=replaced)
+                assert "ioctl" in campaign.calls
+                assert "ftruncate" not in campaign.calls  # it is a clone, and not a copy
+                campaign.run_all()
 
 
 # --- edits in place

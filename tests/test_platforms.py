@@ -54,11 +54,11 @@ def is_open(path):
 
 SYSTEMS = {
     "macOS": """
-lacks("copy_file_range", "posix_fadvise", "sendfile")
+lacks("copy_file_range", "posix_fadvise", "sendfile", "sched_getaffinity")
 """,
     "Windows": """
-lacks("copy_file_range", "posix_fadvise", "sendfile", "pread", "pwrite", "fchmod", "O_NOFOLLOW",
-      "O_NONBLOCK", "sysconf")
+lacks("copy_file_range", "posix_fadvise", "sendfile", "pread", "preadv", "pwrite", "pwritev",
+      "fchmod", "O_NOFOLLOW", "O_NONBLOCK", "sysconf", "sched_getaffinity")
 os.O_BINARY = 0
 sys.modules["fcntl"] = sys.modules["resource"] = sys.modules["pwd"] = None
 denied("open", lambda path, *_: os.path.isdir(path))

@@ -1,39 +1,38 @@
-"""Sources of which parts are used: checked as a whole before."""
+"""Bytes of which parts are used, although only the whole has a checksum on record."""
 
 from __future__ import annotations
 
+from _thread import allocate_lock
 from typing import TYPE_CHECKING
 
-from ckptfix.bytes.copy import check_crc
+from isal import isal_zlib
+
+from ckptfix.bytes.engine import blocks, in_order, look, wrong_sum
 from ckptfix.bytes.source import Source
+from ckptfix.bytes.span import Span
+from ckptfix.bytes.sums import joined
 
 if TYPE_CHECKING:
-    from ckptfix.bytes.span import Span
+    from collections.abc import Iterable, Iterator
+
+    from ckptfix.bytes.engine import Label
 
 
 class CheckedSource(Source):
-    """The source of a span of which parts are used: at the first use the whole span is checked.
+    """The source of a span: what is read of the span is summed as it passes.
 
-    A part has no CRC on record, so damage would pass unseen. Raises `DamagedError`.
+    `check` reads what did not pass, and raises `DamagedError` where the whole does not have the
+    checksum on record.
     """
 
-    is_checked = True
-    """Whether all of its bytes have a checksum on record."""
-
-    def __init__(self, span: Span, label: str) -> None:
+    def __init__(self, span: Span, label: Label) -> None:
         self.name, self.size = span.source.name, span.source.size
         self._span, self._label = span, label
-        self._sound = False
-
-    def check(self) -> None:
-        """Raise `DamagedError` where the whole span does not have the checksum on record."""
-        if not self._sound:
-            check_crc(self._span, self._label)
-            self._sound = True
+        self._passed: dict[int, tuple[int, int]] = {}  # length and CRC, by the place of the first
+        self._lock = allocate_lock()
 
     def fileno(self) -> int | None:
         """The descriptor of the source."""
-        self.check()
         return self._span.source.fileno()
 
     @property
@@ -41,7 +40,59 @@ class CheckedSource(Source):
         """Where the bytes of the source begin in what `fileno` opens."""
         return self._span.source.begin
 
+    @property
+    def below(self) -> Iterable[Source]:
+        """The source itself."""
+        return (self._span.source,)
+
+    @property
+    def is_checked(self) -> bool:
+        """True where the span has a checksum on record."""
+        return self._span.crc is not None
+
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes of the source from `offset`."""
-        self.check()
-        return self._span.source.read(offset, length)
+        data = self._span.source.read(offset, length)
+        self._keep(offset, data)
+        return data
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer with the bytes from `offset`."""
+        self._span.source.readinto(offset, buffer)
+        self._keep(offset, buffer)
+
+    def _keep(self, offset: int, data: bytes | memoryview) -> None:
+        if self._span.crc is not None and len(data):
+            crc = isal_zlib.crc32(data)
+            with self._lock:
+                self._passed[offset] = (len(data), crc)
+
+    def check(self) -> None:
+        """Raise `DamagedError` where the span does not have the CRC on record."""
+        if self._span.crc is None:
+            return
+        crc, pieces = 0, list(self._pieces())
+        unread = (block for piece, known in pieces if known is None for block in blocks((piece,)))
+        sums = in_order(lambda block: isal_zlib.crc32(look(block)), unread)
+        for piece, known in pieces:
+            if known is not None:
+                crc = joined(crc, known, piece.length)
+                continue
+            for block in blocks((piece,)):
+                crc = joined(crc, next(sums), block.length)
+        if crc != self._span.crc:
+            raise wrong_sum(self._span, self._label)
+
+    def _pieces(self) -> Iterator[tuple[Span, int | None]]:
+        """The whole span in order: what has passed, with its CRC, and what lies between."""
+        source, position, length, _ = self._span
+        end = position + length
+        for start, (count, crc) in sorted(self._passed.items()):
+            if start < position or start + count > end:
+                continue
+            if start > position:
+                yield Span(source, position, start - position), None
+            yield Span(source, start, count), crc
+            position = start + count
+        if position < end:
+            yield Span(source, position, end - position), None

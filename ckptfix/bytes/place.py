@@ -137,14 +137,15 @@ class Place:
         *,
         force: bool = False,
         progress: Progress | None = None,
-        verify: Callable[[Place], None] | None = None,
+        check: Callable[[Place], None] | None = None,
+        verify: bool = False,
     ) -> Iterator[Sink]:
         """A sink whose contents become this file, whole or not at all.
 
-        `verify` is called with the place of the temporary file once it is on the disk, and stops
-        everything by raising. A symbolic link is followed. An existing file keeps its mode; without
-        `force` it is an error (`OutputExistsError`), also where it appears in the meantime. Raises
-        `WriteError`.
+        `check` is called with the place of the temporary file once it is on the disk, and stops
+        everything by raising; with `verify` all its bytes are read back before. A symbolic link is
+        followed. An existing file keeps its mode; without `force` it is an error
+        (`OutputExistsError`), also where it appears in the meantime. Raises `WriteError`.
         """
         final = os.path.realpath(self.name)
         self.check_free(force=force)
@@ -153,14 +154,16 @@ class Place:
         descriptor, temporary = self._create_beside(final)
         try:
             try:
-                sink = Sink(descriptor, self.name, progress)
-                yield sink
-                sink.sync()
+                sink = Sink(descriptor, self.name, progress, verify=verify)
+                with contextlib.closing(sink):
+                    yield sink
+                    sink.sync()
+                    sink.verify()
                 _copy_mode(final, descriptor)
             finally:
                 os.close(descriptor)
-            if verify is not None:
-                verify(Place(temporary))
+            if check is not None:
+                check(Place(temporary))
             self._give_name(temporary, final, force)
         except OSError as error:
             raise self.error(error) from None

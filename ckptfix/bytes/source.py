@@ -1,7 +1,7 @@
 """Where bytes come from: a file, memory, or a computation that makes them when asked for.
 
-Weights never pass through here on the usual way: writers hand a span's descriptor to the kernel
-(`copy.Sink.copy`). Reading through a source is for headers, pickles and computed tensors.
+Writers hand a span's descriptor to the kernel, where it has one (`copy.Sink.copy`). Reading through
+a source is for headers, pickles and computed tensors, and for whoever looks at bytes (`engine`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from ckptfix.hints import Hint, shell
 from ckptfix.words import reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+BLOCK = 4 << 20
+"""Bytes that are looked at together: a thread holds one block or two of them."""
 
 CHUNK = 1 << 20
-"""Bytes that are held in memory at once where bytes have to pass through it."""
+"""Bytes that are gathered before they are written."""
 
 HEAD = 1 << 12
 """The first bytes of a file, by which its format is recognised."""
@@ -31,7 +34,11 @@ _FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe mus
 
 
 class Source(ABC):
-    """Bytes that can be read by offset. `name` is what messages call it."""
+    """Bytes that can be read by offset, from several threads. `name` is what messages call it.
+
+    To read a stretch costs what the stretch has, not what the source has: one that computes its
+    bytes computes those that are asked for.
+    """
 
     name: str
     size: int
@@ -40,6 +47,10 @@ class Source(ABC):
     @abstractmethod
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`; `DamagedError` where the source is shorter."""
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer with the bytes from `offset`; raises as `read`."""
+        buffer[:] = self.read(offset, len(buffer))
 
     def head(self, length: int = HEAD) -> bytes:
         """The first bytes, which tell what a file is: `HEAD` at most, read once."""
@@ -55,6 +66,23 @@ class Source(ABC):
     def begin(self) -> int:
         """Where in what `fileno` opens the bytes of this source begin."""
         return 0
+
+    @property
+    def below(self) -> Iterable[Source]:
+        """The sources that this one takes its bytes from."""
+        return ()
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether `check` holds every byte that was read against a checksum on record."""
+        return False
+
+    def check(self) -> None:  # noqa: B027
+        """Raise where what was read so far cannot be what it should be: once it was copied.
+
+        A file was changed meanwhile (`ReadError`), or bytes do not have the checksum on record
+        (`DamagedError`).
+        """
 
 
 class Reader(io.RawIOBase):
@@ -137,6 +165,12 @@ class FileSource(Source):
                     self._descriptor = self._open()
         return self._descriptor
 
+    def check(self) -> None:
+        """Raise `ReadError` where the file was written to since it was looked at."""
+        descriptor = self._descriptor
+        if descriptor is not None and self.identify(os.fstat(descriptor)) != self.identity:
+            raise ReadError("was changed while it was read", where=self.name, hint="try again")
+
     def _open(self) -> int:
         try:
             descriptor = os.open(self.name, os.O_RDONLY | _FLAGS)
@@ -153,6 +187,10 @@ class FileSource(Source):
             raise too_short(self.name, offset, length)
         return read_exactly(self.fileno(), offset, length, self.name)
 
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer with the bytes from `offset`."""
+        read_into(self.fileno(), offset, buffer, self.name)
+
     def __del__(self) -> None:
         descriptor = getattr(self, "_descriptor", None)
         if descriptor is not None:
@@ -165,8 +203,8 @@ _OPENING = allocate_lock()
 class BytesSource(Source):
     """Bytes in memory, such as a checkpoint that was pickled inside a checkpoint."""
 
-    def __init__(self, data: bytes, name: str = "<bytes>") -> None:
-        self._data = data
+    def __init__(self, data: bytes | bytearray | memoryview, name: str = "<bytes>") -> None:
+        self._data = memoryview(data)
         self.name = name
         self.size = len(data)
 
@@ -174,25 +212,7 @@ class BytesSource(Source):
         """Exactly `length` bytes from `offset`."""
         if offset + length > self.size:
             raise too_short(self.name, offset, length)
-        return self._data[offset : offset + length]
-
-
-class ComputedSource(Source):
-    """Bytes that are made when they are read and dropped at once: one cast or gathered tensor."""
-
-    def __init__(self, size: int, compute: Callable[[], bytes], name: str) -> None:
-        self._compute = compute
-        self.name = name
-        self.size = size
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`; the whole is computed at each call."""
-        data = self._compute()
-        if len(data) != self.size:
-            raise DamagedError(
-                f"{len(data)} bytes were made instead of {self.size}", where=self.name
-            )
-        return data if length == self.size else data[offset : offset + length]
+        return bytes(self._data[offset : offset + length])
 
 
 class LazySource(Source):
@@ -227,6 +247,11 @@ class LazySource(Source):
             raise too_short(self.name, offset, length)
         source, begin = self._place
         return source.read(begin + offset, length)
+
+    @property
+    def below(self) -> Iterable[Source]:
+        """The other source."""
+        return (self._place[0],)
 
 
 class ReadAhead:
@@ -266,14 +291,42 @@ def read_exactly(descriptor: int, offset: int, length: int, name: str) -> bytes:
     return data
 
 
+def read_into(descriptor: int, offset: int, buffer: memoryview, name: str) -> None:
+    """Fill a buffer from an open file, from `offset` on. Raises `ReadError` and its kin."""
+    done = 0
+    while done < len(buffer):
+        rest = buffer[done:]
+        try:
+            count = _preadinto(descriptor, rest, offset + done)
+        except OSError as error:
+            raise ReadError(f"cannot be read: {reason(error)}", where=name) from None
+        if not count:
+            raise too_short(name, offset, len(buffer))
+        done += count
+
+
+def _preadinto(descriptor: int, buffer: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    data = read_some(descriptor, len(buffer), offset)
+    buffer[: len(data)] = data
+    return len(data)
+
+
 def _pread(descriptor: int, length: int, offset: int, name: str) -> bytes:
     try:
-        if hasattr(os, "pread"):
-            return os.pread(descriptor, length, offset)
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        return os.read(descriptor, length)
+        return read_some(descriptor, length, offset)
     except OSError as error:
         raise ReadError(f"cannot be read: {reason(error)}", where=name) from None
+
+
+def read_some(descriptor: int, length: int, offset: int) -> bytes:
+    """At most `length` bytes of an open file from `offset`, and none at its end. Raises OSError."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, length, offset)
+    with _OPENING:  # one position for all threads
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, length)
 
 
 def too_short(name: str, offset: int, length: int) -> DamagedError:

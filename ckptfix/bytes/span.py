@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.bytes.source import CHUNK, ComputedSource, Source
+from ckptfix.bytes.source import CHUNK, Source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -23,9 +23,7 @@ class Span(NamedTuple):
         return self.source.read(self.offset, self.length)
 
     def chunks(self, size: int = CHUNK) -> Iterator[bytes]:
-        """The bytes of the span, `size` at a time; computed ones all at once."""
-        if isinstance(self.source, ComputedSource):
-            size = max(self.length, 1)
+        """The bytes of the span, `size` at a time: for what has to be read from front to back."""
         for start in range(0, self.length, size):
             yield self.source.read(self.offset + start, min(size, self.length - start))
 

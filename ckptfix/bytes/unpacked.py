@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import zlib
+from _thread import allocate_lock
 from contextlib import suppress
-from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ckptfix.bytes.source import CHUNK, Source, read_exactly, too_short
+from ckptfix.bytes.source import CHUNK, Source, read_exactly, read_into, too_short
 from ckptfix.errors import DamagedError, ReadError
 from ckptfix.words import reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import BinaryIO
 
     from ckptfix.bytes.span import Span
@@ -21,13 +21,33 @@ if TYPE_CHECKING:
 class UnpackedSource(Source):
     """Bytes that have to be unpacked, into an unnamed file, at the first use."""
 
-    def __init__(self, chunks: Callable[[], Iterator[bytes]], size: int, name: str) -> None:
+    def __init__(
+        self,
+        chunks: Callable[[], Iterator[bytes]],
+        size: int,
+        name: str,
+        below: Iterable[Source] = (),
+    ) -> None:
         self._chunks = chunks
         self.name = name
         self.size = size
+        self._below = below
+        self._unpacked: BinaryIO | None = None
+        self._lock = allocate_lock()
 
-    @cached_property
+    @property
     def _file(self) -> BinaryIO:
+        with self._lock:
+            if self._unpacked is None:
+                self._unpacked = self._unpack()
+            return self._unpacked
+
+    @property
+    def below(self) -> Iterable[Source]:
+        """What the packed bytes come from."""
+        return self._below
+
+    def _unpack(self) -> BinaryIO:
         import tempfile
 
         try:
@@ -58,9 +78,13 @@ class UnpackedSource(Source):
             raise too_short(self.name, offset, length)
         return read_exactly(self._file.fileno(), offset, length, self.name)
 
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer with the unpacked bytes from `offset`."""
+        read_into(self._file.fileno(), offset, buffer, self.name)
+
     def __del__(self) -> None:
-        if "_file" in vars(self):
-            self._file.close()
+        if self._unpacked is not None:
+            self._unpacked.close()
 
 
 class InflatedSource(UnpackedSource):
@@ -71,7 +95,7 @@ class InflatedSource(UnpackedSource):
     """
 
     def __init__(self, packed: Span, size: int) -> None:
-        super().__init__(self._inflate, size, packed.source.name)
+        super().__init__(self._inflate, size, packed.source.name, (packed.source,))
         self._packed = packed
 
     def _inflate(self) -> Iterator[bytes]:

@@ -35,8 +35,9 @@ def report(document: Document, dtype: DType, *, dry_run: bool) -> dict[str, Any]
         _note_losses(casts, loss, what.format(dtype=dtype))
     others = casting.others(document, dtype)
     if others:
-        count = plural(others, "other floating-point tensor")
-        output.note(f"{count} not cast: outside state dicts (an optimizer), or not dense")
+        count = plural(len(others), "other floating-point tensor")
+        what = f"{count} not cast, outside state dicts (an optimizer) or not dense"
+        output.note_names(what, others, _SHOWN)
     return {"dtype": dtype.name, "tensors": [_row(cast) for cast in casts], "not_cast": others}
 
 

@@ -18,6 +18,7 @@ from ckptfix.match import judge, mismatches
 from ckptfix.match.choose import Match, match
 from ckptfix.match.remedy import Remedy, remedy
 from ckptfix.report import Difference, Report, counts, sections
+from ckptfix.tree.walk import nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,7 +74,8 @@ def command(
         return _say_damaged(answer, file, error)
     found = diagnose(document)
     if read_data:
-        data_read = damage.read_data(document)
+        with output.progress(f"reading {file}", lambda: nbytes(document.root)) as advance:
+            data_read = damage.read_data(document, advance)
         answer["data"] = data_read.as_dict()
         found += damage.findings(data_read)
         if not data_read.is_sound:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptfix.cli import options, output, writing
+from ckptfix.diagnose import damage
 from ckptfix.repair.plan import Plan, plan
 from ckptfix.tree.document import Tensor
 from ckptfix.tree.walk import walk
@@ -58,9 +59,10 @@ def command(
         select=select,
         keep_training_state=keep_training_state,
         tensors_only=job.container.tensors_only,
-        verify=not job.dry_run,
     )
     if not made.cures and document.container == job.container.name:
+        if not job.dry_run:  # nothing is copied, so nothing else reads it
+            damage.check_sums(document)
         return job.nothing("nothing to repair")
     if made.cures:
         output.aside(lambda console: _draw(console, made))

@@ -15,13 +15,14 @@ from ckptfix.cli.usage import Misuse
 from ckptfix.edit import reduce
 from ckptfix.errors import InPlaceError, RenameError, WriteError
 from ckptfix.formats.table import EXTENSIONS
-from ckptfix.hints import Command, Hint
+from ckptfix.hints import Command, Hint, command
 from ckptfix.tree.walk import nbytes
 from ckptfix.words import plural
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from ckptfix.bytes.copy import Checked
     from ckptfix.contents.state_dicts import StateDict
     from ckptfix.door import Output
     from ckptfix.formats.table import Writable
@@ -47,6 +48,7 @@ class Job:
         force: bool = False,
         dry_run: bool = False,
         max_shard_size: int | None = None,
+        verify: bool = False,
     ) -> None:
         self.verb = verb
         self.source = source
@@ -54,6 +56,7 @@ class Job:
         self.force = force
         self.dry_run = dry_run
         self.max_shard_size = max_shard_size
+        self.verify = verify
 
     @property
     def container(self) -> Writable:
@@ -122,13 +125,13 @@ class Job:
             return self._edit(document, done, {**data, **after()})
         fitted = reduce.fit(document, self.output.container, select)
         left = [*left_out, *fitted.left_out]
-        self._write(self.output, fitted.document)
+        known = self._write(self.output, fitted.document)
         if left:
             names = [f"{path} ({kind})" for path, kind in left]
             output.note_names(f"{plural(len(left), 'thing')} left out of it", names)
         verb = "would write" if self.dry_run else "wrote"
-        told = f"{verb} {self.output.path}: {done}"
-        return self._answer(told, done, {**data, **after()}, left)
+        told = f"{verb} {self.output.path}: {done}{_SAID.get(known, '')}"
+        return self._answer(told, done, {"bytes": known, **data, **after()}, left)
 
     def finish_renamed(
         self, document: Document, changes: list[tuple[StateDict, Renaming]], label: str = ""
@@ -152,15 +155,21 @@ class Job:
         ]
         return self.finish(document, done, {"renamed": rows})
 
-    def _write(self, to: Output, document: Document) -> None:
+    def _write(self, to: Output, document: Document) -> Checked | None:
         if self.dry_run:
-            return
-        with output.progress(f"writing {to.path}", lambda: nbytes(document.root)) as advance:
-            to.write(
+            return None
+        times = 2 if self.verify else 1
+
+        def total() -> int:
+            return times * nbytes(document.root)
+
+        with output.progress(f"writing {to.path}", total) as advance:
+            return to.write(
                 document,
                 force=self.force,
                 progress=advance,
                 max_shard_size=self.max_shard_size,
+                verify=self.verify,
             )
 
     def _edit(self, document: Document, done: str, data: dict[str, Any]) -> int:
@@ -176,7 +185,7 @@ class Job:
         verb = "would change" if self.dry_run else "changed"
         size = output.size(edit.nbytes)
         told = f"{verb} {self.source} in place: {done}; {size} of it rewritten"
-        return self._answer(told, done, data, [])
+        return self._answer(told, done, {"bytes": None, **data}, [])
 
     def _answer(
         self, told: str, done: str, data: dict[str, Any], left_out: Sequence[tuple[str, str]]
@@ -217,6 +226,13 @@ def _given(context: click.Context) -> Iterator[tuple[str, tuple[str, ...]]]:
                 yield name, tuple(map(str, one)) if isinstance(one, tuple) else (str(one),)
 
 
+_SAID: Mapping[Checked | None, str] = {
+    "shared": "; bytes shared, not read",
+    "verified": "; read back and compared",
+}
+"""What is said of the bytes, where it is not the usual thing."""
+
+
 # --- the options that make one
 
 _IN = click.argument("source", metavar="IN", type=click.Path())
@@ -229,19 +245,23 @@ _DRY_RUN = click.option(
     "--dry-run", "-n", is_flag=True, help="Say what would be done; write nothing."
 )
 _FORCE = click.option("--force", "-f", is_flag=True, help="Replace OUT if it is there.")
+_VERIFY = click.option(
+    "--verify", is_flag=True, help="Read OUT back from the disk, and compare every byte."
+)
 
 
 def writes(function: _Function) -> _Function:
     """`IN OUT --to --force --dry-run --json`, which a command gets as its `job`."""
     out = click.argument("out", metavar="OUT", type=click.Path())
-    return _decorated(_with_job(function), (options.as_json, _DRY_RUN, _FORCE, _TO, out, _IN))
+    decorators = (options.as_json, _DRY_RUN, _VERIFY, _FORCE, _TO, out, _IN)
+    return _decorated(_with_job(function), decorators)
 
 
 def edits(function: _Function) -> _Function:
     """As `writes`; or `--in-place IN` without OUT."""
     out = click.argument("out", metavar="[OUT]", required=False, type=click.Path())
     flag = click.option("--in-place", is_flag=True, help="Change IN itself; no OUT is written.")
-    decorators = (options.as_json, _DRY_RUN, _FORCE, flag, _TO, out, _IN)
+    decorators = (options.as_json, _DRY_RUN, _VERIFY, _FORCE, flag, _TO, out, _IN)
     return _decorated(_with_job(function), decorators)
 
 
@@ -263,6 +283,7 @@ def _with_job(function: _Function) -> _Function:
         to: str | None,
         force: bool,
         dry_run: bool,
+        verify: bool,
         in_place: bool = False,
         max_shard_size: int | None = None,
         **others: Any,
@@ -270,9 +291,20 @@ def _with_job(function: _Function) -> _Function:
         to_write = None if in_place else _resolved(out, to, max_shard_size)
         if in_place and (out or to):
             raise Misuse(f"{'OUT' if out else '--to'} and --in-place: give one of them")
-        verb = click.get_current_context().info_name or ""
-        size = max_shard_size
-        job = Job(verb, source, to_write, force=force, dry_run=dry_run, max_shard_size=size)
+        if in_place and verify:
+            raise Misuse(
+                "--verify reads OUT back, and --in-place leaves the weights where they are; "
+                f"to read them: {command('check', source, read_data=True)}"
+            )
+        job = Job(
+            click.get_current_context().info_name or "",
+            source,
+            to_write,
+            force=force,
+            dry_run=dry_run,
+            max_shard_size=max_shard_size,
+            verify=verify,
+        )
         return function(job=job, **others)
 
     return cast("_Function", called)

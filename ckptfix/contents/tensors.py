@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptfix.bytes.source import BytesSource, ComputedSource
+from ckptfix.bytes.source import BytesSource
 from ckptfix.bytes.span import Span
+from ckptfix.bytes.strided import Layout, StridedSource
 from ckptfix.limits import DEFAULT
 from ckptfix.pickles.torch_objects import BUILDERS
 from ckptfix.tree.document import Global, Inert, Node, Storage, Tensor, contiguous_stride
-from ckptfix.tree.dtypes import BY_NAME, DType, swap_bytes
+from ckptfix.tree.dtypes import BY_NAME, DType
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,15 +141,11 @@ def _text(value: Node) -> str:
 
 
 def _span(data: bytes, word: int) -> Span:
+    whole = Span(BytesSource(data, "a numpy array"), 0, len(data))
     if word == 1:
-        return Span(BytesSource(data, "a numpy array"), 0, len(data))
-
-    def swap() -> bytes:
-        swapped = bytearray(data)
-        swap_bytes(swapped, word)
-        return bytes(swapped)
-
-    return Span(ComputedSource(len(data), swap, "a numpy array"), 0, len(data))
+        return whole
+    layout = Layout((len(data) // word,), (1,), 0, word, word, swap=True)
+    return Span(StridedSource((whole,), layout, "a numpy array"), 0, len(data))
 
 
 _NUMPY = {

@@ -1,28 +1,34 @@
-"""Read every byte of a checkpoint: are the checksums right, and are the numbers numbers?"""
+"""Read every byte of a checkpoint: are the checksums right, and are the numbers numbers?
+
+Each byte is read once, by several workers; only what turns out to hold NaN or infinities is read
+again, to say how many. torch is not imported.
+"""
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptfix.bytes.checked import CheckedSource
-from ckptfix.bytes.copy import check_crc
+from isal import isal_zlib
+
+from ckptfix.bytes.engine import blocks, check_crc, in_order, look, wrong_sum
+from ckptfix.bytes.span import Span, cut
+from ckptfix.bytes.sums import joined
+from ckptfix.contents.labels import label
 from ckptfix.contents.state_dicts import find
+from ckptfix.edit.compacting import gathered
 from ckptfix.errors import DamagedError
 from ckptfix.findings import Finding
 from ckptfix.hints import Hint, command
-from ckptfix.pieces.scattered import ScatteredSource
+from ckptfix.tree import floats
 from ckptfix.tree.walk import storages
 
 if TYPE_CHECKING:
-    from ckptfix.bytes.span import Span
-    from ckptfix.torch_bridge.materialize import Materializer
-    from ckptfix.tree.document import Document, Node, Storage, Tensor
+    from collections.abc import Iterable, Iterator, Sequence
 
-_CHUNK = 1 << 22
-"""Elements that are looked at together."""
+    from ckptfix.bytes.engine import Progress
+    from ckptfix.bytes.source import Source
+    from ckptfix.tree.document import Document, Node, Storage, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,49 +56,63 @@ class Reading:
         return not self.damaged
 
 
-def read_data(document: Document) -> Reading:
-    """Check every checksum, on as many threads as there are cores, and count NaN and infinities."""
+def read_data(document: Document, progress: Progress | None = None) -> Reading:
+    """Check every checksum, and count NaN and infinities in the tensors of models."""
     held = list(storages(document.root))
-    damaged = [error.message for error in _wrong(document, held)]
+    tensors = dict(_of_models(document.root))
+    kinds: dict[int, set[str]] = {}
+    for tensor in tensors.values():
+        kind = floats.part(tensor.dtype)
+        if kind is not None and tensor.numel:
+            kinds.setdefault(id(tensor.storage), set()).add(kind)
+    damaged, finite = [], set()
+    for storage, seen in zip(held, _seen(held, kinds, document, progress), strict=True):
+        if not seen.is_sound:
+            damaged.append(seen.damage(document.root, storage).message)
+        elif seen.is_finite:
+            finite.add(id(storage))
     verified = sum(all(map(_is_checked, storage.spans)) for storage in held)
-    nan, inf = ({}, {}) if damaged else _not_numbers(document)
-    return Reading(verified - len(damaged), len(held) - verified, damaged, nan, inf)
-
-
-_CHECKED = (CheckedSource, ScatteredSource)
-"""Sources that know the checksums of what they are made of."""
+    verified -= len(damaged)
+    unverified = len(held) - verified - len(damaged)
+    damaged += [error.message for error in _wrong_records(document)]
+    nan: dict[str, int] = {}
+    inf: dict[str, int] = {}
+    for path, tensor in tensors.items() if not damaged else ():
+        if id(tensor.storage) not in finite:
+            nans, infs = _count(tensor, document.byteorder)
+            nan.update({path: nans} if nans else {})
+            inf.update({path: infs} if infs else {})
+    return Reading(verified, unverified, damaged, nan, inf)
 
 
 def _is_checked(span: Span) -> bool:
-    """Whether the bytes of a span have a checksum on record, or belong to some that have."""
-    return span.crc is not None or (isinstance(span.source, _CHECKED) and span.source.is_checked)
+    return span.crc is not None or span.source.is_checked
 
 
 def check_sums(document: Document) -> None:
     """Raise `DamagedError` where the bytes that a document is made of have a wrong checksum."""
-    for label, span in document.extras.items():
-        check_crc(span, repr(label))
+    for error in _wrong_records(document):
+        raise error
     check_tensors(document, document.root)
 
 
 def check_tensors(document: Document, node: Node) -> None:
     """Raise `DamagedError` where the bytes of a tensor below a node have a wrong checksum."""
-    wrong = _wrong(document, list(storages(node)))
-    if wrong:
-        hint = Hint("save what is whole", command("recover", document.name, "OUT"))
-        first = wrong[0]
-        raise DamagedError(first.what, where=first.where, hint=hint, code="crc-mismatch")
+    held = list(storages(node))
+    for storage, seen in zip(held, _seen(held, {}, document), strict=True):
+        if not seen.is_sound:
+            hint = Hint("save what is whole", command("recover", document.name, "OUT"))
+            first = seen.damage(document.root, storage)
+            raise DamagedError(first.what, where=first.where, hint=hint, code="crc-mismatch")
 
 
-def _wrong(document: Document, held: list[Storage]) -> list[DamagedError]:
-    """The errors of the storages with a wrong checksum; on as many threads as there are cores."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        wrong = [one for one, error in zip(held, pool.map(_damage, held), strict=True) if error]
-    names: dict[int, str] = {}
-    for state in find(document.root) if wrong else ():
-        names.update((id(tensor.storage), key) for key, tensor in state.tensors.items())
-    errors = (_damage(storage, names.get(id(storage))) for storage in wrong)
-    return [error for error in errors if error is not None]
+def _wrong_records(document: Document) -> Iterator[DamagedError]:
+    """The errors of further records: those of no tensor."""
+    for name, span in document.extras.items():
+        try:
+            check_crc(span, repr(name))
+        except DamagedError as error:
+            yield error
 
 
 def findings(reading: Reading) -> list[Finding]:
@@ -106,50 +126,134 @@ def findings(reading: Reading) -> list[Finding]:
     return rows
 
 
-def _damage(storage: Storage, name: str | None = None) -> DamagedError | None:
-    """What is wrong with the bytes of a storage, with its tensor's name if that is known."""
-    label = f"storage {storage.key!r}" + (f" ({name})" if name else "")
-    try:
+# --- one pass
+
+
+class _Block(NamedTuple):
+    """A block of a storage, and the kinds of numbers that tensors see in it."""
+
+    span: Span
+    kinds: Iterable[str]
+    byteorder: str
+
+    @property
+    def length(self) -> int:
+        return self.span.length
+
+
+class _Seen(NamedTuple):
+    """What was seen in a block, or in a whole storage."""
+
+    crc: int = 0
+    is_finite: bool = True
+    error: DamagedError | None = None
+    """Why bytes could not be read."""
+    wrong: Span | None = None
+    """A span that does not have the checksum on record."""
+
+    @property
+    def is_sound(self) -> bool:
+        return self.error is None and self.wrong is None
+
+    def damage(self, root: Node, storage: Storage) -> DamagedError:
+        """The error that says which tensor is damaged."""
+        name = label(root, storage)
+        if self.error is None:
+            assert self.wrong is not None
+            return wrong_sum(self.wrong, name)
+        what = f"{name}: {self.error.what}"
+        return DamagedError(
+            what, where=self.error.where, hint=self.error.hint, code=self.error.code
+        )
+
+
+def _seen(
+    held: Sequence[Storage],
+    kinds: dict[int, set[str]],
+    document: Document,
+    progress: Progress | None = None,
+) -> Iterator[_Seen]:
+    """What reading each storage shows, in order."""
+    made = in_order(
+        _look,
+        (
+            _Block(block, kinds.get(id(storage), ()), document.byteorder)
+            for storage in held
+            for block in blocks(storage.spans)
+        ),
+        progress,
+    )
+    for storage in held:
+        whole = _Seen()
         for span in storage.spans:
-            check_crc(span, label)
-            if isinstance(span.source, _CHECKED):
-                span.source.check()
-    except DamagedError as error:
-        return error
+            crc = 0
+            for block in blocks((span,)):
+                seen = next(made)
+                crc = joined(crc, seen.crc, block.length)
+                finite, error = whole.is_finite and seen.is_finite, whole.error or seen.error
+                whole = whole._replace(is_finite=finite, error=error)
+            if span.crc not in (None, crc):
+                whole = whole._replace(wrong=whole.wrong or span)
+            if span.source.is_checked:
+                whole = whole._replace(error=whole.error or _wrong_below(span.source))
+        yield whole
+
+
+def _wrong_below(source: Source) -> DamagedError | None:
+    """Why the bytes that a source was made of are not what they should be, if they are not."""
+    pending = [source]
+    while pending:
+        source = pending.pop()
+        pending.extend(source.below)
+        try:
+            source.check()
+        except DamagedError as error:
+            return error
     return None
 
 
-def _not_numbers(document: Document) -> tuple[dict[str, int], dict[str, int]]:
-    from ckptfix.torch_bridge.materialize import Materializer
-
-    materializer = Materializer(byteorder=document.byteorder)
-    nan: dict[str, int] = {}
-    inf: dict[str, int] = {}
-    for state in find(document.root):
-        if state.role == "optimizer":
-            continue
-        for key, tensor in state.tensors.items():
-            path = key if state.path == "/" else f"{state.path}/{key}"
-            nans, infs = _count(tensor, materializer)
-            nan.update({path: nans} if nans else {})
-            inf.update({path: infs} if infs else {})
-    return nan, inf
+def _look(block: _Block) -> _Seen:
+    try:
+        data = look(block.span)
+    except DamagedError as error:
+        return _Seen(error=error)
+    finite = all(_is_finite(data, kind, block.byteorder) for kind in block.kinds)
+    return _Seen(isal_zlib.crc32(data), finite)
 
 
-def _count(tensor: Tensor, materializer: Materializer) -> tuple[int, int]:
-    """NaN and infinities in a tensor, looked at in pieces so that memory does not grow."""
-    import torch
+def _is_finite(data: memoryview, kind: str, byteorder: str) -> bool:
+    size = _size(kind)
+    if len(data) % size:  # then a closer look tells
+        return False
+    return floats.is_finite(floats.words(data, size, byteorder), kind)
 
-    if not tensor.dtype.name.startswith(("float", "bfloat", "complex")) or not tensor.numel:
+
+def _size(kind: str) -> int:
+    return floats.FORMS[kind].bits // 8 if kind in floats.FORMS else 1
+
+
+# --- a closer look
+
+
+def _of_models(root: Node) -> Iterator[tuple[str, Tensor]]:
+    for state in find(root):
+        if state.role != "optimizer":
+            for key, tensor in state.tensors.items():
+                yield key if state.path == "/" else f"{state.path}/{key}", tensor
+
+
+def _count(tensor: Tensor, byteorder: str) -> tuple[int, int]:
+    """NaN and infinities in a tensor."""
+    kind = floats.part(tensor.dtype)
+    if kind is None or not tensor.numel:
         return 0, 0
-    made = materializer.tensor(tensor).detach()
-    if made.dtype in (torch.complex32, torch.complex64, torch.complex128):
-        made = torch.view_as_real(made.resolve_conj().resolve_neg())
-    if made.dtype == getattr(torch, "float4_e2m1fn_x2", None):  # has neither
-        return 0, 0
-    nans = infs = 0
-    for piece in torch.split(made.reshape(-1), _CHUNK) if made.is_contiguous() else (made,):
-        numbers = piece.float() if made.element_size() < 4 else piece
-        nans += int(torch.isnan(numbers).sum())
-        infs += int(torch.isinf(numbers).sum())
-    return nans, infs
+    begin = tensor.offset * tensor.dtype.itemsize
+    spans = cut(tensor.storage.spans, begin, tensor.nbytes)
+    if not tensor.is_contiguous or len(spans) > 1:
+        spans = (gathered(tensor),)
+
+    def counted(block: Span) -> tuple[int, int]:
+        return floats.count(floats.words(look(block), _size(kind), byteorder), kind)
+
+    rows = list(in_order(counted, blocks(spans)))
+    return sum(nans for nans, _ in rows), sum(infs for _, infs in rows)

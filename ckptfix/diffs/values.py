@@ -1,6 +1,6 @@
 """Two tensors of one shape held against each other: equal bytes, and if not, how far apart.
 
-Bytes are compared without torch: by the checksums on record, or a chunk at a time. Only tensors
+Bytes are compared without torch: by the checksums on record, or a block at a time. Only tensors
 whose bytes differ, or cannot be laid side by side, are decoded, one at a time.
 """
 
@@ -10,13 +10,13 @@ import math
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.bytes.copy import crc32_of
+from ckptfix.bytes.engine import are_equal, crc32
 from ckptfix.bytes.source import CHUNK
 from ckptfix.bytes.span import cut
 from ckptfix.tree.document import extent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import torch
 
@@ -62,7 +62,7 @@ def same_bytes(a: Side, b: Side, *, read_data: bool = False) -> bool | None:
         (one,), (other,) = ours, theirs
         if None not in (one.crc, other.crc):
             return one.crc == other.crc
-    return all(x == y for x, y in zip(_pieces(ours), _pieces(theirs), strict=True))
+    return are_equal(ours, theirs)
 
 
 def same_values(a: Side, b: Side) -> bool:
@@ -81,7 +81,7 @@ def checksum(side: Side) -> int | None:
     spans = _row_major(side.tensor)
     if spans is None or (side.byteorder != "little" and side.tensor.dtype.word > 1):
         return None
-    return spans[0].crc if len(spans) == 1 and spans[0].crc is not None else crc32_of(spans)
+    return spans[0].crc if len(spans) == 1 and spans[0].crc is not None else crc32(spans)
 
 
 def _comparable(a: Side, b: Side) -> tuple[Sequence[Span] | None, Sequence[Span] | None]:
@@ -104,17 +104,6 @@ def _extent(tensor: Tensor) -> tuple[Span, ...] | None:
     """The bytes that a tensor spans, if it leaves none of them out."""
     begin, end = extent(tensor) if tensor.numel else (0, 0)
     return cut(tensor.storage.spans, begin, end - begin) if tensor.nbytes >= end - begin else None
-
-
-def _pieces(spans: Sequence[Span]) -> Iterator[bytes]:
-    """The bytes of several spans, `CHUNK` at a time whatever the spans are."""
-    pending = b""
-    for chunk in (chunk for span in spans for chunk in span.chunks()):
-        pending += chunk
-        whole = len(pending) - len(pending) % CHUNK  # a computed chunk is as large as its tensor
-        yield from (pending[start : start + CHUNK] for start in range(0, whole, CHUNK))
-        pending = pending[whole:]
-    yield pending
 
 
 # --- distance

@@ -4,30 +4,32 @@ Integers, booleans, complex and quantized tensors stay as they are; so does ever
 dicts, an optimizer's state too. A cast storage holds what its tensors use and nothing else; tensors
 that shared one share one afterwards, and names of one tensor stay names of one tensor.
 
-Bytes are cast a chunk at a time when they are read, by torch, on the CPU, as `Tensor.to` does it.
-What a cast loses is counted on the way, so it is known once the document is written.
+Bytes are cast a block at a time when they are read, as `Tensor.to` does it on the CPU (see
+`floats`). What a cast loses is counted on the way, so it is known once the document is written.
 """
 
 from __future__ import annotations
 
-import ctypes
 import sys
+from _thread import allocate_lock
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.bytes.source import ComputedSource, Source
+from ckptfix.bytes.engine import blocks, in_order, look
+from ckptfix.bytes.source import Source
 from ckptfix.bytes.span import Span, cut
-from ckptfix.edit.compacting import checked, is_sparse, row_major, segments
+from ckptfix.edit.compacting import checked, gathered, is_sparse, segments
 from ckptfix.errors import UnsupportedError
+from ckptfix.tree import floats
 from ckptfix.tree.document import Global, Inert, OrderedMap, Storage, Tensor, contiguous_stride
 from ckptfix.tree.dtypes import BY_NAME, DType
+from ckptfix.tree.floats import Losses
 from ckptfix.tree.rebuild import rebuild
 from ckptfix.tree.walk import storages, walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    import torch
 
     from ckptfix.contents.state_dicts import StateDict
     from ckptfix.edit.compacting import Segment
@@ -37,25 +39,8 @@ ALIASES = {
     "fp64": "float64", "double": "float64", "fp32": "float32", "float": "float32",
     "fp16": "float16", "half": "float16", "bf16": "bfloat16",
 }  # fmt: skip
-CAST_TO = tuple(
-    name
-    for name, dtype in BY_NAME.items()
-    if dtype.is_floating_point and name != "float8_e8m0fnu"  # which has no sign
-)
+CAST_TO = tuple(name for name in BY_NAME if name in floats.FORMS)
 """The dtypes that can be cast to, by name."""
-
-_WITHOUT_INFINITY = {"float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2fnuz"}
-
-
-class Losses(NamedTuple):
-    """How many values a cast could not keep."""
-
-    overflow: int = 0
-    """Beyond the range of the new dtype: infinite, NaN or its largest number now."""
-    underflow: int = 0
-    """Zero now, and not before."""
-    nan: int = 0
-    """NaN before; NaN now too."""
 
 
 class Counted(NamedTuple):
@@ -81,7 +66,10 @@ class Cast:
     @property
     def losses(self) -> Losses:
         """What was lost, as far as the tensor has been written."""
-        return Losses(*map(sum, zip(*(c.losses for c in self.counted), strict=True)))
+        total = Losses()
+        for row in self.counted:
+            total = total.plus(row.losses)
+        return total
 
     def uncounted(self, first: int, last: int) -> list[tuple[int, int]]:
         """The stretches of these elements that were not counted yet."""
@@ -98,8 +86,7 @@ class Cast:
         for row in sorted([*self.counted, Counted(first, last, losses)]):
             if joined and joined[-1].last == row.first:
                 before = joined.pop()
-                total = Losses(*map(sum, zip(before.losses, row.losses, strict=True)))
-                row = Counted(before.first, row.last, total)
+                row = Counted(before.first, row.last, before.losses.plus(row.losses))
             joined.append(row)
         self.counted[:] = joined
 
@@ -113,64 +100,72 @@ class CastSource(Source):
         self.cast = cast
         self._spans = spans
         self._byteorder = byteorder
-        self._computed = any(isinstance(span.source, ComputedSource) for span in spans)
-        self._held: bytes | None = None
+        self._lock = allocate_lock()
+
+    @property
+    def below(self) -> Iterable[Source]:
+        """The sources of the elements."""
+        return [span.source for span in self._spans]
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether all of them are."""
+        return all(span.source.is_checked for span in self._spans)
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`; elements that this cuts are cast whole."""
         size = self.cast.after.itemsize
         first, last = offset // size, -(-(offset + length) // size)
-        data = _cast(self._elements(first, last), first, self.cast, self._byteorder)
+        made = bytearray((last - first) * size)
+        self._fill(first, memoryview(made))
         start = offset - first * size
-        return data[start : start + length]
+        return bytes(made[start : start + length])
 
-    def _elements(self, first: int, last: int) -> bytes:
-        """Bytes before the cast. What is computed is computed once and held until it is used."""
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer with the bytes from `offset`."""
+        size = self.cast.after.itemsize
+        if offset % size or len(buffer) % size:
+            buffer[:] = self.read(offset, len(buffer))
+        else:
+            self._fill(offset // size, buffer)
+
+    def _fill(self, first: int, buffer: memoryview) -> None:
+        """Cast elements from the `first` on into a buffer, as many as that takes."""
+        cast, size = self.cast, self.cast.after.itemsize
+        count, losses = len(buffer) // size, Losses()
+        for start in range(0, count, floats.PIECE):
+            stop = min(start + floats.PIECE, count)
+            made = floats.words(buffer[start * size : stop * size], size, sys.byteorder)
+            numbers = self._numbers(first + start, first + stop)
+            losses = losses.plus(floats.cast(numbers, made, cast.before.name, cast.after.name))
+            if self._byteorder != sys.byteorder and cast.after.word > 1:
+                made.byteswap(inplace=True)
+        self._count(first, first + count, losses)
+
+    def _numbers(self, first: int, last: int) -> floats.Array:
+        """Elements before the cast: they are there until this thread reads others."""
         size = self.cast.before.itemsize
-        if not self._computed:
-            return b"".join(s.read() for s in cut(self._spans, first * size, (last - first) * size))
-        if self._held is None:
-            self._held = b"".join(span.read() for span in self._spans)
-        data = self._held[first * size : last * size]
-        if last >= self.cast.numel:
-            self._held = None
-        return data
+        spans = cut(self._spans, first * size, (last - first) * size)
+        data = look(spans[0], 1) if len(spans) == 1 else b"".join(span.read() for span in spans)
+        return floats.words(data, size, self._byteorder)
 
+    def _count(self, first: int, last: int, losses: Losses) -> None:
+        """Keep what was lost in some elements, but for those counted before."""
+        with self._lock:
+            rest = self.cast.uncounted(first, last)
+            if rest == [(first, last)]:
+                self.cast.count(first, last, losses)
+                return
+        for begin, end in rest:
+            for start in range(begin, end, floats.PIECE):
+                stop = min(start + floats.PIECE, end)
+                self._count(start, stop, self._losses(start, stop))
 
-def _cast(data: bytes, first: int, cast: Cast, byteorder: str) -> bytes:
-    """Elements from the `first` on, cast in the same byte order; what is lost is counted."""
-    import torch
-
-    if not data:
-        return b""
-    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    before = _swapped(raw, cast.before, byteorder).view(getattr(torch, cast.before.name))
-    after = before.to(getattr(torch, cast.after.name))
-    made = _swapped(after.view(torch.uint8), cast.after, byteorder)
-    for begin, end in cast.uncounted(first, first + len(before)):
-        new = slice(begin - first, end - first)
-        cast.count(begin, end, _losses(before[new], after[new], cast.after))
-    return ctypes.string_at(made.data_ptr(), made.nbytes)
-
-
-def _swapped(raw: torch.Tensor, dtype: DType, byteorder: str) -> torch.Tensor:
-    """Bytes from one byte order to this machine's, or back."""
-    if byteorder == sys.byteorder or dtype.word == 1:
-        return raw
-    return raw.view(-1, dtype.word).flip(1).reshape(-1)
-
-
-def _losses(before: torch.Tensor, after: torch.Tensor, dtype: DType) -> Losses:
-    import torch
-
-    if before.dtype.itemsize == 1:  # float8 has no comparisons of its own
-        before = before.to(torch.float32)
-    widened = after.to(torch.float32) if after.dtype.itemsize == 1 else after
-    overflow = before.isfinite() & ~widened.isfinite()
-    if dtype.name in _WITHOUT_INFINITY:
-        overflow = overflow | (before.abs() > torch.finfo(after.dtype).max)
-    underflow = (before != 0) & (widened == 0)
-    return Losses(*(int(which.sum()) for which in (overflow, underflow, before.isnan())))
+    def _losses(self, first: int, last: int) -> Losses:
+        size = self.cast.after.itemsize
+        made = floats.words(bytearray((last - first) * size), size, sys.byteorder)
+        before, after = self.cast.before.name, self.cast.after.name
+        return floats.cast(self._numbers(first, last), made, before, after)
 
 
 # --- the edit
@@ -238,15 +233,19 @@ def casts(document: Document) -> list[Cast]:
 
 def measure(document: Document) -> None:
     """Cast everything without writing it, so that the losses are known."""
-    for source in _sources(document):
-        for _ in Span(source, 0, source.size).chunks():
-            pass
+    whole = [Span(source, 0, source.size) for source in _sources(document)]
+    for _ in in_order(lambda block: len(look(block)), blocks(whole)):
+        pass
 
 
-def others(document: Document, dtype: DType) -> int:
-    """How many floating-point tensors are of another dtype: outside state dicts, or sparse."""
-    nodes = (node for _, node in walk(document.root) if isinstance(node, Tensor))
-    return sum(node.dtype.is_floating_point and node.dtype is not dtype for node in nodes)
+def others(document: Document, dtype: DType) -> list[str]:
+    """Where floating-point tensors of another dtype are: outside state dicts, or not dense."""
+    found = (
+        "/".join(takewhile(lambda part: not part.startswith("<"), map(str, path)))
+        for path, node in walk(document.root)
+        if isinstance(node, Tensor) and node.dtype.is_floating_point and node.dtype is not dtype
+    )
+    return list(dict.fromkeys(found))
 
 
 def _sources(document: Document) -> list[CastSource]:
@@ -286,7 +285,7 @@ def _cast_storage(users: list[_User], dtype: DType, byteorder: str) -> dict[int,
 
 def _bytes_of(segment: Segment, storage: Storage, *, dense: bool) -> tuple[Span, ...]:
     if dense:
-        return (row_major(segment.tensors[0], storage),)
+        return (gathered(replace(segment.tensors[0], storage=storage, metadata=None)),)
     return cut(storage.spans, segment.begin, segment.end - segment.begin)
 
 

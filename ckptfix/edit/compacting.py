@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.checked import CheckedSource
-from ckptfix.bytes.source import ComputedSource
 from ckptfix.bytes.span import Span, cut
+from ckptfix.bytes.strided import Layout, StridedSource
 from ckptfix.tree.document import Storage, Tensor, contiguous_stride, extent
 from ckptfix.tree.rebuild import rebuild
 from ckptfix.tree.walk import walk
@@ -84,23 +84,33 @@ def segments(tensors: Iterable[Tensor]) -> list[Segment]:
     return found
 
 
-def row_major(tensor: Tensor, storage: Storage) -> Span:
-    """The elements of a tensor of `storage` in row-major order, gathered when they are read."""
-    plain = replace(tensor, storage=storage, metadata=None)  # that stays with the tensor
-
-    def gather() -> bytes:
-        from ckptfix.torch_bridge.materialize import contiguous_bytes
-
-        return contiguous_bytes(plain)
-
-    return Span(ComputedSource(tensor.nbytes, gather, "a tensor"), 0, tensor.nbytes)
+def gathered(tensor: Tensor, byteorder: str = "little") -> Span:
+    """The elements of a tensor in row-major order, little-endian, gathered when they are read."""
+    dtype = tensor.dtype
+    bits = tensor.metadata if isinstance(tensor.metadata, dict) else {}
+    is_complex = dtype.name.startswith("complex")
+    layout = Layout(
+        tensor.shape,
+        tensor.stride,
+        tensor.offset,
+        dtype.itemsize,
+        dtype.word,
+        swap=byteorder != "little" and dtype.word > 1,
+        conj=is_complex and bool(bits.get("conj")),
+        neg=(is_complex or dtype.is_floating_point) and bool(bits.get("neg")),
+    )
+    storage = checked(tensor.storage)
+    source = StridedSource(storage.spans, layout, f"storage {storage.key!r}")
+    return Span(source, 0, tensor.nbytes)
 
 
 def checked(storage: Storage) -> Storage:
-    """The same storage, whose bytes are held against their CRCs before a part of them is used."""
+    """The same storage, of which parts are used: they are held against the checksums on record."""
     label = f"storage {storage.key!r}"
     spans = (
-        span if span.crc is None else span._replace(source=CheckedSource(span, label))
+        span
+        if span.crc is None or isinstance(span.source, CheckedSource)
+        else Span(CheckedSource(span, label), span.offset, span.length)
         for span in storage.spans
     )
     return replace(storage, spans=tuple(spans))
@@ -122,7 +132,7 @@ def _compacted(tensors: list[Tensor], *, gather: bool) -> dict[int, Tensor]:
     for segment in segments(tensors):
         begin, end, users = segment
         if gather and is_sparse(segment):
-            smaller.spans += (row_major(users[0], storage),)
+            smaller.spans += (gathered(replace(users[0], storage=storage, metadata=None)),)
             moved[id(users[0])] = _row_major_at(users[0], smaller, position)
         else:
             smaller.spans += cut(storage.spans, begin, end - begin)

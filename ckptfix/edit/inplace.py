@@ -17,7 +17,7 @@ from ckptfix.bytes.source import FileSource
 from ckptfix.errors import CkptfixError, InPlaceError, VerifyError, WriteError
 from ckptfix.formats import patches
 from ckptfix.formats.reading import Reading
-from ckptfix.formats.table import read
+from ckptfix.formats.table import file_of, read
 from ckptfix.hints import Hint, command, shell
 from ckptfix.tree import compare, walk
 from ckptfix.words import reason
@@ -51,27 +51,11 @@ def prepare(document: Document) -> Edit:
     Raises:
         InPlaceError: a copy has to be written instead; the message says why.
     """
-    if document.container not in patches.CONTAINERS:
-        why = f"that cannot be done to a checkpoint in the form {document.container!r}"
-        raise InPlaceError(document.name, why)
     storages = list(walk.storages(document.root))
-    source = _source(document, storages)
+    source = file_of(document, storages)
     if source.names > 1:
         raise InPlaceError(document.name, "it has several names (hard links), and all would change")
     return Edit(document, source, patches.make(document, source, storages), storages)
-
-
-def _source(document: Document, storages: list[Storage]) -> FileSource:
-    """The one file that all bytes of a document lie in."""
-    sources = {span.source for storage in storages for span in storage.spans}
-    sources.update(span.source for span in document.extras.values())
-    files = [source for source in sources if isinstance(source, FileSource)]
-    if len(files) < len(sources):
-        raise InPlaceError(document.name, "its tensors are compressed, or have to be computed")
-    if len(files) != 1:
-        why = "its tensors do not lie in one file" if files else "there is no tensor in it"
-        raise InPlaceError(document.name, why)
-    return files[0]
 
 
 def apply(edit: Edit) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.bytes.copy import check_crc
-from ckptfix.bytes.source import ComputedSource
-from ckptfix.bytes.span import Span
 from ckptfix.contents.state_dicts import StateDict, choose, is_special_tensor
 from ckptfix.contents.tensors import as_tensor
-from ckptfix.errors import UnsupportedError
+from ckptfix.edit.compacting import gathered
+from ckptfix.errors import UnsafeError, UnsupportedError
 from ckptfix.hints import Hint
+from ckptfix.limits import DEFAULT
 from ckptfix.tree.document import (
     Document,
     Inert,
@@ -62,17 +61,33 @@ def flatten(document: Document, state: StateDict) -> Fitted:
     left_out = fitted.left_out
     flat = OrderedMap(attributes=state.metadata and {"_metadata": state.metadata})
     dense: dict[Hashable, Tensor] = {}  # tied tensors stay one
+    repeated = 0
     for key, node in state.mapping.items():
         tensor = as_tensor(node)
         if tensor is not None:
             if tensor.view not in dense:
                 dense[tensor.view] = _dense(tensor, key, document)
+                repeated += max(tensor.nbytes - tensor.storage.nbytes, 0)
+                _check_repeated(repeated, key, document)
             flat[key] = dense[tensor.view]
         elif is_special_tensor(node):
             raise cannot_hold(document, key, *_special(node.cls))
         else:
             left_out.append((_below(state.path, key), kind(node)))
     return Fitted(replace(fitted.document, root=flat, extras={}), left_out)
+
+
+def _check_repeated(nbytes: int, key: str, document: Document) -> None:
+    """Refuse a few bytes that would fill a disk."""
+    if nbytes > DEFAULT.repeated_bytes:
+        raise UnsafeError(
+            f"{key!r} repeats its elements: without strides it would take {nbytes} bytes more",
+            where=document.name,
+            hint=Hint(
+                "write a .pt file instead, which keeps strides: give OUT the extension .pt",
+                python="save it to a .pt file instead, which keeps strides",
+            ),
+        )
 
 
 def _dense(tensor: Tensor, key: str, document: Document) -> Tensor:
@@ -82,21 +97,12 @@ def _dense(tensor: Tensor, key: str, document: Document) -> Tensor:
     plain = replace(tensor, requires_grad=False, hooks=None, metadata=None)
     if tensor.is_contiguous and not swapped and not tensor.metadata:
         return plain
-    return _computed(tensor, key, document.byteorder)
+    return _gathered(tensor, document.byteorder)
 
 
-def _computed(tensor: Tensor, key: str, byteorder: str) -> Tensor:
+def _gathered(tensor: Tensor, byteorder: str) -> Tensor:
     """The same tensor over a storage of its own, whose bytes are gathered when they are written."""
-
-    def gather() -> bytes:
-        from ckptfix.torch_bridge.materialize import contiguous_bytes
-
-        for span in tensor.storage.spans:
-            check_crc(span, repr(key))
-        return contiguous_bytes(tensor, byteorder)
-
-    source = ComputedSource(tensor.nbytes, gather, key)
-    span = Span(source, 0, tensor.nbytes)
+    span = gathered(tensor, byteorder)
     storage = Storage(tensor.dtype, tensor.numel, "cpu", (span,), tensor.storage.key)
     return Tensor(storage, tensor.dtype, tensor.shape, contiguous_stride(tensor.shape))
 

@@ -42,7 +42,7 @@ def unpack(source: Source, reading: Reading) -> Source:
 def _unzipped(source: Source) -> UnpackedSource:
     packed = Span(source, 0, source.size)
     size = sum(len(chunk) for chunk in _capped(packed))
-    return UnpackedSource(lambda: inflate(packed, 31), size, source.name)
+    return UnpackedSource(lambda: inflate(packed, 31), size, source.name, (source,))
 
 
 def _capped(packed: Span) -> Iterator[bytes]:
@@ -93,7 +93,7 @@ def _up_to_the_damage(source: Source) -> UnpackedSource:
                     return
                 yield chunk
 
-    return UnpackedSource(chunks, sum(map(len, chunks())), source.name)
+    return UnpackedSource(chunks, sum(map(len, chunks())), source.name, (source,))
 
 
 _PIECE = 256

@@ -21,7 +21,7 @@ from ckptfix.bytes.journal import Patch
 from ckptfix.bytes.source import FileSource
 from ckptfix.errors import InPlaceError
 from ckptfix.formats import safetensors, torch_zip
-from ckptfix.formats.table import SAFETENSORS, TORCH_ZIP
+from ckptfix.formats.table import SAFETENSORS
 from ckptfix.formats.zip import archive as zips
 from ckptfix.formats.zip.layout import CRC_IN_CENTRAL, CRC_IN_LOCAL, STORED
 
@@ -47,10 +47,6 @@ def make(document: Document, source: Source, storages: Iterable[Storage]) -> lis
     else:
         made = _torch_zip(document, source, storages)
     return [patch for patch in made if patch.old != patch.new]
-
-
-CONTAINERS = (TORCH_ZIP.name, SAFETENSORS.name)
-"""Containers whose files can be changed in place."""
 
 
 def _check_room(document: Document, what: str, length: int, room: int) -> None:

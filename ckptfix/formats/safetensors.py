@@ -22,7 +22,7 @@ from collections import Counter
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ckptfix.bytes.span import Span
+from ckptfix.bytes.span import Span, cut
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
 from ckptfix.formats.reading import Reading
@@ -32,7 +32,7 @@ from ckptfix.tree.document import Document, Node, OrderedMap, Storage, Tensor, c
 from ckptfix.tree.dtypes import BY_SAFETENSORS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from ckptfix.bytes.copy import Sink
     from ckptfix.bytes.source import Source
@@ -245,25 +245,22 @@ def write(document: Document, sink: Sink) -> None:
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     encoded += b" " * (-len(encoded) % _ALIGNMENT)
     sink.write(len(encoded).to_bytes(8, "little") + encoded)
-    checked: set[int] = set()
     for name in order:
         tensor = tensors[name]
-        _check_once(sink, tensor, name, checked)
-        begin, remaining = tensor.offset * tensor.dtype.itemsize, tensor.nbytes
-        for span in tensor.storage.spans:
-            if begin < span.length and remaining:
-                length = min(remaining, span.length - begin)
-                sink.copy(span.slice(begin, length))
-                remaining -= length
-            begin = max(begin - span.length, 0)
+        begin, label = tensor.offset * tensor.dtype.itemsize, repr(name)
+        for part in cut(tensor.storage.spans, begin, tensor.nbytes):
+            sink.copy(part, label)
+    for span, label in _used_in_part(tensors):
+        sink.check(span, label)
 
 
-def _check_once(sink: Sink, tensor: Tensor, name: str, checked: set[int]) -> None:
-    """Hold a storage against the checksums on record: this container keeps none."""
-    if id(tensor.storage) not in checked:
-        checked.add(id(tensor.storage))
-        for span in tensor.storage.spans:
-            sink.check(span, f"{name!r}")
+def _used_in_part(tensors: Mapping[str, Tensor]) -> Iterator[tuple[Span, str]]:
+    """The spans that no tensor has for itself, each once: this container keeps no checksums."""
+    checked: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.nbytes < tensor.storage.nbytes and id(tensor.storage) not in checked:
+            checked.add(id(tensor.storage))
+            yield from ((span, repr(name)) for span in tensor.storage.spans)
 
 
 def without_ties(root: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -25,20 +25,28 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from ckptfix.errors import CkptfixError, UnsupportedError, VerifyError
+from ckptfix.bytes.source import FileSource
+from ckptfix.errors import (
+    CkptfixError,
+    InPlaceError,
+    ReadError,
+    UnsupportedError,
+    VerifyError,
+)
 from ckptfix.findings import Finding
 from ckptfix.formats.reading import Reading, Salvage
 from ckptfix.hints import Hint, command
+from ckptfix.tree.walk import storages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Protocol
 
-    from ckptfix.bytes.copy import Sink
+    from ckptfix.bytes.copy import Checked, Sink
     from ckptfix.bytes.place import Place, Progress
     from ckptfix.bytes.source import Source
     from ckptfix.limits import Limits
-    from ckptfix.tree.document import Document
+    from ckptfix.tree.document import Document, Storage
 
     class Format(Protocol):
         """What a module of a format offers."""
@@ -186,13 +194,20 @@ def write_place(
     *,
     force: bool = False,
     progress: Progress | None = None,
-) -> None:
+    verify: bool = False,
+) -> Checked:
     """Write a document to a file, whole or not at all, and read it back before it gets its name.
 
-    Raises `WriteError` and its kin, `UnsupportedError` for what the container cannot hold.
+    Bytes are held against the checksums on record while they are copied. Where only names or tags
+    are other ones and the file system can, the output shares the blocks of the input, and they are
+    not read. With `verify` they are copied, and the output is read back and compared. Returns what
+    is known of the bytes.
+
+    Raises `DamagedError` where the input is damaged, `WriteError` and its kin, `UnsupportedError`
+    for what the container cannot hold.
     """
 
-    def verify(written: Place) -> None:
+    def check(written: Place) -> None:
         try:
             found = read(written.open(), Reading())
         except CkptfixError as error:
@@ -201,5 +216,48 @@ def write_place(
         if differs is not None:
             raise VerifyError(f"reads back differently at {differs}", where=place)
 
-    with place.publish(force=force, progress=progress, verify=verify) as sink:
-        container.write(document, sink)
+    with place.publish(force=force, progress=progress, check=check, verify=verify) as sink:
+        if verify or not _shared(document, container, sink):
+            container.write(document, sink)
+    return sink.result
+
+
+def file_of(document: Document, storages: Iterable[Storage]) -> FileSource:
+    """The one file in which all bytes of a document lie, and that can be patched.
+
+    `storages` are those of the document. Raises `InPlaceError` where a copy has to be written
+    instead.
+    """
+    if document.container not in [one.name for one in WRITABLE]:
+        why = f"that cannot be done to a checkpoint in the form {document.container!r}"
+        raise InPlaceError(document.name, why)
+    sources = {span.source for storage in storages for span in storage.spans}
+    sources.update(span.source for span in document.extras.values())
+    files = [source for source in sources if isinstance(source, FileSource)]
+    if len(files) < len(sources):
+        raise InPlaceError(document.name, "its tensors are compressed, or have to be computed")
+    if len(files) != 1:
+        why = "its tensors do not lie in one file" if files else "there is no tensor in it"
+        raise InPlaceError(document.name, why)
+    return files[0]
+
+
+def _shared(document: Document, container: Writable, sink: Sink) -> bool:
+    """Whether the output became a clone of the input, with other names in it.
+
+    An input in which something was noticed is written anew: that repairs its container.
+    """
+    if document.container != container.name or document.notes:
+        return False
+    held = list(storages(document.root))
+    try:
+        source = file_of(document, held)
+        if not sink.clone(source):
+            return False
+        patches = importlib.import_module("ckptfix.formats.patches")  # late, as the formats are
+        for patch in patches.make(document, source, held):
+            sink.patch(patch)
+    except (InPlaceError, ReadError):
+        sink.restart()
+        return False
+    return True

@@ -39,7 +39,8 @@ def unpack(source: Source, reading: Reading) -> Source:
             hint=Hint("unpack it, and give one of them", shell("tar", "xf", files=[source.name])),
         )
     name, span = next(iter(found.items()))
-    return UnpackedSource(lambda: span.chunks(CHUNK), span.length, f"{source.name}:{name}")
+    label = f"{source.name}:{name}"
+    return UnpackedSource(lambda: span.chunks(CHUNK), span.length, label, (source,))
 
 
 def _is_checkpoint(span: Span) -> bool:

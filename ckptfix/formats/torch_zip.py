@@ -20,10 +20,12 @@ caffe2/serialize/inline_container.
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from ckptfix import pickles
-from ckptfix.bytes.copy import check_crc
+from ckptfix.bytes.engine import check_crc
+from ckptfix.contents.labels import label
 from ckptfix.errors import (
     DamagedError,
     NotACheckpointError,
@@ -245,7 +247,8 @@ def write(document: Document, sink: Sink) -> None:
     writer.add(f"{folder}/.storage_alignment", [b"64"])
     writer.add(f"{folder}/byteorder", [document.byteorder.encode()])
     for index, storage in enumerate(storages):
-        writer.add(f"{folder}/data/{index}", storage.spans)
+        named = partial(label, document.root, storage)
+        writer.add(f"{folder}/data/{index}", storage.spans, named)
     for name, span in document.extras.items():
         writer.add(f"{folder}/{name}", [span])
     writer.add(f"{folder}/version", [b"3\n"])

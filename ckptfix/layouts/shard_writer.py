@@ -26,6 +26,7 @@ from ckptfix.words import listed
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from ckptfix.bytes.copy import Checked
     from ckptfix.bytes.place import Progress
     from ckptfix.tree.document import Document, Node
 
@@ -53,13 +54,15 @@ def write(
     force: bool = False,
     progress: Progress | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
-) -> None:
+    verify: bool = False,
+) -> Checked:
     """Write a state dict of dense tensors in shards of at most so many bytes of tensors.
 
     A tensor that is larger has a shard for itself; what fits into one shard is written as
     `model.safetensors`, without an index. With `force` a checkpoint in the folder is removed once
     the new one is in place. Where something goes wrong before that, what was written is removed.
-    Raises `WriteError`; also where another process is writing there.
+    `verify` and what is returned are those of `write_place`. Raises `WriteError`; also where
+    another process is writing there.
     """
     check_free(folder, force=force)
     made = folder.make_folder()
@@ -69,17 +72,23 @@ def write(
         _refuse_input(document, folder, former)
         groups = _split(document.root, max_shard_size)
         names = _free_names(len(groups), former)
+        known: set[Checked] = set()
         with _undone_on_error(folder, made) as written:
             for name, group in zip(names, groups, strict=True):
                 part = document if len(groups) == 1 else replace(document, root=group)
                 place = folder.below(name)
-                write_place(part, place, SAFETENSORS, force=True, progress=progress)
+                known.add(
+                    write_place(
+                        part, place, SAFETENSORS, force=True, progress=progress, verify=verify
+                    )
+                )
                 written.append(name)
             if len(groups) > 1:
                 weight_map = dict(zip(names, groups, strict=True))
                 _write_index(_index(document, weight_map), document, folder)
                 written.append(_INDEX)
         _remove(folder, former.difference(written))
+    return min(known, key=("copied", "shared", "checked", "verified").index)
 
 
 def _split(root: Mapping[str, Node], max_shard_size: int) -> list[OrderedMap]:
@@ -129,7 +138,7 @@ def _index(document: Document, files: Mapping[str, OrderedMap]) -> bytes:
 def _write_index(index: bytes, document: Document, folder: Place) -> None:
     """Put the index in its place, once the folder reads back through it as the document."""
 
-    def verify(written: Place) -> None:
+    def check(written: Place) -> None:
         try:
             told = shards.index_of(shard_index.read(written.open()), folder)
             found = shards.read(told, Reading())
@@ -139,7 +148,7 @@ def _write_index(index: bytes, document: Document, folder: Place) -> None:
         if differs is not None:
             raise VerifyError(f"reads back differently at {differs}", where=folder)
 
-    with folder.below(_INDEX).publish(force=True, verify=verify) as sink:
+    with folder.below(_INDEX).publish(force=True, check=check) as sink:
         sink.write(index)
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.contents.state_dicts import StateDict, choose, find, is_special_tensor, of_models
 from ckptfix.contents.tensors import as_tensor
-from ckptfix.diagnose import damage
 from ckptfix.door import beside
 from ckptfix.edit import edits, reduce
 from ckptfix.errors import KeyCollisionError
@@ -64,37 +63,29 @@ def plan(
     select: str | None = None,
     keep_training_state: bool = False,
     tensors_only: bool = False,
-    verify: bool = True,
 ) -> Plan:
     """What repairs a document, for a target if there is one.
 
     With `keep_training_state` the weights are repaired where they are, and everything else stays.
     With `tensors_only`, for containers that hold nothing else and a tied tensor once, keys that the
-    target does not tie get tensors of their own. Unless `verify` is unset, every byte that the plan
-    keeps is held against the checksum on record: nothing that is damaged is called repaired.
+    target does not tie get tensors of their own. Bytes are not read: whoever writes the document
+    holds them against the checksums on record.
 
     Raises:
-        DamagedError: with `verify`, a byte is not the one that was saved.
         SelectionError: there is no state dict, or several fit.
         RenameError: the keys fit in two ways, or two would become one without their wrappers.
         KeyMismatchError: a key is missing or a shape differs; carries the report.
         UnsupportedError: with `tensors_only`, the target wants a value that is not a tensor.
     """
     if wanted is None:
-        return _verified(_on_cpu(_certain(document, select)), verify)
+        return _on_cpu(_certain(document, select))
     found = match(document, wanted, select)
     mapping = found.mapping()
     untied = _untie(document, mapping, wanted) if tensors_only else []
     made = _fitting(document, wanted, found, mapping, untied)
     if not keep_training_state:
         made = _alone(made, document, found.state, mapping)
-    return _verified(_on_cpu(made), verify)
-
-
-def _verified(made: Plan, verify: bool) -> Plan:
-    if verify:
-        damage.check_sums(made.document)
-    return made
+    return _on_cpu(made)
 
 
 def _certain(document: Document, select: str | None) -> Plan:

@@ -1,6 +1,6 @@
 """What a program holds, described as a tree: the inverse of `materialize.tree`.
 
-Tensors stay where they are; their bytes are fetched when they are written, one storage at a time.
+Tensors stay where they are; their bytes are fetched when they are written, a block at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ckptfix.bytes.source import ComputedSource
+from ckptfix.bytes.source import Source, too_short
 from ckptfix.bytes.span import Span
 from ckptfix.errors import UnsupportedError
 from ckptfix.tree.document import Global, Inert, Node, OrderedMap, Storage, Tensor
@@ -110,13 +110,23 @@ class _Tensors:
 
     def _storage(self, storage: torch.UntypedStorage, dtype: DType) -> Storage:
         size, device = storage.nbytes(), str(storage.device)
-        source = ComputedSource(size, lambda: _memory(storage), "a tensor in memory")
+        source = _Memory(storage)
         numel = size // dtype.itemsize
         span = Span(source, 0, numel * dtype.itemsize)
         described = Storage(dtype, numel, device, (span,))
         return self._storages.setdefault(storage._cdata, described)
 
 
-def _memory(storage: torch.UntypedStorage) -> bytes:
-    on_cpu: torch.UntypedStorage = storage.cpu()  # type: ignore[no-untyped-call]
-    return ctypes.string_at(on_cpu.data_ptr(), on_cpu.nbytes())
+class _Memory(Source):
+    """The bytes of a storage in memory, on whatever device; a block at a time comes to the CPU."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.name, self.size = "a tensor in memory", storage.nbytes()
+        self._storage = storage
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset + length > self.size:
+            raise too_short(self.name, offset, length)
+        whole = torch.empty(0, dtype=torch.uint8, device=self._storage.device)
+        part = whole.set_(self._storage)[offset : offset + length].cpu().contiguous()
+        return ctypes.string_at(part.data_ptr(), length)

@@ -146,22 +146,6 @@ def _freest_device() -> str:
     return f"cuda:{free.index(max(free))}"
 
 
-def contiguous_bytes(tensor: Tensor, byteorder: str = "little") -> bytes:
-    """The elements of a tensor in row-major order, as little-endian bytes."""
-    return _bytes_of(Materializer(byteorder=byteorder).tensor(tensor).detach())
-
-
-def _bytes_of(tensor: torch.Tensor) -> bytes:
-    if not tensor.numel():
-        return b""
-    data = bytearray(tensor.nbytes)  # MemoryError, where torch raises what it raises for all else
-    dense = torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
-    dense.copy_(tensor)
-    if sys.byteorder != "little":
-        swap_bytes(data, tensor.element_size())
-    return bytes(data)
-
-
 # --- whole trees
 
 

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ckptfix.bytes.copy import crc32
+from ckptfix.bytes.engine import crc32
 from ckptfix.bytes.place import Place
 from ckptfix.bytes.source import (
     CHUNK,
     BytesSource,
-    ComputedSource,
     FileSource,
     LazySource,
     ReadAhead,
@@ -49,12 +48,11 @@ def sources(tmp_path: Path) -> dict[str, Source]:
     return {
         "file": FileSource(path),
         "bytes": BytesSource(DATA),
-        "computed": ComputedSource(len(DATA), lambda: DATA, "cast"),
         "inflated": InflatedSource(span(deflated(DATA)), len(DATA)),
     }
 
 
-@pytest.mark.parametrize("kind", ["file", "bytes", "computed", "inflated"])
+@pytest.mark.parametrize("kind", ["file", "bytes", "inflated"])
 def test_sources_give_the_bytes_that_are_asked_for(kind: str, tmp_path: Path) -> None:
     source = sources(tmp_path)[kind]
     assert source.size == len(DATA)
@@ -102,21 +100,6 @@ def test_a_file_is_closed_with_its_source(tmp_path: Path) -> None:
     del source
     with pytest.raises(OSError, match="descriptor"):
         os.fstat(descriptor)
-
-
-def test_a_computed_source_is_made_at_each_read_and_has_to_have_its_size() -> None:
-    made: list[int] = []
-
-    def compute() -> bytes:
-        made.append(1)
-        return b"12345"
-
-    source = ComputedSource(5, compute, "a cast of 'w'")
-    assert made == []
-    assert (source.read(0, 5), source.read(1, 2), len(made)) == (b"12345", b"23", 2)
-    for size in (4, 6):
-        with pytest.raises(DamagedError, match="a cast of 'w': 5 bytes were made instead of"):
-            ComputedSource(size, compute, "a cast of 'w'").read(0, size)
 
 
 def test_slices_keep_a_crc_only_for_the_whole() -> None:
@@ -247,7 +230,7 @@ def test_a_record_is_looked_up_when_its_bytes_are_wanted(tmp_path: Path) -> None
     span = Span(source, 10, 20)
     assert not looked
     assert span.read() == DATA[110:130]
-    assert crc32(span) == zlib.crc32(DATA[110:130])
+    assert crc32([span]) == zlib.crc32(DATA[110:130])
     with Place(tmp_path / "out").publish() as sink:
         sink.copy(Span(LazySource(len(DATA) - 100, locate, "record"), 5, len(DATA) - 105))
     assert (tmp_path / "out").read_bytes() == DATA[105:]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import shutil
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import ckptfix
-from ckptfix.errors import UnsupportedError, WriteError
+from ckptfix.errors import UnsupportedError, VerifyError, WriteError
 from tests.conftest import FIXTURES
 from tests.oracles import ckptfix_command, done
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DDP = FIXTURES / "dataparallel.pt"
 VERBS: dict[str, list[str]] = {
@@ -134,3 +134,92 @@ def test_a_file_that_is_called_as_an_option_is_no_option(tmp_path: Path) -> None
     ran = ckptfix_command("inspect", "--", "--json", cwd=tmp_path)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert not ran.stdout.startswith("{")
+
+
+# --- what is known of the bytes
+
+WRITES = {
+    "strip-prefix": [], "add-prefix": [], "rename": ["--sub", "bias", "b"], "to-cpu": [],
+    "convert": [], "fix": [],
+}  # fmt: skip
+"""The verbs that copy weights, with an edit that each finds something to do for."""
+
+
+def damaged(path: Path, key: str) -> Path:
+    """A checkpoint with a flipped byte in one of its tensors."""
+    tag = torch.serialization.location_tag
+    torch.serialization.location_tag = lambda storage: "cuda:0"
+    try:
+        weights = {f"module.layer.{i}.bias": torch.randn(70_000) for i in range(3)}
+        torch.save({"state_dict": weights, "epoch": 3}, path)
+    finally:
+        torch.serialization.location_tag = tag
+    data = bytearray(path.read_bytes())
+    data[data.find(weights[key].numpy().tobytes()) + 100_001] ^= 4
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("out", ["out.pt", "out.safetensors", "out/"])
+@pytest.mark.parametrize("verb", WRITES)
+def test_damage_is_found_while_it_is_copied_and_named(verb: str, out: str, tmp_path: Path) -> None:
+    source = damaged(tmp_path / "in.pt", "module.layer.1.bias")
+    ran = ckptfix_command(verb, source, f"{tmp_path}/{out}", *WRITES[verb])
+    assert ran.returncode == 2
+    assert re.search(r"error: .*in\.pt: the bytes of .*layer\.1\.b.* do not have the", ran.stderr)
+    assert "save what is whole: ckptfix recover" in ran.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
+
+
+@pytest.mark.parametrize("options", [["--dtype", "bf16"], ["--compact"], ["--weights-only"]])
+@pytest.mark.parametrize("out", ["out.pt", "out.safetensors"])
+def test_damage_is_found_in_what_is_computed_too(
+    options: list[str], out: str, tmp_path: Path
+) -> None:
+    source = damaged(tmp_path / "in.pt", "module.layer.2.bias")
+    ran = ckptfix_command("convert", source, tmp_path / out, *options)
+    assert (ran.returncode, "checksum on record" in ran.stderr) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("dataparallel.pt", "checked"), ("dataparallel.safetensors", "copied"),
+     ("legacy_dataparallel_cuda.pt", "copied")],
+)  # fmt: skip
+@pytest.mark.parametrize("out", ["out.pt", "out.safetensors", "out/"])
+def test_json_says_what_is_known_of_the_bytes(
+    name: str, known: str, out: str, tmp_path: Path
+) -> None:
+    arguments = ("convert", FIXTURES / name, f"{tmp_path}/{out}", "--json", "--force")
+    assert json.loads(done(*arguments))["bytes"] in (known, "shared")  # by the file system
+    assert json.loads(done(*arguments, "--dry-run"))["bytes"] is None
+    assert json.loads(done(*arguments, "--verify"))["bytes"] == "verified"
+
+
+def test_verify_says_that_it_did(tmp_path: Path) -> None:
+    told = done("strip-prefix", FIXTURES / "dataparallel.pt", tmp_path / "out.pt", "--verify")
+    assert told.endswith("; read back and compared\n")
+
+
+def test_verify_and_in_place_do_not_go_together(tmp_path: Path) -> None:
+    source = Path(shutil.copy(FIXTURES / "dataparallel.pt", tmp_path))
+    ran = ckptfix_command("strip-prefix", source, "--in-place", "--verify")
+    assert (ran.returncode, "--verify reads OUT back" in ran.stderr) == (2, True)
+    hint = ran.stderr.split("to read them: ")[1].splitlines()[0]
+    assert hint == f"ckptfix check {source} --read-data"
+    assert ckptfix_command(*hint.split()[1:]).returncode == 0
+
+
+def test_the_library_verifies_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        os.pwrite(descriptor, b"?", os.fstat(descriptor).st_size // 2)
+        synced(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint = ckptfix.open(FIXTURES / "dataparallel.safetensors")
+    with pytest.raises(VerifyError, match="reads back other bytes"):
+        ckptfix.save(checkpoint, tmp_path / "out.safetensors", verify=True)
+    assert not list(tmp_path.iterdir())

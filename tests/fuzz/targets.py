@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 
 from ckptfix import api, pickles
-from ckptfix.bytes.copy import check_crc
+from ckptfix.bytes.engine import check_crc
 from ckptfix.bytes.source import BytesSource
 from ckptfix.diagnose import document as diagnose
 from ckptfix.errors import CkptfixError, UnsafeError

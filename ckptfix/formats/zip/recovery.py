@@ -16,7 +16,7 @@ import mmap
 import struct
 from typing import TYPE_CHECKING
 
-from ckptfix.bytes.copy import check_crc
+from ckptfix.bytes.engine import check_crc
 from ckptfix.bytes.span import Span
 from ckptfix.errors import ReadError
 from ckptfix.formats.zip import archive as zips

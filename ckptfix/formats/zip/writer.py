@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from ckptfix.bytes.copy import crc32_of
+from ckptfix.bytes.engine import crc32
+from ckptfix.bytes.journal import Patch
 from ckptfix.bytes.source import CHUNK
 from ckptfix.bytes.span import Span
 from ckptfix.formats.zip.layout import (
@@ -28,7 +29,8 @@ from ckptfix.formats.zip.layout import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ckptfix.bytes.copy import Sink, Sum
+    from ckptfix.bytes.copy import Sink
+    from ckptfix.bytes.engine import Label, Sum
 
 
 class Writer:
@@ -45,8 +47,8 @@ class Writer:
         self._entries: dict[str, tuple[int, int, int]] = {}  # CRC, size, offset
         self._unsummed: dict[str, Sum] = {}
 
-    def add(self, name: str, parts: Sequence[Span | bytes]) -> None:
-        """Add a record made of `parts` in order."""
+    def add(self, name: str, parts: Sequence[Span | bytes], label: Label | None = None) -> None:
+        """Add a record made of `parts` in order; `label` is what messages call it."""
         sink, offset, first = self._sink, self._sink.position, parts[0] if len(parts) == 1 else None
         if type(first) is Span and first.crc is not None:
             _, _, size, crc = first
@@ -54,19 +56,21 @@ class Writer:
             size = sum(part.length if isinstance(part, Span) else len(part) for part in parts)
             crc = _cheap_crc(parts, size)
         sink.write(self._local_header(name, crc or 0, size, offset))
+        label = label or repr(name)
         if crc is None:
-            self._unsummed[name] = sink.copy_summed(parts)
+            self._unsummed[name] = sink.copy_summed(parts, label)
         else:
             for part in parts:
-                sink.copy(part)
+                sink.copy(part, label)
         self._entries[name] = (crc or 0, size, offset)
 
     def crcs(self) -> list[int]:
         """The CRCs of all records so far; those that were not known are put into their headers."""
         for name, total in self._unsummed.items():
             _, size, offset = self._entries[name]
-            self._entries[name] = (total(), size, offset)
-            self._sink.patch(offset + CRC_IN_LOCAL, struct.pack("<I", total()))
+            self._entries[name] = (total.value(), size, offset)
+            new = struct.pack("<I", total.value())
+            self._sink.patch(Patch(offset + CRC_IN_LOCAL, bytes(4), new))
         self._unsummed.clear()
         return [crc for crc, _, _ in self._entries.values()]
 
@@ -98,7 +102,7 @@ class Writer:
 def _cheap_crc(parts: Sequence[Span | bytes], size: int) -> int | None:
     """The CRC of a record before it is written, where computing it costs little."""
     computed = any(isinstance(part, Span) and part.source.fileno() is None for part in parts)
-    return None if computed or size >= CHUNK else crc32_of(parts)
+    return None if computed or size >= CHUNK else crc32(parts)
 
 
 _PADDING = struct.Struct("<2sH")
