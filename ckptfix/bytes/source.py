@@ -87,12 +87,12 @@ class Source(ABC):
 
 def everything(source: Source) -> Iterator[Source]:
     """A source and all that it takes its bytes from, each once."""
-    seen: set[int] = set()
+    seen: dict[int, Source] = {}  # which keeps them: another could get the identity of one
     pending = [source]
     while pending:
         one = pending.pop()
         if id(one) not in seen:
-            seen.add(id(one))
+            seen[id(one)] = one
             pending.extend(one.below)
             yield one
 

@@ -3,21 +3,20 @@
 Where the pieces follow one another in the whole (rows of a matrix), its storage is their spans, and
 the kernel copies them. Where they lie side by side (columns), the storage is a source that gathers
 them when it is read (`scattered`). Strides stay where all pieces have the same order of dimensions,
-as in `channels_last`; a piece that is strided otherwise is made row-major in a temporary file.
+as in `channels_last`; a piece that is strided otherwise is made row-major when it is read.
 
-Checksums on record are kept where a span is copied whole, and held against the bytes before any
-part of them is used otherwise.
+Checksums on record are kept where a span is copied whole; elsewhere what passes is held against
+them (`bytes.checked`).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.checked import CheckedSource
 from ckptfix.bytes.span import Span, cut
-from ckptfix.bytes.unpacked import UnpackedSource
+from ckptfix.bytes.strided import Layout, StridedSource
 from ckptfix.errors import UnsafeError, UnsupportedError
 from ckptfix.pieces import boxes
 from ckptfix.pieces.boxes import Box, Runs
@@ -25,7 +24,7 @@ from ckptfix.pieces.scattered import Part, ScatteredSource
 from ckptfix.tree.document import Storage, Tensor, contiguous_stride, extent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from ckptfix.tree.dtypes import DType
 
@@ -94,11 +93,11 @@ class Joiner:
         return (Span(ScatteredSource(size, parts, f"the pieces of {key!r}"), 0, size),)
 
     def _bytes(self, tensor: Tensor, *, check: bool = False) -> tuple[Span, ...]:
-        """The bytes of a tensor in row-major order; `check`: held against their checksums first."""
+        """The bytes of a tensor in row-major order; `check`: although they are not copied whole."""
         if not tensor.is_contiguous:
-            made = UnpackedSource(
-                lambda: row_major(tensor, self._sound(tensor.storage)), tensor.nbytes, "a piece"
-            )
+            size, word = tensor.dtype.itemsize, tensor.dtype.word
+            layout = Layout(tensor.shape, tensor.stride, tensor.offset, size, word)
+            made = StridedSource(self._sound(tensor.storage), layout, "a piece")
             return (Span(made, 0, tensor.nbytes),)
         begin, end = extent(tensor)
         whole = end - begin == tensor.storage.nbytes
@@ -106,12 +105,12 @@ class Joiner:
         return cut(spans, begin, end - begin)
 
     def _sound(self, storage: Storage) -> tuple[Span, ...]:
-        """The spans of a storage, each held against its checksum at the first use of any of it."""
+        """The spans of a storage, each held against its checksum although parts of it are used."""
         known = self._checked.get(id(storage))
         if known is None:
             label = f"storage {storage.key!r}"
             spans = tuple(
-                span if span.crc is None else span._replace(source=CheckedSource(span, label))
+                span if span.crc is None else Span(CheckedSource(span, label), *span[1:3])
                 for span in storage.spans
             )
             known = self._checked[id(storage)] = storage, spans
@@ -135,32 +134,3 @@ def _turned(piece: Piece, order: Order) -> Piece:
     offset, tensor = piece
     shape, stride = (tuple(one[d] for d in order) for one in (tensor.shape, tensor.stride))
     return Piece(tuple(offset[d] for d in order), replace(tensor, shape=shape, stride=stride))
-
-
-_ROWS = 1 << 20
-"""Bytes of rows that are put together before they are given away."""
-
-_WORDS: dict[int, Literal["B", "H", "I"]] = {1: "B", 2: "H", 4: "I"}
-
-
-def row_major(tensor: Tensor, spans: Sequence[Span]) -> Iterator[bytes]:
-    """The bytes of a strided tensor in row-major order; its extent is read into memory."""
-    size = tensor.dtype.itemsize
-    begin, end = extent(tensor)
-    data = memoryview(b"".join(span.read() for span in cut(spans, begin, end - begin)))
-    words, number = data.cast(_WORDS.get(size, "Q")), max(size // 8, 1)
-    *outer, count = tensor.shape
-    *steps, step = (number * one for one in tensor.stride)
-    made = bytearray()
-    for place in product(*map(range, outer)):
-        at = sum(map(int.__mul__, place, steps))
-        if number == 1 and step:
-            made += words[at : at + (count - 1) * step + 1 : step].tobytes()
-        else:
-            made += b"".join(
-                words[at + i * step : at + i * step + number].tobytes() for i in range(count)
-            )
-        if len(made) >= _ROWS:
-            yield bytes(made)
-            made.clear()
-    yield bytes(made)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ckptfix.bytes.engine import are_equal
 from ckptfix.bytes.span import Span, cut
 from ckptfix.tree.document import extent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ckptfix.tree.document import Tensor
 
 
@@ -17,7 +16,7 @@ def equal(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal to the bit, and strided alike.
 
     Where both are all that a checksum on record is of, the checksums are compared; elsewhere the
-    bytes from the first element to the last are, a piece at a time.
+    bytes from the first element to the last are.
     """
     if (one.dtype, one.shape, one.stride) != (other.dtype, other.shape, other.stride):
         return False
@@ -26,20 +25,9 @@ def equal(one: Tensor, other: Tensor) -> bool:
     mine, theirs = _spans(one), _spans(other)
     if len(mine) == len(theirs) == 1 and None not in (mine[0].crc, theirs[0].crc):
         return mine[0].crc == theirs[0].crc
-    return all(a == b for a, b in zip(_chunks(mine), _chunks(theirs), strict=True))
+    return are_equal(mine, theirs)
 
 
 def _spans(tensor: Tensor) -> tuple[Span, ...]:
     begin, end = extent(tensor)
     return cut(tensor.storage.spans, begin, end - begin)
-
-
-_CHUNK = 1 << 20
-
-
-def _chunks(spans: tuple[Span, ...]) -> Iterator[bytes]:
-    """The bytes of spans in chunks of one size, wherever one span ends and the next begins."""
-    length = sum(span.length for span in spans)
-    for begin in range(0, length, _CHUNK):
-        part = cut(spans, begin, min(_CHUNK, length - begin))
-        yield b"".join(span.read() for span in part)

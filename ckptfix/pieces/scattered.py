@@ -12,7 +12,6 @@ from bisect import bisect_left, bisect_right
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ckptfix.bytes.checked import CheckedSource
 from ckptfix.bytes.source import Source, too_short
 from ckptfix.bytes.span import Span, cut
 from ckptfix.errors import ReadError
@@ -57,42 +56,25 @@ class ScatteredSource(Source):
         if offset + length > self.size:
             raise too_short(self.name, offset, length)
         made = bytearray(length)
-        self.fill(memoryview(made), offset)
+        self.readinto(offset, memoryview(made))
         return bytes(made)
 
     @property
-    def is_checked(self) -> bool:
-        """Whether all of its bytes have a checksum on record."""
-        return all(span.source.is_checked for part in self._make() for span in part.spans)
+    def below(self) -> Iterable[Source]:
+        """The sources of all boxes."""
+        return [span.source for part in self._make() for span in part.spans]
 
     @property
-    def below(self) -> Iterable[Source]:
-        """The files that the boxes lie in; `check` knows what has checksums in them."""
-        spans = [span for part in self._make() for span in part.spans]
-        sources = {id(span.source): span.source for span in spans}.values()
-        return [
-            below
-            for source in sources
-            for below in (source.below if isinstance(source, CheckedSource) else (source,))
-        ]
+    def is_checked(self) -> bool:
+        """Whether those of all boxes are."""
+        return all(source.is_checked for source in self.below)
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Fill a buffer with the bytes from `offset`."""
-        self.fill(buffer, offset)
-
-    def check(self) -> None:
-        """Raise `DamagedError` where the bytes of some box do not have the checksum on record."""
-        for part in self._make():
-            for span in part.spans:
-                if isinstance(span.source, CheckedSource):
-                    span.source.check()
-
-    def fill(self, view: memoryview, offset: int) -> None:
-        """Fill a buffer with the bytes from `offset` on."""
         index = self._index or _Index(self._make())
-        end = offset + len(view)
+        end = offset + len(buffer)
         for part in index.between(offset, end):
-            _fill(view, offset, part)
+            _fill(buffer, offset, part)
         self._index = index if end < self.size else None
 
 
@@ -134,7 +116,8 @@ def _fill(view: memoryview, begin: int, part: Part) -> None:
 def _scatter(spans: tuple[Span, ...], position: int, slices: list[memoryview]) -> int:
     """Read bytes of spans from `position` on into slices; how many they were."""
     wanted = sum(map(len, slices))
-    descriptor = spans[0].source.fileno() if len(spans) == 1 else None
+    plain = len(spans) == 1 and not spans[0].source.is_checked  # or it has to see the bytes
+    descriptor = spans[0].source.fileno() if plain else None
     if descriptor is not None and hasattr(os, "preadv"):
         source, offset, _, _ = spans[0]
         try:
