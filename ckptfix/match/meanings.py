@@ -95,13 +95,18 @@ def instead(
         if role.subject in (small if role.needs_small else differing)
         or (role.subject in lacking and (role.stands_in or role.param is None))
     }
+    if not report.matched and roles and len(roles) == len(renamed):
+        told = {role.subject for role in roles.values()}  # an adapter, and nothing but that
     found = {key: role for key, role in roles.items() if role.subject in told}
     if not found:
         return None
     kinds = list(dict.fromkeys(role.meaning for role in found.values()))
     names = [old_of[key] for key in found]
-    alone = not report.matched and all(role.param is None for role in found.values())
-    form = "it holds nothing but" if alone else "the weights are kept in another form:"
+    form = (
+        "it holds nothing but"
+        if len(found) == len(renamed)
+        else "the weights are kept in another form:"
+    )
     what = f"{form} {_kinds(found.values())} ({listed(names)})"
     return ChangedMeaningError(
         report,
