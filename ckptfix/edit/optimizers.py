@@ -8,6 +8,7 @@ which that cannot be told is left out, by name, since torch would refuse it or m
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,7 +43,7 @@ def follow(document: Document, state: StateDict, names: Mapping[str, str]) -> Fo
     changes: dict[int, Optimizer | None] = {}
     changed, left_out = [], []
     states = find(document.root)
-    others = [other for other in of_models(states) if other.path != state.path]
+    others = [it for it in of_models(states) if it.path != state.path and not it.is_average]
     for found in states:
         if found.role != "optimizer":
             continue
@@ -91,11 +92,15 @@ def _followed(
         return _of_names(optimizer, names)
     if stays:
         return optimizer
-    if any(_is_of(optimizer, rows, other) for other in others):
-        return None if _is_of(optimizer, rows, state) else optimizer
-    if len(groups) != 1 or not _is_of(optimizer, rows, state):
+    remaining = {key: it for key, it in there.items() if key in names}  # no others were parameters
+    of_this = next((it for it in (there, remaining) if _is_of(optimizer, rows, it)), None)
+    if any(_is_of(optimizer, rows, _parameters(other)) for other in others):
+        return None if of_this else optimizer
+    if of_this is not None and kept == list(of_this):
+        return optimizer
+    if of_this is None or len(groups) != 1:
         return None
-    position = dict(zip(there, rows, strict=True))
+    position = dict(zip(of_this, rows, strict=True))
     return _of_positions(optimizer, [[position[key] for key in kept]], names)
 
 
@@ -131,18 +136,24 @@ def _parameters(state: StateDict) -> dict[str, Tensor]:
     return found
 
 
-def _is_of(optimizer: Optimizer, rows: Sequence[Node], state: StateDict) -> bool:
-    """Whether an optimizer is one of all parameters of a state dict: in number, and by shapes."""
-    tensors = list(_parameters(state).values())
-    if len(rows) != len(tensors):
+def _is_of(optimizer: Optimizer, rows: Sequence[Node], parameters: Mapping[str, Tensor]) -> bool:
+    """Whether an optimizer is one of some parameters: by their number, and by shapes.
+
+    Where it has several groups, nobody knows the order, and only the shapes are told.
+    """
+    if len(rows) != len(parameters):
         return False
-    for at, parameter in zip(rows, tensors, strict=True):
-        kept = optimizer["state"].get(at, {})
-        values = map(as_tensor, kept.values()) if isinstance(kept, dict) else ()
-        shapes = {value.shape for value in values if value is not None and value.numel != 1}
-        if shapes - {parameter.shape}:
-            return False
-    return True
+    shapes = [parameter.shape for parameter in parameters.values()]
+    kept = [_shapes(optimizer["state"].get(at)) for at in rows]
+    if len(optimizer["param_groups"]) == 1:
+        return all(found <= {shape} for found, shape in zip(kept, shapes, strict=True))
+    return not Counter(shape for found in kept for shape in found) - Counter(shapes)
+
+
+def _shapes(kept: Node) -> set[tuple[int, ...]]:
+    """The shapes of what is kept for a parameter, apart from single numbers."""
+    values = map(as_tensor, kept.values()) if isinstance(kept, dict) else ()
+    return {value.shape for value in values if value is not None and value.numel != 1}
 
 
 def _of_positions(
@@ -173,7 +184,7 @@ def _like(optimizer: Optimizer, new: Optimizer) -> Optimizer:
 
 def _rows(part: Node) -> list[Node]:
     if isinstance(part, dict):
-        return list(part)
+        return [(key, id(value)) for key, value in part.items()]
     return [(group["params"], group.get("param_names")) for group in part]
 
 

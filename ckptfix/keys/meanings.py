@@ -11,14 +11,15 @@ Quanto, HQQ and `torch.ao.quantization` (scales and packed weights).
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptfix.keys import globs
-from ckptfix.keys.renaming import prefix_of
+from ckptfix.keys.renaming import joined, prefix_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +93,7 @@ class Role:
         return self.module + (self.param or "")
 
 
-def subjects(keys: Iterable[str]) -> set[str]:
-    """All that a role may speak of, where there are such keys: they, and what they begin with."""
-    short = [key for key in keys if len(key) <= _LONGEST]
-    starts = {key[: at + 1] for key in short for at, dot in enumerate(key) if dot == "."}
-    return {*short, *starts, *([""] if short else [])}
-
-
-_MODULE = r"(?P<module>(?:.*?\.)??)"
-_PARAM = r"(?P<param>\w*weight\w*?|bias|kernel|in_proj_\w+?)"
+_PARAM = r"(?P<param>\w+)"
 _SCALES = (
     r"qzeros|g_idx|SCB|weight_format|scale_weight|scale_input|qscale|"
     r"weight_(?:scale|zero_point|shape|global_scale|fake_quant|quantizer)\w*(?:\..+)?|"
@@ -109,34 +102,32 @@ _SCALES = (
 )
 _ROWS: tuple[tuple[Meaning, str, str], ...] = (
     # LoRA and its kin
-    (LORA, rf"{_MODULE}(?:processor\.)?(?P<layer>\w+)_lora\.(?:down|up)\..*", ""),
-    (LORA, rf"{_MODULE}lora\.(?:down|up|A|B)\b.*", ""),
-    (LORA, rf"{_MODULE}(?:lora|hada|lokr|oft|boft|ia3|vera|loha|adalora)_\w+(?:\..*)?", ""),
-    (WRAPPED, rf"{_MODULE}(?:base_layer|original_module)\.(?P<param>.+)", "in"),
-    (WRAPPED, rf"{_MODULE}modules_to_save\.\w+\.(?P<param>.+)", "in"),
+    (LORA, r"processor\.(?P<layer>\w+)_lora\.(?:down|up)\..+", ""),
+    (LORA, r"(?P<layer>\w+)_lora\.(?:down|up)\..+", ""),
+    (LORA, r"lora\.(?:down|up|A|B)\..+", ""),
+    (LORA, r"(?:lora|hada|lokr|oft|boft|ia3|vera|loha|adalora)_\w+(?:\..+)?", ""),
+    (WRAPPED, r"(?:base_layer|original_module)\.(?P<param>.+)", "in"),
+    (WRAPPED, r"modules_to_save\.\w+\.(?P<param>.+)", "in"),
     # what weights are computed from
-    (PARAMETRIZED, rf"{_MODULE}parametrizations\.(?P<param>\w+)\..+", "in"),
-    (PRUNING, rf"{_MODULE}{_PARAM}_mask", ""),
-    (PRUNING, rf"{_MODULE}mask", "weight"),
-    (SPECTRAL, rf"{_MODULE}{_PARAM}_(?:orig|bar)", "in"),
-    (SPECTRAL, rf"{_MODULE}{_PARAM}_u", ""),
-    (SPECTRAL, rf"{_MODULE}(?:u|sv)\d+", "weight"),
-    (WEIGHT_NORM, rf"{_MODULE}{_PARAM}_v", "in"),
-    (WEIGHT_NORM, rf"{_MODULE}{_PARAM}_g", ""),
+    (PARAMETRIZED, r"parametrizations\.(?P<param>\w+)\..+", "in"),
+    (PRUNING, rf"{_PARAM}_mask", "like"),
+    (PRUNING, r"mask", "weight"),
+    (SPECTRAL, rf"{_PARAM}_(?:orig|bar)", "in like"),
+    (SPECTRAL, rf"{_PARAM}_u", "like"),
+    (SPECTRAL, r"(?:u|sv)\d+", "weight"),
+    (WEIGHT_NORM, rf"{_PARAM}_v", "in like"),
+    (WEIGHT_NORM, rf"{_PARAM}_g", "like"),
     # quantization
-    (QUANTIZED, rf"{_MODULE}(?:qweight|weight_packed|W_q|weight\._data)", "in weight"),
-    (QUANTIZED, rf"{_MODULE}_packed_params\..+", "in weight"),
-    (QUANTIZED, rf"{_MODULE}(?P<param>\w+)_(?:blocks|packed|quantized)", "in"),
-    (
-        QUANTIZED,
-        rf"{_MODULE}(?:{_SCALES})",
-        "weight",
-    ),
-    (QUANTIZED, rf"{_MODULE}(?:scales?|zeros|zero_points?|biases)", "small weight"),
-    (QUANTIZED, rf"{_MODULE}(?P<param>\w+)_(?:scales?|scale_inv)", "small"),
+    (QUANTIZED, r"(?:qweight|weight_packed|W_q|weight\._data)", "in weight"),
+    (QUANTIZED, r"_packed_params\..+", "in weight"),
+    (QUANTIZED, rf"{_PARAM}_(?:blocks|packed|quantized)", "in"),
+    (QUANTIZED, _SCALES, "weight"),
+    (QUANTIZED, r"(?:scales?|zeros|zero_points?|biases)", "small weight"),
+    (QUANTIZED, rf"{_PARAM}_(?:scales?|scale_inv)", "small"),
 )  # fmt: skip
 """Meaning, the keys, and: the parameter that is meant where the key does not say it, `in` where the
-key stands in its place, `small` where it is only that beside a weight of one byte."""
+key stands in its place, `small` where it is only that beside a weight of one byte, `like` where the
+parameter has to be called as weights are."""
 _TABLE = [(meaning, re.compile(pattern), rest.split()) for meaning, pattern, rest in _ROWS]
 
 
@@ -144,19 +135,51 @@ def role_of(key: str) -> Role | None:
     """What a key is for, if it changes what weights mean; by its name alone."""
     if len(key) > _LONGEST:
         return None
+    parts = key.split(".")
+    ends = [(joined(parts[:at]), ".".join(parts[at:])) for at in _starts(parts)]
     for meaning, pattern, rest in _TABLE:
-        found = pattern.fullmatch(key)
-        if found is not None:
-            groups = found.groupdict()
-            module = found["module"] + (f"{groups['layer']}." if groups.get("layer") else "")
-            default = "weight" if "weight" in rest else None
-            param = groups.get("param", default)
-            return Role(meaning, module, param, "small" in rest, "in" in rest)
+        for module, end in ends:
+            found = pattern.fullmatch(end)
+            if found is not None:
+                role = _role(meaning, module, found.groupdict(), rest)
+                if role is not None:
+                    return role
     return None
 
 
-_LONGEST = 2_000
+_LONGEST = 500
 """Characters of a key at most that is looked at: no model has longer ones."""
+
+_DEEPEST = 5
+"""Components at most that the end of a key has which says what it is for."""
+
+
+def _starts(parts: list[str]) -> Iterable[int]:
+    """Where the end of a key may begin; LoRA says it anywhere, even at the beginning."""
+    first = next((at for at, part in enumerate(parts) if part.startswith("lora_")), len(parts))
+    last = range(max(len(parts) - _DEEPEST, 0), len(parts))
+    return last if first >= last.start else [first, *last]
+
+
+def _role(
+    meaning: Meaning, module: str, groups: Mapping[str, str], rest: Collection[str]
+) -> Role | None:
+    param = groups.get("param", "weight" if "weight" in rest else None)
+    if "like" in rest and not ("weight" in (param or "") or param in _PARAMETERS):
+        return None
+    layer = f"{groups['layer']}." if "layer" in groups else ""
+    return Role(meaning, module + layer, param, "small" in rest, "in" in rest)
+
+
+_PARAMETERS = frozenset({"bias", "kernel", "in_proj_bias"})
+
+
+def is_there(role: Role, keys: Sequence[str]) -> bool:
+    """Whether sorted keys have one that a role speaks of."""
+    at = bisect_left(keys, role.subject)
+    if at == len(keys):
+        return False
+    return keys[at] == role.subject if role.param else keys[at].startswith(role.subject)
 
 
 def roles(keys: Iterable[str]) -> dict[str, Role]:

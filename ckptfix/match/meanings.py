@@ -39,11 +39,12 @@ def changed(
     left = set(report.unexpected)
     taken = [key for key, new in renamed.items() if new not in left]
     unused = [key for key, new in renamed.items() if new in left]
-    there = meanings.subjects(taken)
+    there = sorted(taken)
     found = {
         key: role
         for key, role in meanings.roles(unused).items()
-        if role.subject in there and (not role.needs_small or _is_small(state, role.subject))
+        if meanings.is_there(role, there)
+        and (not role.needs_small or _is_small(state, role.subject))
     }
     if not found:
         return None
@@ -86,22 +87,27 @@ def instead(
     """
     old_of = {new: key for key, new in renamed.items()}
     roles = meanings.roles([*report.unexpected, *(row.key for row in report.shape_mismatch)])
-    lacking = meanings.subjects(report.missing)
+    lacking = sorted(report.missing)
     differing = {row.key for row in report.shape_mismatch}
     small = {key for key in differing if _is_small(state, old_of[key])}
     told = {
         role.subject
         for role in roles.values()
         if role.subject in (small if role.needs_small else differing)
-        or (role.subject in lacking and (role.stands_in or role.param is None))
+        or ((role.stands_in or role.param is None) and meanings.is_there(role, lacking))
     }
+    if not report.matched and roles and len(roles) == len(renamed):
+        told = {role.subject for role in roles.values()}  # an adapter, and nothing but that
     found = {key: role for key, role in roles.items() if role.subject in told}
     if not found:
         return None
     kinds = list(dict.fromkeys(role.meaning for role in found.values()))
     names = [old_of[key] for key in found]
-    alone = not report.matched and all(role.param is None for role in found.values())
-    form = "it holds nothing but" if alone else "the weights are kept in another form:"
+    form = (
+        "it holds nothing but"
+        if len(found) == len(renamed)
+        else "the weights are kept in another form:"
+    )
     what = f"{form} {_kinds(found.values())} ({listed(names)})"
     return ChangedMeaningError(
         report,

@@ -1,10 +1,10 @@
 """One rule that renames what a target lacks: named only where nothing else could be meant.
 
-A rule puts some components of a key in the place of others, such as `gamma` by `weight`, or inserts
-or removes some. It is offered where every key of the file that it changes is one that the target
-does not want, and becomes one that it lacks, of the same shape; where the keys that are there
-already stay; and where no other rule makes those keys of other ones. How alike two names are plays
-no part, but for one that is misspelt.
+A rule puts some components of a key in the place of others, such as `weight` in that of `gamma`,
+or inserts or removes some. It is offered where every key of the file that it changes is one that
+the target does not want, and becomes one that it lacks, of the same shape; where the keys that are
+there already stay; and where no other rule that does as much makes those keys of other ones. How
+alike two names are plays no part, but for one that is misspelt.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _Search:
 
     def rule_for(self, key: str) -> Rule | None:
         """The only rule that makes a missing key of one that is there."""
-        rules = self._making(key)
+        rules = _widest(self._making(key))
         if len(rules) != 1:
             known = [rule for rule in rules if self._is_convention(rule)]
             return known[0] if len(known) == 1 else None
@@ -97,7 +97,7 @@ class _Search:
         if self._is_convention(rule):
             return rule
         for old in list(rule.pairs)[:FEW]:
-            others = self._made_of(old)
+            others = _widest([rule, *self._made_of(old)])
             if any(other.pairs != rule.pairs for other in others):
                 return None
         return rule
@@ -169,6 +169,16 @@ class _Search:
         return f" and is not its transpose, which a square weight does not tell ({listed(square)})"
 
 
+def _widest(rules: list[Rule]) -> list[Rule]:
+    """Without rules that are for a part of what another one does: of `0` to `1` in `a.0`, `a.1`."""
+    return [rule for rule in rules if not any(_does_more(other, rule) for other in rules)]
+
+
+def _does_more(one: Rule, other: Rule) -> bool:
+    mine, others = one.pairs, other.pairs
+    return mine.keys() > others.keys() and set(mine.values()) > set(others.values())
+
+
 def _is_same(found: Spec, wanted: Spec) -> bool:
     return found.shape is not None and found.shape == wanted.shape
 
@@ -195,21 +205,22 @@ def _substitutions(old: str, written: str, new: str) -> Iterator[tuple[str, str]
     tail = ours[len(ours) - len(shared_start(ours[::-1], theirs[::-1])) :]
     if not old.endswith(".".join([*gone, *tail])) or not (tail or _is_alike(gone, come)):
         return
-    after = tail[:1] if not gone or not come else []
-    parts = old.split(".")
+    parts = tuple(old.split("."))
     before = parts[: len(parts) - len(gone) - len(tail)]
-    for count in range(len(before) + 1):
-        context = before[len(before) - count :]
-        if not (gone or after or context):
-            continue
-        start = "^" if count == len(before) else r"(^|\.)"
-        end = "$" if len(after) == len(tail) else r"\."
-        yield (
-            start + r"\.".join(map(re.escape, [*context, *gone, *after])) + end,
-            ("" if start == "^" else r"\g<1>")
-            + ".".join([*context, *come, *after]).replace("\\", r"\\")
-            + ("" if end == "$" else "."),
-        )
+    for after in ((),) if gone else ((), tail[:1]):  # what is put in stands behind, or before
+        for count in range(len(before) + 1):
+            context = before[len(before) - count :]
+            if not (gone or after or context):
+                continue
+            start = "^" if count == len(before) else r"(^|\.)"
+            end = "$" if len(after) == len(tail) else r"\."
+            pattern = r"\.".join(map(re.escape, (*context, *gone, *after)))
+            replacement = ".".join((*context, *come, *after)).replace("\\", r"\\")
+            if not replacement:  # all of it goes, and the dot behind it
+                yield (start + pattern + end, "" if start == "^" else r"\g<1>")
+            else:
+                front = "" if start == "^" else r"\g<1>"
+                yield (start + pattern + end, front + replacement + ("" if end == "$" else "."))
 
 
 def _is_alike(gone: tuple[str, ...], come: tuple[str, ...]) -> bool:
