@@ -78,14 +78,14 @@ def plan(
         UnsupportedError: with `tensors_only`, the target wants a value that is not a tensor.
     """
     if wanted is None:
-        return _on_cpu(_certain(document, select))
+        return _repacked(document, _on_cpu(_certain(document, select)))
     found = match(document, wanted, select)
     mapping = found.mapping()
     untied = _untie(document, mapping, wanted) if tensors_only else []
     made = _fitting(document, wanted, found, mapping, untied)
     if not keep_training_state:
         made = _alone(made, document, found.state, mapping)
-    return _on_cpu(made)
+    return _repacked(document, _on_cpu(made))
 
 
 def _certain(document: Document, select: str | None) -> Plan:
@@ -129,6 +129,22 @@ def _on_cpu(made: Plan) -> Plan:
     found = ", ".join(f"{count} storages on {tag}" for tag, count in tags.items())
     cures = [*made.cures, Cure("device-tag", "/", found, "tagged cpu")]
     return replace(made, document=document, cures=cures)
+
+
+_REPACKED = {
+    "container-refused": "packed as torch does",
+    "hidden-call": "left out",
+    "left-on-stack": "left out",
+}
+"""Findings that are gone once a checkpoint is written anew, and what becomes of each."""
+
+
+def _repacked(document: Document, made: Plan) -> Plan:
+    """The plan, with what writing the document anew repairs."""
+    found = [note for note in document.notes if note.code in _REPACKED]
+    cures = [Cure(note.code, note.where, note.message, _REPACKED[note.code]) for note in found]
+    left = [(row.where, row.found) for row in cures if row.cure == "left out"]
+    return replace(made, cures=[*cures, *made.cures], left_out=[*made.left_out, *left])
 
 
 # --- with a target
