@@ -65,6 +65,21 @@ CODES: dict[str, Meaning] = {
         "the file calls what runs commands or code, or reaches files or the network",
         "`ckptfix fix` leaves it out; ask where the file comes from",
     ),
+    "hidden-call": Meaning(
+        _ERROR,
+        "the pickle calls what is no part of the checkpoint, as injected code does",
+        "`ckptfix convert` leaves it behind; ask where the file comes from",
+    ),
+    "left-on-stack": Meaning(
+        _WARNING,
+        "the pickle leaves values behind, of which unpicklers take the last",
+        "`ckptfix convert` writes the last",
+    ),
+    "container-refused": Meaning(
+        _ERROR,
+        "`torch.load` does not take the checkpoint as it is packed",
+        "`ckptfix convert` packs it as torch does",
+    ),
     "view-bloat": Meaning(
         _WARNING,
         "storages are larger than the tensors that use them",

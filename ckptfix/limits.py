@@ -15,6 +15,10 @@ class Limits(NamedTuple):
     pickle_bytes: int = 4 << 30
     """Bytes of one pickle that lies in memory while it is read (weights are never part of it)."""
 
+    opcodes: int = 1 << 62
+    """Opcodes of one pickle. Each may cost hundreds of bytes of memory; what a file that is packed
+    may ask for depends on its size."""
+
     header_bytes: int = 100_000_000
     """Bytes of a safetensors header: the cap that the safetensors library itself sets."""
 

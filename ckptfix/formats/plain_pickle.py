@@ -70,12 +70,14 @@ def _read(
         raise UnsafeError(
             f"is a pickle of {source.size} bytes, more than are read", where=source.name
         )
+    notes: list[Finding] = []
     root, end = pickles.read(
         torch_legacy.mapped(source),
         _refuse,
         name=source.name,
         limits=limits,
         builders={**_BUILDERS, **(builders or {})},
+        notes=notes,
     )
     surplus = source.size - end
     if surplus and isinstance(root, _SCALARS):  # as where the magic number of a legacy file is torn
@@ -84,8 +86,9 @@ def _read(
             where=source.name,
             hint="the file is damaged: copy or download it again",
         )
-    notes = (Finding("trailing-bytes", f"{surplus} bytes follow the end of the pickle"),)
-    return Document(root, NAME, source.name, source.size, notes=notes if surplus else ())
+    if surplus:
+        notes.append(Finding("trailing-bytes", f"{surplus} bytes follow the end of the pickle"))
+    return Document(root, NAME, source.name, source.size, notes=tuple(notes))
 
 
 def _storage(args: Arguments, limits: Limits) -> Storage | None:

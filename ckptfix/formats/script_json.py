@@ -19,15 +19,15 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ckptfix.errors import DamagedError, UnsupportedError
-from ckptfix.limits import DEFAULT, Limits
 from ckptfix.pickles import torch_objects
-from ckptfix.tree.document import Document, OrderedMap, Storage, Tensor
+from ckptfix.tree.document import Document, OrderedMap, Storage, Tensor, reach
 from ckptfix.tree.dtypes import BY_NAME, DType
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from ckptfix.bytes.span import Span
+    from ckptfix.formats.reading import Reading
 
 NAME = "TorchScript zip of 1.0"
 _MODEL = "model.json"
@@ -45,15 +45,15 @@ def model_in(records: Mapping[str, Span]) -> str | None:
 
 
 def read(
-    records: Mapping[str, Span], model: str, name: str, size: int, limits: Limits = DEFAULT
+    records: Mapping[str, Span], model: str, name: str, size: int, reading: Reading
 ) -> Document:
-    """The tensors of the model by attribute path.
+    """The tensors of the model by attribute path; one whose record is absent is for `reading`.
 
     Raises `DamagedError` where they are described wrongly, `UnsupportedError` for unknown dtypes.
     """
     try:
         described = json.loads(records[model].read())
-        reader = _Reader(records, model.removesuffix(_MODEL), name, limits)
+        reader = _Reader(records, model.removesuffix(_MODEL), name, reading)
         tensors = [reader.tensor(entry) for entry in described.get("tensors", ())]
         named = dict(_named(described.get("mainModule", {})))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -82,11 +82,13 @@ def _named(module: dict[str, Any]) -> Iterator[tuple[str, int]]:
 class _Reader:
     """Makes tensors of their descriptions; those of one record share a storage."""
 
-    def __init__(self, records: Mapping[str, Span], folder: str, name: str, limits: Limits) -> None:
+    def __init__(
+        self, records: Mapping[str, Span], folder: str, name: str, reading: Reading
+    ) -> None:
         self._records = records
         self._folder = folder
         self._name = name
-        self._limits = limits
+        self._reading = reading
         self._storages: dict[str, Storage] = {}
 
     def tensor(self, entry: dict[str, Any]) -> Tensor:
@@ -96,14 +98,29 @@ class _Reader:
         if dtype is None:
             what = f"a tensor of {entry['dataType']} is not known"
             raise UnsupportedError(what, where=self._name)
-        storage = self._storage(entry["data"]["key"], dtype, entry.get("device", "cpu"))
-        layout = (int(entry.get("offset", 0)), shape, stride)
-        made = torch_objects.tensor(storage, dtype, layout, self._limits)
+        offset, key = int(entry.get("offset", 0)), entry["data"]["key"]
+        device, layout = entry.get("device", "cpu"), (offset, shape, stride)
+        storage = self._storage(key, dtype, device) or self._lost(key, dtype, device, layout)
+        made = torch_objects.tensor(storage, dtype, layout, self._reading.limits)
         if made is None:
             raise ValueError(f"no tensor has shape {shape} and stride {stride}")
         return made
 
-    def _storage(self, key: str, dtype: DType, device: str) -> Storage:
-        span = self._records[self._folder + key]
+    def _storage(self, key: str, dtype: DType, device: str) -> Storage | None:
+        span = self._records.get(self._folder + key)
+        if span is None:
+            return None
         numel = span.length // dtype.itemsize
         return self._storages.setdefault(key, Storage(dtype, numel, device, (span,), key))
+
+    def _lost(
+        self,
+        key: str,
+        dtype: DType,
+        device: str,
+        layout: tuple[int, tuple[int, ...], tuple[int, ...]],
+    ) -> Storage:
+        """What stands for a storage whose record is absent, as large as a tensor needs it."""
+        storage = Storage(dtype, reach(*layout), device, (), key)
+        self._reading.lose(storage, DamagedError(f"the archive lacks {key!r}", where=self._name))
+        return storage

@@ -66,19 +66,25 @@ def _read(source: Source, reading: Reading) -> Document:
     storages: dict[str, Storage] = {}
     label, position = source.name, 0
     headers = []
+    notes: list[Finding] = []
     for _ in range(3):
-        header, position = pickles.read(data, _refuse, name=label, start=position, limits=limits)
+        header, position = pickles.read(
+            data, _refuse, name=label, start=position, limits=limits, notes=notes
+        )
         headers.append(header)
     byteorder = _check_headers(headers, label)
     root, position = pickles.read(
-        data, _loader(storages), name=label, start=position, limits=limits
+        data, _loader(storages), name=label, start=position, limits=limits, notes=notes
     )
-    keys, position = pickles.read(data, _refuse, name=label, start=position, limits=limits)
+    keys, position = pickles.read(
+        data, _refuse, name=label, start=position, limits=limits, notes=notes
+    )
     end = _place(storages, keys, source, position, byteorder, reading)
     root = without_views(root)
     surplus = max(source.size - end, 0)
-    notes = (Finding("trailing-bytes", f"{surplus} bytes follow the last storage"),)
-    return Document(root, NAME, label, source.size, byteorder, notes=notes if surplus else ())
+    if surplus:
+        notes.append(Finding("trailing-bytes", f"{surplus} bytes follow the last storage"))
+    return Document(root, NAME, label, source.size, byteorder, notes=tuple(notes))
 
 
 def mapped(source: Source) -> Data:

@@ -29,13 +29,14 @@ from ckptfix.formats.torch_zip import parse_persistent_id
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.pickles import torch_objects
 from ckptfix.pickles.torch_objects import BUILDERS, StorageView
-from ckptfix.tree.document import Document, Global, Node, Storage, Tensor
+from ckptfix.tree.document import Document, Global, Node, Storage, Tensor, reach
 from ckptfix.tree.dtypes import BY_STORAGE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ckptfix.bytes.source import Source
+    from ckptfix.findings import Finding
     from ckptfix.formats.reading import Salvage
     from ckptfix.pickles.machine import Data
     from ckptfix.pickles.torch_objects import Arguments
@@ -103,21 +104,25 @@ def salvage(source: Source, found: Salvage) -> Document:
 def _read(source: Source, found: Mapping[str, Span], reading: Reading) -> Document:
     if not is_checkpoint(found):
         raise NotACheckpointError("is a tar archive, and not a checkpoint", where=source.name)
-    objects = _Objects(found, reading)
+    notes: list[Finding] = []
+    objects = _Objects(found, reading, notes)
     root, _ = pickles.read(
         found["pickle"].read(),
         objects.load,
         name=f"{source.name}: pickle",
         limits=reading.limits,
         builders={**BUILDERS, _TENSOR_V2: objects.tensor},
+        notes=notes,
     )
-    return Document(torch_legacy.without_views(root), NAME, source.name, source.size)
+    root = torch_legacy.without_views(root)
+    return Document(root, NAME, source.name, source.size, notes=tuple(notes))
 
 
 class _Objects:
     """The storages and tensors of an archive, by key."""
 
-    def __init__(self, found: Mapping[str, Span], reading: Reading) -> None:
+    def __init__(self, found: Mapping[str, Span], reading: Reading, notes: list[Finding]) -> None:
+        self._notes = notes
         self._limits = reading.limits
         self._reading = reading
         self._storages: dict[str, Storage | StorageView] = {}
@@ -146,7 +151,7 @@ class _Objects:
 
     def _read_storages(self, span: Span) -> None:
         try:
-            self._read_each_storage(span, _Pickles(span, self._limits))
+            self._read_each_storage(span, _Pickles(span, self._limits, self._notes))
         except DamagedError:
             if not self._reading.salvages:
                 raise
@@ -174,7 +179,7 @@ class _Objects:
                 self._storages[_key(key)] = torch_legacy.view(whole, described)
 
     def _read_tensors(self, span: Span) -> None:
-        reader = _Pickles(span, self._limits)
+        reader = _Pickles(span, self._limits, self._notes)
         for _ in range(reader.count()):
             key, storage, _ = reader.row(3)
             dimensions, _ = reader.numbers("<2i")
@@ -196,9 +201,7 @@ class _Objects:
         self, key: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
     ) -> Storage:
         """What stands for a storage of which not even the description is there."""
-        steps = zip(shape, stride, strict=True)
-        last = offset + sum(max(size - 1, 0) * step for size, step in steps)
-        storage = Storage(BY_STORAGE["ByteStorage"], max(last + 1, 0), "cpu")
+        storage = Storage(BY_STORAGE["ByteStorage"], reach(offset, shape, stride), "cpu")
         self._reading.lose(storage, DamagedError(f"storage {key!r} is not described"))
         return storage
 
@@ -206,8 +209,9 @@ class _Objects:
 class _Pickles:
     """Reads a member that mixes pickles and raw bytes."""
 
-    def __init__(self, span: Span, limits: Limits) -> None:
+    def __init__(self, span: Span, limits: Limits, notes: list[Finding]) -> None:
         self._span = span
+        self._notes = notes
         self._data: Data = span.read()
         self._limits = limits
         self._position = 0
@@ -219,6 +223,7 @@ class _Pickles:
             name=self._span.source.name,
             start=self._position,
             limits=self._limits,
+            notes=self._notes,
         )
         return node
 

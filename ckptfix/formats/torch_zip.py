@@ -13,7 +13,8 @@ Under one folder, whose name means nothing and is taken from the first record:
 
 Alignment comes from a padding extra field `FB` in the local header, which is what lets
 `torch.load(mmap=True)` use a record where it lies. TorchScript archives look the same, with
-`constants.pkl` and `code/` beside. Sources: `torch.serialization._save`,
+`constants.pkl` and `code/` beside; those of 2019 have a sixth part in their persistent ids, None.
+Sources: `torch.serialization._save`,
 caffe2/serialize/inline_container.
 """
 
@@ -114,7 +115,7 @@ def from_records(
 
         model = script_json.model_in(records)
         if model is not None:
-            return script_json.read(records, model, name, size, reading.limits)
+            return script_json.read(records, model, name, size, reading)
     folder = _folder(records, name)
     pickle = records[f"{folder}data.pkl"]
     limits = reading.limits
@@ -128,7 +129,9 @@ def from_records(
         raise UnsafeError(f"holds a record of one name inside {folder!r} and outside", where=name)
     storages = _Storages(records, folder, reading)
     label = f"{name}: {folder}data.pkl"
-    root, _ = pickles.read(pickle.read(), storages.load, name=label, limits=limits)
+    beside: list[Finding] = []
+    root, _ = pickles.read(pickle.read(), storages.load, name=label, limits=limits, notes=beside)
+    notes = (*notes, *beside)
     others = {
         record.removeprefix(folder): span
         for record, span in storages.unclaimed.items()
@@ -208,7 +211,9 @@ class _Storages:
         """Records that are no storage's, as far as was seen."""
 
     def load(self, pid: Node) -> Storage:
-        """The storage that a persistent id describes."""
+        """The storage that a persistent id describes; TorchScript of 2019 adds a None to it."""
+        if type(pid) is tuple and len(pid) == 6 and pid[5] is None:
+            pid = pid[:5]
         storage = parse_persistent_id(pid)
         key = storage.key
         known = self._known.setdefault(key, storage)

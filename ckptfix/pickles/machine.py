@@ -6,6 +6,7 @@ that `builders` understand; names become `Global`s.
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from ckptfix.errors import DamagedError, UnsafeError
@@ -25,16 +26,16 @@ if TYPE_CHECKING:
 class Stop(Exception):  # noqa: N818 - it is no error
     """Carries the result out of the loop."""
 
-    def __init__(self, root: Node, position: int) -> None:
-        self.root, self.position = root, position
+    def __init__(self, root: Node, position: int, left: list[Node]) -> None:
+        self.root, self.position, self.left = root, position, left
 
 
 class Machine:
     """The state that opcodes act on; `stack` is what lies above the topmost mark."""
 
     __slots__ = (
-        "builders", "data", "framed", "globals", "length", "limits", "marks", "memo", "persistent",
-        "stack",
+        "allowance", "builders", "data", "framed", "globals", "length", "limits", "marks", "memo",
+        "persistent", "stack",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +55,12 @@ class Machine:
         self.memo: dict[int, Node] = {}
         self.globals: dict[Global, Global] = {}
         self.framed = False
+        self.allowance = repeat(None, limits.opcodes)
+        """One for each opcode that may still come; running out of them is `too_long`."""
+
+    def too_long(self) -> UnsafeError:
+        """The error for a pickle of more opcodes than are read."""
+        return UnsafeError(f"more than {self.limits.opcodes} opcodes")
 
     def pop_mark(self) -> list[Node]:
         """What lies above the topmost mark, taken off with it."""

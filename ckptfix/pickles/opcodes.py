@@ -47,9 +47,9 @@ def _mark(m: Machine, at: int) -> int:
 
 
 def _stop(m: Machine, at: int) -> NoReturn:
-    if m.marks or len(m.stack) != 1:
-        raise DamagedError(f"it stops with {len(m.stack)} values and {len(m.marks)} marks left")
-    raise Stop(m.stack[0], at)
+    """Unpicklers take the topmost value, and do not look at what is left below it."""
+    root = m.stack.pop()
+    raise Stop(root, at, [*(node for row in m.marks for node in row), *m.stack])
 
 
 def _pop(m: Machine, at: int) -> int:
@@ -85,8 +85,12 @@ def _frame(m: Machine, at: int) -> int:
     if end > len(m.data):
         raise DamagedError(f"a frame of {end - position} bytes is announced")
     m.framed = True
-    while position < end:
+    for _ in m.allowance:
+        if position >= end:
+            break
         position = OPERATIONS[m.data[position]](m, position + 1)
+    else:
+        raise m.too_long()
     if position > end:
         raise UnsafeError("an opcode straddles the end of its frame")
     m.framed = False

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckptfix.errors import CkptfixError, DamagedError
 from ckptfix.limits import DEFAULT, Limits
+from ckptfix.pickles.beside import beside
 from ckptfix.pickles.machine import Machine, Stop
 from ckptfix.pickles.opcodes import OPERATIONS, RETRY
 from ckptfix.pickles.torch_objects import BUILDERS, Builder
@@ -19,6 +20,7 @@ from ckptfix.pickles.torch_objects import BUILDERS, Builder
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ckptfix.findings import Finding
     from ckptfix.pickles.machine import Data, Persistent
     from ckptfix.tree.document import Global, Node
 
@@ -31,21 +33,26 @@ def read(
     start: int = 0,
     limits: Limits = DEFAULT,
     builders: Mapping[Global, Builder] = BUILDERS,
+    notes: list[Finding] | None = None,
 ) -> tuple[Node, int]:
     """Read one pickle from `data` at `start`; returns its tree and the position after its STOP.
 
     `persistent` turns a persistent id into a node, as torch uses them for storages. `builders` are
-    the calls that are understood. `name` is what messages call the pickle. Raises `DamagedError`
-    where the bytes are not a pickle or end too soon, and `UnsafeError` or `UnsupportedError` where
-    they ask for what ckptfix refuses.
+    the calls that are understood. `name` is what messages call the pickle. What the pickle does
+    beside making its tree is put into `notes`. Raises `DamagedError` where the bytes are not a
+    pickle or end too soon, and `UnsafeError` or `UnsupportedError` where they ask for what ckptfix
+    refuses.
     """
     machine = Machine(data, persistent, limits, builders)
     position = start
     operations = OPERATIONS
     try:
-        while True:
+        for _ in machine.allowance:
             position = operations[data[position]](machine, position + 1)
+        raise machine.too_long()
     except Stop as stop:
+        if notes is not None:
+            notes += beside(machine, stop)
         return stop.root, stop.position
     except CkptfixError as error:
         raise error.within(f"{name}: byte {position}") from None

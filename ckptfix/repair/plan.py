@@ -116,16 +116,17 @@ def plan(
         ChangedMeaningError: keys would be dropped that change what others mean.
         UnsupportedError: with `tensors_only`, the target wants a value that is not a tensor.
     """
+    given = document
     removed = Removed(document, []) if keep_dangerous else without_dangers(document)
     applied = masks.apply_masks(removed.document, select) if apply_masks else None
     document = removed.document if applied is None else applied.document
     before = [*_dangers(removed), *_masks(applied)]
     if average:
         made = _of_averages(document, wanted, select, keep_training_state, tensors_only, drop)
-        return _after(before, removed, made)
+        return _repacked(given, _after(before, removed, made))
     if wanted is None:
         made = _certain(document, select, drop, tensors_only)
-        return _finished(_after(before, removed, made), None)
+        return _finished(_repacked(given, _after(before, removed, made)), None)
     found = match(document, wanted, select, drop=drop)
     mapping = found.mapping()
     untied = _untie(document, mapping, wanted, everything=untie) if tensors_only else []
@@ -139,7 +140,7 @@ def plan(
         made = _followed(made, found.state, names)
     else:
         made = _alone(made, document, found.state, mapping)
-    return _finished(_after(before, removed, made), wanted)
+    return _finished(_repacked(given, _after(before, removed, made)), wanted)
 
 
 def _dangers(removed: Removed) -> list[Cure]:
@@ -350,6 +351,22 @@ def _on_cpu(made: Plan) -> Plan:
     found = ", ".join(f"{count} storages on {tag}" for tag, count in tags.items())
     cures = [*made.cures, Cure("device-tag", "/", found, "tagged cpu")]
     return replace(made, document=document, cures=cures)
+
+
+_REPACKED = {
+    "container-refused": "packed as torch does",
+    "hidden-call": "left out",
+    "left-on-stack": "left out",
+}
+"""Findings that are gone once a checkpoint is written anew, and what becomes of each."""
+
+
+def _repacked(document: Document, made: Plan) -> Plan:
+    """The plan, with what writing the document anew repairs."""
+    found = [note for note in document.notes if note.code in _REPACKED]
+    cures = [Cure(note.code, note.where, note.message, _REPACKED[note.code]) for note in found]
+    left = [(row.where, row.found) for row in cures if row.cure == "left out"]
+    return replace(made, cures=[*cures, *made.cures], left_out=[*made.left_out, *left])
 
 
 # --- with a target

@@ -209,6 +209,12 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides)) if shape else ()
 
 
+def reach(offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """How many elements a storage has at least, of which there is such a view."""
+    steps = zip(shape, stride, strict=True)
+    return max(offset + sum(max(size - 1, 0) * step for size, step in steps) + 1, 0)
+
+
 def kind(node: Node) -> str:
     """What a person would call a node: `int`, `dict of 3`, `argparse.Namespace`."""
     if isinstance(node, Inert):

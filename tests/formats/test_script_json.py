@@ -10,7 +10,8 @@ import torch
 
 import ckptfix
 from ckptfix import door
-from ckptfix.errors import ReadError
+from ckptfix.errors import DamagedError, ReadError
+from ckptfix.repair.recover import recover
 
 VALUES = torch.arange(6, dtype=torch.float32)
 WEIGHT = {
@@ -76,3 +77,19 @@ def test_what_is_described_wrongly_is_refused(tmp_path: Path, tensors: Any) -> N
 def test_a_module_that_is_none_is_refused(tmp_path: Path, module: Any) -> None:
     with pytest.raises(ReadError):
         door.read(write(tmp_path / "net.pt", [WEIGHT], module))
+
+
+def test_what_is_whole_of_it_is_recovered(tmp_path: Path) -> None:
+    path = write(tmp_path / "net.pt", [WEIGHT, LAST, CONSTANT])
+    found = recover(path)
+    assert (found.saved, found.lost) == (3, [])
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "less.pt", "w") as new:
+        for name in set(old.namelist()) - {"net/tensors/0"}:
+            new.writestr(name, old.read(name))
+    with pytest.raises(DamagedError, match="lacks 'tensors/0'"):
+        door.read(tmp_path / "less.pt")
+    found = recover(tmp_path / "less.pt")
+    assert (found.saved, found.lost) == (1, ["fc.weight", "fc.bias"])
+    cut = path.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(cut[: cut.rindex(b"PK\1\2")])
+    assert recover(tmp_path / "cut.pt").lost == []

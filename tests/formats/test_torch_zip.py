@@ -219,6 +219,43 @@ def test_files_saved_without_checksums_get_them(tmp_path: Path) -> None:
     assert codes(door.read(tmp_path / "out.pt")) == []
 
 
+def script(path: Path) -> Path:
+    """A TorchScript archive."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    torch.jit.script(model).save(str(path))
+    return path
+
+
+def of_2019(path: Path, out: Path, sixth: bytes = b"N") -> Path:
+    """TorchScript as PyTorch 1.2 to 1.4 wrote it: its persistent ids have a sixth part."""
+    with zipfile.ZipFile(path) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        pickle = archive.read(name)
+    assert pickle.count(b"tQ") > 4
+    return repacked(path, out, {name: pickle.replace(b"tQ", sixth + b"tQ")})
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_of_2019_is_read(tmp_path: Path) -> None:
+    path = of_2019(script(tmp_path / "script.pt"), tmp_path / "old.pt")
+    ckptfix.open(path).save(tmp_path / "new.pt")
+    wanted = torch.jit.load(str(path)).state_dict()
+    written = torch.jit.load(str(tmp_path / "new.pt")).state_dict()
+    found = ckptfix.load_state_dict(path)
+    assert len(wanted) == 7
+    assert list(found) == list(wanted) == list(written)
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert all(torch.equal(written[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_another_sixth_part_of_a_persistent_id_is_refused(tmp_path: Path) -> None:
+    path = of_2019(script(tmp_path / "script.pt"), tmp_path / "old.pt", b"K\x01")
+    with pytest.raises(UnsupportedError, match="persistent id"):
+        door.read(path)
+
+
 def test_further_records_without_checksums_get_them_too(tmp_path: Path) -> None:
     path = repacked(saved(tmp_path / "x.pt"), tmp_path / "more.pt", {"x/extra": b"hello"})
     data = bytearray(path.read_bytes())

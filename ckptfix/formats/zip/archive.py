@@ -288,10 +288,20 @@ def _usual_header(entry: Entry, piece: bytes, at: int, end: int) -> int:
     stop = at + length + packed
     if lcrc == crc and lpacked == packed and lsize == size and stop == end:
         return length
-    owed = flags & DESCRIBED and lcrc == lpacked == lsize == 0
+    owed = _is_owed(entry, flags, lcrc, lpacked, lsize)
     if owed and piece[stop:end] == DESCRIPTOR_MAGIC + _NARROW.pack(crc, packed, size):
         return length
     return 0
+
+
+def _is_owed(entry: Entry, flags: int, *stated: int) -> bool:
+    """Whether a header leaves some of CRC, packed size and size to the descriptor.
+
+    Each of the three is right or 0: macOS states the size alone, others none.
+    """
+    meant = (entry.crc, entry.packed, entry.size)
+    fits = all(number in (0, right) for number, right in zip(stated, meant, strict=True))
+    return bool(flags & DESCRIBED) and fits and stated != meant
 
 
 def _data(entry: Entry, following: int, directory: int, source: Source) -> int:
@@ -323,15 +333,15 @@ def _read_header(entry: Entry, directory: int, source: Source) -> tuple[int, int
     label = piece[LOCAL.size : LOCAL.size + named]
     if packed == MAX32 or size == MAX32:
         size, packed = _widened(_zip64_values(piece[LOCAL.size + named : length]), size, packed)
-    described = flags & DESCRIBED and crc == packed == size == 0
-    same = described or (crc == entry.crc and packed == entry.packed and size == entry.size)
+    owed = _is_owed(entry, flags, crc, packed, size)
+    same = owed or (crc == entry.crc and packed == entry.packed and size == entry.size)
     if label != entry.label or (flags ^ entry.flags) & UTF8:  # two ways to write one name?
         same = same and _decode(label, flags) == entry.name
     if not same or method != entry.method or flags & ENCRYPTED:
         raise UnsafeError(
             f"header and directory of the archive disagree about {entry.name!r}", where=source.name
         )
-    return entry.header + length, flags, bool(described and entry.packed)
+    return entry.header + length, flags, owed
 
 
 def _check_descriptor(entry: Entry, flags: int, end: int, gap: int, source: Source) -> None:

@@ -43,9 +43,9 @@ class Unseekable(io.RawIOBase):
         return len(data)
 
 
-def streamed(records: dict[str, bytes] = RECORDS) -> bytearray:
+def streamed(records: dict[str, bytes] = RECORDS, method: int = zipfile.ZIP_STORED) -> bytearray:
     pipe = Unseekable()
-    with zipfile.ZipFile(pipe, "w") as archive:
+    with zipfile.ZipFile(pipe, "w", method) as archive:
         for name, data in records.items():
             archive.writestr(name, data)
     return pipe.data
@@ -97,6 +97,24 @@ def test_reads_data_descriptors() -> None:
     data = streamed()
     assert data[6] & 8
     assert contents(read(data)) == summed(RECORDS)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("stated", [(22,), (18, 22), (14,), (14, 18, 22)])
+def test_a_header_may_leave_some_of_its_numbers_to_the_descriptor(
+    stated: tuple[int, ...], method: int
+) -> None:
+    data = streamed(method=method)  # macOS states the size alone
+    for entry in zips.read_directory(bytes(data[data.find(b"PK\1\2") : -22]), len(RECORDS), ""):
+        for field, number in ((14, entry.crc), (18, entry.packed), (22, entry.size)):
+            if field in stated:
+                struct.pack_into("<I", data, entry.header + field, number)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert {name: archive.read(name) for name in RECORDS} == RECORDS
+    assert contents(read(data)) == summed(RECORDS)
+    for field in set(stated) - {14}:  # what is stated has to be right all the same
+        with pytest.raises(UnsafeError, match="disagree"):
+            read(changed(bytearray(data), local_header(data, 0) + field, "<I", 5))
 
 
 def test_leaves_out_entries_for_folders() -> None:
