@@ -93,9 +93,10 @@ PRODUCED: dict[str, Any] = {
 }
 ELSEWHERE = {
     "surplus-shard", "rolled-back", "unused-records", "crc-mismatch", "nan-values", "inf-values",
-    "unexpected-keys", "nested", "averaged-copy",
+    "unexpected-keys", "nested", "averaged-copy", "meta-tensors", "placeholders", "packed-weights",
+    "numpy-arrays",
 }  # fmt: skip
-"""Those that the tests of containers, of the journal, of `soundness` and of `fix` produce."""
+"""Those that the tests of containers, the journal, `soundness`, `fix` and the judge produce."""
 
 
 @pytest.mark.parametrize("code", PRODUCED)
