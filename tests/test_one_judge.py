@@ -671,6 +671,15 @@ def test_a_buffer_for_another_resolution_is_no_head() -> None:
     assert "classifier" not in ran.stdout
 
 
+def test_a_table_of_queries_is_no_head() -> None:
+    state = {"queries.weight": torch.ones(300, 4), "fc.weight": torch.ones(2, 4)}
+    wanted = {"queries": nn.Embedding(100, 4), "fc": nn.Linear(4, 2, bias=False)}
+    error = told(state, nn.ModuleDict(wanted))
+    assert "a shape differs: queries.weight [300, 4] vs [100, 4]" in error.what
+    state = {"queries.weight": torch.ones(100, 4), "fc.weight": torch.ones(9, 4)}
+    assert "only the classifier head differs" in told(state, nn.ModuleDict(wanted)).what
+
+
 def test_what_strict_false_would_do_is_said_of_parameters_alone() -> None:
     Path("net.py").write_text(
         "import torch\nfrom torch import nn\n"

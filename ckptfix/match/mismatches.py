@@ -167,6 +167,9 @@ def _shapes(rows: Sequence[Difference], name: str) -> Cause:
     if all(row.is_buffer for row in rows):
         return _resolution(rows)
     sizes = _only_sizes(rows)
+    says = any(_says(row.key, (*_POSITIONS, *_VOCABULARIES)) for row in rows)
+    if sizes is not None and not says and not any(_says(row.key, _HEADS) for row in rows):
+        sizes = None
     shown = f"{rows[0].key} {shape(rows[0].found)} vs {shape(rows[0].wanted)}"
     if all(map(is_transposed, rows)):
         what = f"{plural(len(rows), 'weight')} {'is' if len(rows) == 1 else 'are'} transposed"
@@ -224,6 +227,8 @@ def _building(how: str, then: str) -> Hint:
 
 
 _POSITIONS = ("pos", "wpe")
+_HEADS = ("bias", "head", "fc", "class", "cls", "logit", "pred", "score", "out", "last", "linear")
+"""What heads are called; a layer with a bias counts as one, a table of queries does not."""
 _VOCABULARIES = ("emb", "wte", "vocab", "tok", "lm")
 
 

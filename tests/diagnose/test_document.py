@@ -115,9 +115,10 @@ PRODUCED: dict[str, Any] = {
 ELSEWHERE = {
     "surplus-shard", "rolled-back", "unused-records", "crc-mismatch", "nan-values", "inf-values",
     "unexpected-keys", "nested", "averaged-copy", "dropped-keys", "pruned-weights",
-    "optimizer-state", "unseen-transpose",
+    "optimizer-state", "unseen-transpose", "meta-tensors", "placeholders", "packed-weights",
+    "numpy-arrays",
 }  # fmt: skip
-"""Those that the tests of containers, of the journal, of `soundness` and of `fix` produce."""
+"""Those that the tests of containers, the journal, `soundness`, `fix` and the judge produce."""
 
 
 @pytest.mark.parametrize("code", PRODUCED)
