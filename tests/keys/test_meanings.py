@@ -46,8 +46,7 @@ def test_a_key_says_of_which_weights_it_speaks(key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "fc.weight", "attn_mask", "token_mask", "position_ids", "rnn.weight_hh_l0",
-        "bn.running_var",
+        "fc.weight", "attn_mask", "token_mask", "position_ids", "rnn.weight_hh_l0", "bn.mean",
         "relative_position_bias_table", "gate_u", "gamma_v", "exploration.lora", "mask_token", "",
         ".", "lora", "a.scaled", "lora_A." + "x" * 600, "." * 500, "num_batches_tracked",
     ],
