@@ -8,6 +8,7 @@ their place.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.contents.state_dicts import StateDict, is_average
@@ -37,11 +38,18 @@ def within(state: StateDict) -> list[Averages]:
 
 def _start(key: str) -> str | None:
     """What a key of averages begins with; None for other keys."""
-    components = key.split(".")
-    for count, component in enumerate(components[:-1], 1):
+    if "." not in key:
+        return "ema_" if key.startswith("ema_") else None
+    return _start_of_module(key.rpartition(".")[0])
+
+
+@lru_cache(1024)  # the keys of a module follow one another
+def _start_of_module(path: str) -> str | None:
+    components = path.split(".")
+    for count, component in enumerate(components, 1):
         if is_average(component):
             return ".".join((*components[:count], ""))
-    return "ema_" if len(components) == 1 and key.startswith("ema_") else None
+    return None
 
 
 def _averages(state: StateDict, start: str) -> Averages | None:

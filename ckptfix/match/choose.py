@@ -210,8 +210,7 @@ def _refusal(document: Document, found: Match, wanted: Target) -> KeyMismatchErr
 
 def _no_names(document: Document, wanted: Target) -> SelectionError:
     return SelectionError(
-        f"is a {kind(document.root)} with tensors, and no state dict: nothing in it has the names "
-        f"that {wanted.name} gives its tensors",
+        f"holds no state dict for {wanted.name}: its tensors have no names ({kind(document.root)})",
         where=document.name,
         hint=Hint("see what it holds", command("inspect", document.name)),
         code="no-state-dict",

@@ -161,6 +161,12 @@ def of_file(path: str | os.PathLike[str]) -> Target:
         raise TargetError(f"cannot compare with {error.message}", hint=error.hint) from None
 
 
+def _plain(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The state dicts of a model, averages only where there is nothing else."""
+    found = [state for state in states if state["role"] != "optimizer"]
+    return [state for state in found if state["role"] not in ("ema", "swa")] or found
+
+
 def _listed_keys(place: Place) -> dict[str, Spec] | None:
     """Keys of a JSON report; None where the file is no such report."""
     try:
@@ -168,11 +174,7 @@ def _listed_keys(place: Place) -> dict[str, Spec] | None:
         if not source.head(64).lstrip().startswith(b"{"):
             return None
         listing = json.loads(source.read(0, source.size))
-        states = [
-            (state["path"], _listed_specs(state))
-            for state in listing["state_dicts"]
-            if state["role"] != "optimizer"
-        ]
+        states = [(state["path"], _listed_specs(state)) for state in _plain(listing["state_dicts"])]
     except (ReadError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if len(states) != 1:

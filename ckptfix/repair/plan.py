@@ -380,7 +380,7 @@ def _fitting(
     own = [Cure("tied-tensors", path, f"{key} is tied", "untied") for key in untied]
     return Plan(
         _replaced(document, found.state, mapping),
-        [*_cures(found, wanted), *own],
+        [*_cures(document, found, wanted), *own],
         {old: new for old, new in renamed.items() if new in wanted.specs},
         dropped,
         of_another_dtype=[row.key for row in found.report.dtype_difference],
@@ -388,7 +388,7 @@ def _fitting(
     )
 
 
-def _cures(found: Match, wanted: Target) -> Iterable[Cure]:
+def _cures(document: Document, found: Match, wanted: Target) -> Iterable[Cure]:
     path, dropped = found.state.path, found.dropped
     if found.renaming.changed:
         yield _renaming_cure(found.state, found.renaming)
@@ -396,8 +396,11 @@ def _cures(found: Match, wanted: Target) -> Iterable[Cure]:
     if disguised:
         what = f"{len(disguised)} keys hold a {disguise(disguised[0]) or 'tensor of a device'}"
         yield Cure("numpy-arrays", path, what, "made tensors")
-    if found.report.passed_over:
-        what = f"averages that fit as well: {', '.join(found.report.passed_over)}"
+    others, fit = found.report.passed_over, " that fit as well"
+    if not others and not found.is_average:
+        others, fit = averages.places(document), ""
+    if others:
+        what = f"averages{fit}: {', '.join(others)}"
         yield Cure("averaged-copy", path, what, "not taken; --average takes them")
     for key, other in found.tied.items():
         yield Cure("tied-tensors", path, f"{key} is missing", f"tied to {other}")

@@ -221,7 +221,7 @@ SCORES = {
         {"meta": {"dataset_meta": {"classes": ("a", "b"), "palette": torch.zeros(2, 3)}}},
         {"meta": {"classes": ["a"], "palette": np.zeros((1, 3)), "areas": np.zeros(1)}},
     ],
-    ids=lambda beside: "-".join(map(str, beside)),
+    ids=range(8),
 )
 def test_what_is_not_a_state_dict_is_not_one(tmp_path: Path, beside: dict[str, Any]):
     torch.save({"model": NET, **beside}, tmp_path / "in.pt")
@@ -271,7 +271,7 @@ def test_a_tensor_that_stands_alone_in_several_places_has_a_name_for_each(tmp_pa
     torch.save([T, [T, T + 1]], tmp_path / "in.pt")
     [state] = find(door.read(tmp_path / "in.pt").root)
     assert (state.role, list(state.tensors)) == ("loose", ["0", "1.0", "1.1"])
-    with pytest.raises(SelectionError, match="is a list of 2 with tensors, and no state dict"):
+    with pytest.raises(SelectionError, match=r"its tensors have no names \(list of 2\)"):
         ckptfix.load_into(nn.Linear(2, 2), tmp_path / "in.pt")
 
 
