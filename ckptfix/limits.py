@@ -44,5 +44,23 @@ class Limits(NamedTuple):
     records: int = 10_000_000
     """Records of one zip archive."""
 
+    def of_packed(self, size: int) -> Limits:
+        """What a file of `size` bytes may ask for once it is unpacked: some, or so many times that.
+
+        A few bytes could ask for any amount; a file that stays small may grow as it likes.
+        """
+        return self._replace(
+            pickle_bytes=min(self.pickle_bytes, unpacked_bytes(size)),
+            opcodes=min(self.opcodes, max(_FREE_OPCODES, _OPCODES * size)),
+        )
+
+
+def unpacked_bytes(size: int) -> int:
+    """How many bytes a packed file of `size` bytes may unpack to."""
+    return max(_FREE_BYTES, _RATIO * size)
+
+
+_FREE_BYTES, _RATIO = 256 << 20, 200
+_FREE_OPCODES, _OPCODES = 50_000, 100
 
 DEFAULT = Limits()

@@ -511,7 +511,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "gzip: of a pickle of sets": (
         lambda: gzip.compress(b"\x80\x02(" + b"\x8f" * 900_000 + b"l.", mtime=0), "unsafe"
     ),
-    "gzip: a bomb": (lambda: gzip.compress(bytes(1 << 26), mtime=0), "unsafe"),
+    "gzip: a bomb": (lambda: gzip.compress(bytes(1 << 24), mtime=0) * 17, "unsafe"),
     "LFS pointer": (
         lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
         + b"\nsize 12\n", "lfs-pointer"

@@ -11,6 +11,7 @@ from ckptfix.bytes.unpacked import UnpackedSource, inflate
 from ckptfix.errors import DamagedError, UnsafeError
 from ckptfix.formats.reading import Reading, Salvage
 from ckptfix.hints import Hint, shell
+from ckptfix.limits import unpacked_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 NAME = "gzip"
 _MAGIC = b"\x1f\x8b"
-_FREE, _RATIO = 16 << 20, 200
-"""What may be unpacked without question, and how many times its size a file may unpack to then."""
 
 
 def recognises(source: Source) -> bool:
@@ -30,7 +29,7 @@ def recognises(source: Source) -> bool:
 
 def unpack(source: Source, reading: Reading) -> Source:
     """What a gzip file holds. Raises `UnsafeError` for a bomb, or for gzip; `DamagedError`."""
-    reading.narrow(_RATIO * source.size)  # a pickle in it may be packed twice over
+    reading.narrow(source.size)  # a pickle in it may be packed twice over
     found = _salvaged(source, reading) if isinstance(reading, Salvage) else _unzipped(source)
     if recognises(found):  # a few bytes could ask for any amount
         raise UnsafeError(
@@ -46,7 +45,7 @@ def _unzipped(source: Source) -> UnpackedSource:
 
 
 def _capped(packed: Span) -> Iterator[bytes]:
-    made, cap = 0, _cap(packed.source)
+    made, cap = 0, unpacked_bytes(packed.source.size)
     for chunk in inflate(packed, 31):
         made += len(chunk)
         if made > cap:
@@ -56,10 +55,6 @@ def _capped(packed: Span) -> Iterator[bytes]:
                 hint=_yourself(packed.source),
             )
         yield chunk
-
-
-def _cap(source: Source) -> int:
-    return max(_FREE, _RATIO * source.size)
 
 
 def _yourself(source: Source) -> Hint:
@@ -78,7 +73,7 @@ def _salvaged(source: Source, found: Salvage) -> UnpackedSource:
 
 
 def _up_to_the_damage(source: Source) -> UnpackedSource:
-    packed, cap = Span(source, 0, source.size), _cap(source)
+    packed, cap = Span(source, 0, source.size), unpacked_bytes(source.size)
 
     def chunks() -> Iterator[bytes]:
         engine, made = zlib.decompressobj(31), 0

@@ -20,10 +20,9 @@ class Reading:
     def __init__(self, limits: Limits = DEFAULT) -> None:
         self.limits = limits
 
-    def narrow(self, pickle_bytes: int) -> None:
-        """Lower what a pickle may ask for from here on, as inside of a packed file."""
-        fewer = min(self.limits.pickle_bytes, pickle_bytes)
-        self.limits = self.limits._replace(pickle_bytes=fewer)
+    def narrow(self, size: int) -> None:
+        """Lower what may be asked for from here on, as inside of a packed file of `size` bytes."""
+        self.limits = self.limits.of_packed(size)
 
     def lose(self, storage: Storage, error: ReadError) -> None:
         """Say that the bytes of a storage are not there; raises `error`, which says why."""

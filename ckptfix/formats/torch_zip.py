@@ -62,9 +62,6 @@ OWN = {
     ".data/serialization_id",
 }  # fmt: skip
 
-_RATIO = 200
-"""How many times the size of its file a pickle may have, where it is deflated."""
-
 
 def recognises(source: Source) -> bool:
     """Whether a file is a zip archive."""
@@ -118,11 +115,10 @@ def from_records(
             return script_json.read(records, model, name, size, reading)
     folder = _folder(records, name)
     pickle = records[f"{folder}data.pkl"]
-    limits = reading.limits
+    limits = reading.limits.of_packed(size)  # where it is deflated
     if pickle.length > limits.pickle_bytes:
-        raise UnsafeError(f"its pickle has {pickle.length} bytes", where=name)
-    if pickle.length > _RATIO * size:  # each byte of it may cost hundreds
-        raise UnsafeError(f"{size} bytes unpack to a pickle of {pickle.length}", where=name)
+        what = f"its pickle has {pickle.length} bytes; more than {limits.pickle_bytes} are refused"
+        raise UnsafeError(what, where=name)
     check_crc(pickle, f"{folder}data.pkl")
     outside = [record for record in records if not record.startswith(folder)]
     if any(f"{folder}{record}" in records for record in outside):

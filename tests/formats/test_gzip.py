@@ -1,9 +1,11 @@
 """gzip around a checkpoint: unpacked within bounds, refused where it is cut or grows."""
 
 import gzip
+import pickle
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 import ckptfix
@@ -55,3 +57,34 @@ def test_a_truncated_gzip_is_refused(tmp_path: Path) -> None:
         (tmp_path / "cut.gz").write_bytes(packed[:size])
         with pytest.raises(ReadError):
             door.read(tmp_path / "cut.gz")
+
+
+def save(path: Path, kind: str, weights: dict[str, torch.Tensor]) -> None:
+    if kind == "plain":
+        arrays = {key: tensor.numpy() for key, tensor in weights.items()}
+        path.write_bytes(pickle.dumps(arrays))
+    elif kind == "safetensors":
+        safetensors.torch.save_file(weights, path)
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=kind == "zip")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors", "plain"])
+def test_what_stays_small_may_grow_as_it_likes(tmp_path: Path, kind: str) -> None:
+    weights = {"w": torch.zeros(9 << 20), "b": torch.arange(9.0)}
+    save(tmp_path / "in", kind, weights)
+    data = (tmp_path / "in").read_bytes()
+    packed = gzip.compress(data)
+    assert len(data) > 500 * len(packed)
+    (tmp_path / "in.gz").write_bytes(packed)
+    found = ckptfix.load_state_dict(tmp_path / "in.gz")
+    assert all(torch.equal(found[key], weights[key]) for key in weights)
+
+
+def test_many_objects_in_a_few_bytes_are_refused(tmp_path: Path) -> None:
+    for body in (b"}" * 500_000, b"]" * 500_000):  # framed, as protocol 4 has it, or not
+        for frame in (b"", b"\x95" + (len(body) + 3).to_bytes(8, "little")):
+            data = gzip.compress(b"\x80\x04" + frame + b"(" + body + b"l.")
+            (tmp_path / "in.gz").write_bytes(data)
+            with pytest.raises(UnsafeError, match="opcodes"):
+                door.read(tmp_path / "in.gz")
