@@ -153,6 +153,15 @@ KNOWN = (
         r"_pickle.UnpicklingError: invalid load key, '\xc0'.",
     ),
     Known(
+        "one-rank",
+        r"Need to initialize default process group using \"init_process_group\" before loading|"
+        r"`torch\.distributed\.tensor`` must be imported to load",
+        "The file is that of one process of several: it holds pieces of the tensors.",
+        command("convert", "FILE", "OUT"),
+        'RuntimeError: Need to initialize default process group using "init_process_group" before '
+        "loading ShardedTensor",
+    ),
+    Known(
         "blocked-globals",
         r"Weights only load failed|Unsupported (?:global|class) \w|WeightsUnpickler error:|"
         r"was not an allowed global",

@@ -203,13 +203,67 @@ def shards(s: Speller, body: bytes) -> dict[str, bytes]:
     }
 
 
+def _object(s: Speller, name: str, state: bytes) -> bytes:
+    module = "torch.distributed.checkpoint.metadata"
+    if name == "_StorageInfo":
+        module = "torch.distributed.checkpoint.filesystem"
+    new = s.name(module, name) + b")\x81" if s.protocol >= 2 else f"(i{module}\n{name}\n".encode()
+    return new + state + b"b"
+
+
+def _dcp(s: Speller, items: dict[str, bytes], meta: bytes) -> dict[str, bytes]:
+    """A DCP folder with some values beside the weights; `meta` tells who saved it."""
+
+    def size(*numbers: int) -> bytes:
+        return s.call("torch", "Size", s.numbers(*numbers))
+
+    no = b"\x89" if s.protocol >= 2 else b"I00\n"
+    properties = s.tuple(s.name("torch", "float32"), b"N", no, b"N", no)
+    chunk = _object(s, "ChunkStorageMetadata", s.dict(offsets=size(0), sizes=size(3)))
+    told = {
+        "properties": _object(s, "TensorProperties", properties),
+        "size": size(3),
+        "chunks": b"(" + chunk + b"l",
+    }
+    wholes = {name: _object(s, "BytesStorageMetadata", b"}" if s.protocol else b"(d")
+              for name in items}  # fmt: skip
+    wholes["model.weight"] = _object(s, "TensorStorageMetadata", s.dict(**told))
+    every = {**items, "model.weight": SOUND.spell(s)}
+    data, storage = b"", b"}" if s.protocol else b"(d"
+    for name, body in every.items():
+        slice_ = zipped({"data.pkl": s.whole(body), "data/0": _DATA, "version": b"3\n"})
+        where = {"relative_path": s.text("__0_0.distcp"), "offset": s.number(len(data)),
+                 "length": s.number(len(slice_))}  # fmt: skip
+        offset = {} if name in items else {"offset": size(0)}
+        index = _object(s, "MetadataIndex", s.dict(fqn=s.text(name), **offset))
+        storage += index + _object(s, "_StorageInfo", s.dict(**where)) + b"s"
+        data += slice_
+    paths = {name: s.tuple(*map(s.text, name.split("."))) for name in every}
+    fields = {
+        "state_dict_metadata": s.dict(**wholes),
+        "planner_data": s.dict(**paths),
+        "storage_data": storage,
+        "storage_meta": meta,
+    }
+    metadata = s.whole(_object(s, "Metadata", s.dict(**fields)))
+    return {".metadata": metadata, "__0_0.distcp": data}
+
+
+def dcp_item(s: Speller, body: bytes) -> dict[str, bytes]:
+    return _dcp(s, {"evil": body}, b"N")
+
+
+def dcp_metadata(s: Speller, body: bytes) -> dict[str, bytes]:
+    return _dcp(s, {}, body)
+
+
 Files = bytes | dict[str, bytes]
 """A file, or the files of a folder by their paths in it."""
 
 CONTAINERS: dict[str, Callable[[Speller, bytes], Files]] = {
     "zip": torch_zip, "legacy": legacy, "tar": tar, "plain": plain, "torchscript": torchscript,
     "whole-model": whole_model, "gzip": packed, "zip in a tar": in_a_tar, "unpacked": unpacked,
-    "shards": shards,
+    "shards": shards, "dcp item": dcp_item, "dcp metadata": dcp_metadata,
 }  # fmt: skip
 
 

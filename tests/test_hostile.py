@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 PROTOCOLS = range(6)
 MEMORY = 64 << 20
 SAMPLE = [("zip", 2), ("legacy", 2), ("tar", 0), ("plain", 4), ("torchscript", 5), ("gzip", 1),
-          ("shards", 4)]  # fmt: skip
+          ("shards", 4), ("dcp item", 4), ("dcp metadata", 2)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,7 @@ def put_to_every_door(
 
 def other_code(container: str, protocol: int, name: str, code: str | None) -> str | None:
     """Plain pickles hold storages as pickles; before protocol 2 they might be any text."""
+    container = "plain" if container == "dcp metadata" else container
     if container == "plain" and name == "torch.load_from_bytes":
         code = "damaged"
     plain_text = container == "plain" and protocol < 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from ckptfix import api, door
+from tests.dcp_folders import along, grid, save
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,6 +91,23 @@ def test_64_mib_are_enough_for_256(verb: str, large: Path, tmp_path: Path) -> No
     peak = peak_of_anonymous_memory(verb, large, out)
     out.unlink()
     assert 4 * MIB < peak < 64 * MIB
+
+
+THREE = torch.tensor(3.0).numpy().tobytes()
+
+
+@linux
+@pytest.mark.parametrize("ranks", [along(0, 4), along(1, 4), grid(2, 2)])
+@pytest.mark.parametrize("out", ["out.pt", "out.safetensors"])
+def test_64_mib_are_enough_for_256_in_pieces(ranks: Any, out: str, tmp_path: Path) -> None:
+    state = {f"{n}.weight": torch.full((4096, 4096), n, dtype=torch.float32) for n in range(4)}
+    folder = save(tmp_path / "step", state, ranks, thread_count=4)
+    peak = peak_of_anonymous_memory("convert", folder, tmp_path / out)
+    assert 4 * MIB < peak < 64 * MIB
+    found = door.read(tmp_path / out).root["3.weight"]
+    assert found.storage.spans[0].slice(123 << 12, 4096).read() == THREE * 1024
+    (tmp_path / out).unlink()
+    shutil.rmtree(folder)
 
 
 @linux

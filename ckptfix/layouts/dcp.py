@@ -27,6 +27,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from ckptfix.bytes.descriptors import allow
 from ckptfix.errors import (
     CkptfixError,
     DamagedError,
@@ -210,6 +211,7 @@ class _Folder:
                 if begin + length > following:
                     what = f"two items overlap at byte {following}"
                     raise UnsafeError(what, where=self.folder.below(name), code="pieces-overlap")
+        allow(len(by_file))
         return {name: self.folder.below(name).open() for name in by_file if name not in absent}
 
     def _all_items(self) -> Iterable[Item]:

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from ckptfix.bytes.descriptors import allow
 from ckptfix.bytes.place import Place
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedError
@@ -55,6 +56,7 @@ def joined(document: Document, piece: Inert, place: Place, reading: Reading) -> 
         return _Ranks(place.name, {said: document}, reading).document()
     family, rank = found
     names = _of_family(family, place.folder.names())
+    allow(len(names))
     documents: dict[int | None, Document] = {
         other: document if other == rank else _read(place.folder.below(name), reading)
         for other, name in sorted(names.items())

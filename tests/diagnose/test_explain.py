@@ -190,6 +190,9 @@ REAL: dict[str, Callable[[], object]] = {
     "prefix-fsdp": take(LINEAR, SHARDED),
     "shape-mismatch": take(nn.Linear(3, 2), LINEAR.state_dict()),
     "keys-differ": take(LINEAR, {"head.weight": torch.ones(1)}),
+    "one-rank": lambda: torch.load(
+        FIXTURES / "pieces" / "fsdp1_sharded_True_rank_0.pt", weights_only=False
+    ),
     "blocked-globals": load(saved({"x": Gone()})),
     "missing-module": load(of_missing_module(), weights_only=False),
     "windows-path": pathlib.WindowsPath if os.name == "posix" else pathlib.PosixPath,

@@ -7,6 +7,8 @@ import contextlib
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -565,6 +567,21 @@ def test_a_value_in_the_place_of_a_piece_is_refused(folder: Path) -> None:
 
     edit(folder, change)
     refused(folder, "unsafe", r"'w': the piece at \[\d, 0\] is not a tensor")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs limits")
+def test_more_files_than_a_process_may_have_open_at_first_are_read(tmp_path: Path) -> None:
+    state = {f"w{n}": torch.full((40, 4), n) for n in range(120)}
+    save(tmp_path / "step", state, along(1, 2), single_file_per_rank=False)
+    few = "import resource, runpy, sys; hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]; "
+    few += "resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard)); "
+    few += "sys.argv = ['ckptfix', 'convert', 'step', 'whole.pt']; "
+    few += "runpy.run_module('ckptfix', run_name='__main__')"
+    ran = subprocess.run(
+        [sys.executable, "-c", few], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert same(torch.load(tmp_path / "whole.pt"), state)
 
 
 def test_many_items_take_no_longer_than_they_are_many(tmp_path: Path) -> None:
