@@ -26,6 +26,11 @@ class Spec(NamedTuple):
     """Empty for what torch calls strided, which nearly every tensor is; otherwise what it is:
     `sparse_coo`, `quantized`, `meta`, `numpy array`, the name of a class."""
 
+    def as_dict(self) -> dict[str, object]:
+        """The same for JSON; a kind is said only of what is not dense."""
+        told: dict[str, object] = {"shape": self.shape, "dtype": self.dtype}
+        return {**told, "kind": self.kind} if self.kind else told
+
     @property
     def numel(self) -> int:
         """Number of elements."""
@@ -65,7 +70,8 @@ class Report:
     target_numel: int
     """Elements that the target wants."""
     random_numel: int
-    """Elements of missing parameters: `strict=False` would leave them as they were initialised."""
+    """Elements of parameters that are missing, which `strict=False` would leave as they were
+    initialised, or of another shape or kind, which it refuses. Buffers do not count."""
     kind_mismatch: list[Difference] = field(default_factory=list)
     """Keys that are in both, of kinds that torch does not copy into one another: sparse ones into
     dense ones, or tensors without bytes. It refuses them with `strict=False` too."""

@@ -190,7 +190,7 @@ def _draw_sound(console: Console, document: Document, found: list[Finding]) -> N
 def _data(state: StateDict, wanted: Target, report: Report, cure: Remedy | None) -> dict[str, Any]:
     def rows(differences: list[Difference]) -> list[dict[str, Any]]:
         return [
-            {"key": row.key, "found": row.found._asdict(), "wanted": row.wanted._asdict()}
+            {"key": row.key, "found": row.found.as_dict(), "wanted": row.wanted.as_dict()}
             for row in differences
         ]
 

@@ -122,11 +122,11 @@ def _data(state: StateDiff) -> dict[str, Any]:
 
 
 def _listed(specs: dict[str, Spec]) -> list[dict[str, Any]]:
-    return [{"key": key, **spec._asdict()} for key, spec in specs.items()]
+    return [{"key": key, **spec.as_dict()} for key, spec in specs.items()]
 
 
 def _pair(row: Difference) -> dict[str, Any]:
-    return {"key": row.key, "a": row.found._asdict(), "b": row.wanted._asdict()}
+    return {"key": row.key, "a": row.found.as_dict(), "b": row.wanted.as_dict()}
 
 
 def _value(row: ValueDifference) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def compare(
         shapes,
         [Difference(key, found[key], wanted[key]) for key in matched if _casts(key, found, wanted)],
         _numel(wanted, wanted),
-        _numel(wanted, set(missing).difference(kept)),
+        _numel(wanted, {*missing, *refused}.difference(buffers)),
         kinds,
         kept,
         absent_numel=_numel(wanted, (*missing, *refused)),
@@ -174,8 +174,8 @@ class _Judge:
             listed = self._asked(mapping, listed)
         tied = _ties_to_make(listed.missing, self._wanted.ties, mapping)
         if tied:  # they get the values of the key that is there
-            absent = set(listed.missing).difference(listed.buffers, tied)
-            listed = replace(listed, random_numel=_numel(self._specs, absent))
+            tied_numel = _numel(self._specs, set(tied).difference(listed.buffers))
+            listed = replace(listed, random_numel=listed.random_numel - tied_numel)
         if listed.fits:
             listed = replace(listed, refusals=list(self._torn(mapping)))
         return listed
@@ -212,7 +212,7 @@ class _Judge:
         loads = not said.refusal
         shapes = [] if loads else [row for row in listed.shape_mismatch if row.key in said.refusal]
         refused = {row.key for row in (*shapes, *listed.kind_mismatch)}
-        parameters = set(said.missing).difference(self._wanted.buffers)
+        parameters = {*said.missing, *refused}.difference(self._wanted.buffers)
         explained = said.missing or said.unexpected or refused
         return replace(
             listed,
