@@ -80,6 +80,11 @@ CODES: dict[str, Meaning] = {
         "`torch.load` does not take the checkpoint as it is packed",
         "`ckptfix convert` packs it as torch does",
     ),
+    "old-container": Meaning(
+        _WARNING,
+        "`torch.load` does not take the container by default",
+        "`ckptfix convert` packs it as torch does today",
+    ),
     "view-bloat": Meaning(
         _WARNING,
         "storages are larger than the tensors that use them",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def diagnose(document: Document) -> list[Finding]:
     """Everything that ckptfix notices about a document, without a target to hold it against."""
     states = of_models(find(document.root))
-    findings = [*document.notes, *_containers(document), *_devices(document)]
+    findings = [*_noted(document), *_containers(document), *_devices(document)]
     for state in states:
         framework = framework_of(state.mapping)
         if framework is not None:
@@ -45,7 +45,19 @@ def diagnose(document: Document) -> list[Finding]:
     return findings
 
 
+def _noted(document: Document) -> Iterator[Finding]:
+    """What was noticed while reading; where writing the document anew repairs it, the command."""
+    anew = command("convert", document.name, beside(document, "repacked"))
+    for note in document.notes:
+        yield note._replace(command=anew) if note.code in _ANEW else note
+
+
+_ANEW = frozenset({"container-refused", "old-container", "hidden-call", "left-on-stack"})
+
+
 def _containers(document: Document) -> Iterator[Finding]:
+    if any(note.code == "container-refused" for note in document.notes):
+        return  # its name is that of what lies around it
     extension = PurePath(document.name).suffix.lower()
     is_safetensors = document.container == "safetensors"
     if is_sharded(document):

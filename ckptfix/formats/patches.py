@@ -62,7 +62,9 @@ def _torch_zip(document: Document, source: Source, storages: Iterable[Storage]) 
     archive = zips.read(source)
     folder = f"{document.archive}/" if document.archive else ""
     name = f"{folder}data.pkl"
-    entry = next(entry for entry in archive.entries if entry.name == name)
+    entry = next((entry for entry in archive.entries if entry.name == name), None)
+    if entry is None:
+        raise InPlaceError(document.name, "its records lie in another folder than torch's do")
     if entry.method != STORED:
         raise InPlaceError(document.name, "its pickle is compressed")
     _check_records(document, archive, folder, storages)

@@ -70,7 +70,8 @@ def _read(
         raise UnsafeError(
             f"is a pickle of {source.size} bytes, more than are read", where=source.name
         )
-    notes: list[Finding] = []
+    refused = "it is a pickle without a container, which torch.load refuses"
+    notes = [Finding("container-refused", refused)]
     root, end = pickles.read(
         torch_legacy.mapped(source),
         _refuse,

@@ -104,12 +104,20 @@ def read(source: Source, reading: Reading) -> Document:
     Raises `ReadError` and its kin: not a checkpoint, damaged, unsafe or unsupported.
     """
     among: tuple[str, ...] = ORDER
+    outer, packed = source, []
     while (name := recognised(source, reading, among)) in WRAPPINGS:
         among = tuple(other for other in among if other != name and other not in ALONE)
+        packed.append(_module(name).NAME)
         source = _module(name).unpack(source, reading)
     if isinstance(reading, Salvage):
-        return _module(name).salvage(source, reading)
-    return _module(name).read(source, reading.limits)
+        document = _module(name).salvage(source, reading)
+    else:
+        document = _module(name).read(source, reading.limits)
+    if not packed:
+        return document
+    message = f"it is packed with {' and '.join(packed)}, which torch.load does not unpack"
+    notes = (Finding("container-refused", message), *document.notes)
+    return replace(document, name=outer.name, notes=notes)
 
 
 def recognised(source: Source, reading: Reading, among: Iterable[str] = ORDER) -> str:

@@ -23,6 +23,7 @@ from ckptfix import pickles
 from ckptfix.bytes.source import Reader
 from ckptfix.bytes.span import Span
 from ckptfix.errors import DamagedError, NotACheckpointError, UnsupportedError
+from ckptfix.findings import Finding
 from ckptfix.formats import torch_legacy
 from ckptfix.formats.reading import Reading
 from ckptfix.formats.torch_zip import parse_persistent_id
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ckptfix.bytes.source import Source
-    from ckptfix.findings import Finding
     from ckptfix.formats.reading import Salvage
     from ckptfix.pickles.machine import Data
     from ckptfix.pickles.torch_objects import Arguments
@@ -104,7 +104,8 @@ def salvage(source: Source, found: Salvage) -> Document:
 def _read(source: Source, found: Mapping[str, Span], reading: Reading) -> Document:
     if not is_checkpoint(found):
         raise NotACheckpointError("is a tar archive, and not a checkpoint", where=source.name)
-    notes: list[Finding] = []
+    refused = "torch.load refuses the container of 2017, unless weights_only=False is given"
+    notes = [Finding("old-container", refused)]
     objects = _Objects(found, reading, notes)
     root, _ = pickles.read(
         found["pickle"].read(),

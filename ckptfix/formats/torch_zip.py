@@ -45,6 +45,7 @@ from ckptfix.limits import DEFAULT, Limits
 from ckptfix.tree import compare
 from ckptfix.tree.document import Document, Global, Node, Storage
 from ckptfix.tree.dtypes import BY_STORAGE
+from ckptfix.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -53,10 +54,12 @@ if TYPE_CHECKING:
     from ckptfix.bytes.source import Source
     from ckptfix.bytes.span import Span
     from ckptfix.formats.reading import Salvage
+    from ckptfix.formats.zip.archive import Archive
     from ckptfix.tree.dtypes import DType
 
 NAME = TORCH_ZIP.name
 
+_PICKLE = "data.pkl"
 OWN = {
     "data.pkl", "byteorder", "version", ".format_version", ".storage_alignment",
     ".data/serialization_id",
@@ -76,10 +79,60 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
     if not any(span.crc for span in records.values() if span.length):
         notes.append(Finding("no-checksums", "the archive was saved without checksums"))
         records = {name: span.unchecked() for name, span in records.items()}
+    refused = _refusal(archive)
+    if refused is not None:
+        notes.append(Finding("container-refused", refused))
     if source.size > archive.end:
         surplus = source.size - archive.end
         notes.append(Finding("trailing-bytes", f"{surplus} bytes follow the end of the archive"))
     return from_records(records, source.name, source.size, Reading(limits), tuple(notes))
+
+
+def _refusal(archive: Archive) -> str | None:
+    """Why torch's reader does not take an archive; None where it does.
+
+    It takes the folder from the first record of the directory, finds every record in it, whatever
+    the case of its letters, and a version that it knows.
+    """
+    if not archive.entries:
+        return None
+    names = [entry.name for entry in archive.entries]
+    first = min(archive.entries, key=lambda entry: entry.place).name
+    folder = first[: first.find("/") + 1]
+    if not folder:
+        return f"its record {first!r} lies in no folder: torch.load refuses the archive"
+    outside = [name for name in names if not name.startswith(folder)]
+    if outside:
+        junk = ", packed by macOS, and left out" if _is_junk(outside[0]) or _is_junk(first) else ""
+        what = f"{listed(outside, 1)} outside of its first folder, {folder!r}{junk}"
+        return f"it holds {what}: torch.load refuses the archive"
+    if _record(archive, folder + _PICKLE) is None:
+        return f"its first folder, {folder!r}, holds no {_PICKLE}: torch.load refuses the archive"
+    version = _record(archive, f"{folder}.data/version") or _record(archive, f"{folder}version")
+    if version is None:
+        return "it holds no record 'version': torch.load refuses the archive"
+    if not _is_known(version):
+        return "torch.load does not know the version that it states, and refuses the archive"
+    return None
+
+
+def _record(archive: Archive, wanted: str) -> Span | None:
+    """A record, by its name in letters of any case."""
+    if wanted in archive.spans or not wanted.endswith("version"):
+        return archive.spans.get(wanted)
+    found = (span for name, span in archive.spans.items() if name.lower() == wanted.lower())
+    return next(found, None)
+
+
+def _is_known(version: Span) -> bool:
+    """Whether torch reads archives of such a version: 1 to 10, as C reads numbers."""
+    number = re.match(rb"\s*\+?(\d{1,9})", version.slice(0, min(version.length, 32)).read())
+    return number is not None and 1 <= int(number[1]) <= 10
+
+
+def _is_junk(record: str) -> bool:
+    """Whether a record is no part of an archive, but what macOS packs beside its files."""
+    return record.startswith("__MACOSX/")
 
 
 def salvage(source: Source, found: Salvage) -> Document:
@@ -107,6 +160,7 @@ def from_records(
 
     A storage whose record is absent or short is for `reading` to refuse or to note.
     """
+    records = {record: span for record, span in records.items() if not _is_junk(record)}
     if not any(record.endswith("data.pkl") for record in records):
         from ckptfix.formats import script_json
 
@@ -145,7 +199,7 @@ def from_records(
         size,
         _byteorder(records, folder, name),
         extras=extras,
-        archive=folder.rstrip("/"),
+        archive=folder.rstrip("/").rpartition("/")[2],
         notes=notes,
         constants=_constants(records, folder, name, limits),
     )
@@ -170,19 +224,30 @@ def _constants(records: Mapping[str, Span], folder: str, name: str, limits: Limi
 
 
 def _folder(records: Mapping[str, Span], name: str) -> str:
-    """The folder of the records, with its slash; empty where the archive was packed without it."""
-    first = next(iter(records), "")
-    folder = first[: first.find("/") + 1]
-    if f"{folder}data.pkl" in records:
-        return folder
-    found = [record for record in records if re.fullmatch(r"([^/]+/)?data\.pkl", record)]
-    if len(found) != 1:
-        raise NotACheckpointError(
-            "is a zip archive without a checkpoint (no data.pkl in it)",
+    """The folder of the records, with its slash; empty where the archive was packed without it.
+
+    What lies inside of it is its own, another `data.pkl` too.
+    """
+    folders: list[str] = []
+    for record in sorted(records):
+        folder, _, base = record.rpartition("/")
+        within = record.removesuffix(base)
+        if base == _PICKLE and not (folders and within.startswith(folders[-1])):
+            folders.append(within)
+    if len(folders) == 1:
+        return folders[0]
+    if folders:
+        raise ReadError(
+            f"is a zip archive of {len(folders)} checkpoints ({listed(folders)})",
             where=name,
-            hint=Hint("see what it holds", shell("unzip", "-l", files=[name])),
+            hint=Hint("unpack it, and give one of them", shell("unzip", files=[name])),
+            code="several-checkpoints",
         )
-    return found[0].removesuffix("data.pkl")
+    raise NotACheckpointError(
+        "is a zip archive without a checkpoint (no data.pkl in it)",
+        where=name,
+        hint=Hint("see what it holds", shell("unzip", "-l", files=[name])),
+    )
 
 
 def _byteorder(records: Mapping[str, Span], folder: str, name: str) -> Literal["little", "big"]:
