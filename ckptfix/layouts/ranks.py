@@ -74,8 +74,10 @@ def of_folder(folder: Place, reading: Reading) -> Document | None:
         found = _RANK.fullmatch(name)
         if found and name.lower().endswith(_EXTENSIONS):
             families.setdefault(Family(found["head"], found["tail"]), []).append(name)
-    named = [family for family in families if "model" in family.head.lower()]
-    meant = named if len(families) > 1 and len(named) == 1 else list(families)
+    most = max(map(len, families.values()), default=0)
+    meant = [family for family, names in families.items() if len(names) == most]
+    if len(meant) > 1:
+        meant = [family for family in meant if "model" in family.head.lower()]
     if len(meant) != 1:
         return None
     place = folder.below(families[meant[0]][0])
