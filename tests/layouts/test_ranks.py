@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import ckptfix
+from ckptfix import door
 from ckptfix.bytes.place import Place
 from ckptfix.bytes.source import BytesSource
 from ckptfix.bytes.span import Span
@@ -312,6 +313,36 @@ def test_what_is_whole_is_recovered(folder: Path) -> None:
     assert {"number", "same.everywhere", "plain", "epoch"} <= set(found)
     assert "rows" not in found
     assert same(dict(found), {key: known[key] for key in found})
+
+
+def edited(path: Path, change: Any) -> None:
+    """Write a rank's file anew with another tree."""
+    document = table.read_place(Place(path), Reading())
+    changed = replace(document, root=change(document.root))
+    path.unlink()
+    table.write_place(changed, Place(path), table.TORCH_ZIP)
+
+
+def test_pieces_inside_of_tuples_are_refused(folder: Path) -> None:
+    for rank in range(4):
+        path = folder / f"model_world_size_4_rank_{rank}.pt"
+        edited(path, lambda root: {**root, "pair": (1, root["rows"])})
+    refused(path, "unsupported", "holds tensors in pieces inside of tuples or objects")
+
+
+def test_a_deep_tree_of_ranks_takes_no_longer_than_it_is_deep(folder: Path) -> None:
+    def deep(root: Any) -> Any:
+        inner: Any = [7]
+        for _ in range(20_000):
+            inner = {"a key that is long enough for its path to be of many megabytes": inner}
+        return {**root, "deep": inner}
+
+    for rank in range(4):
+        edited(folder / f"model_world_size_4_rank_{rank}.pt", deep)
+    found = door.read(folder).root["deep"]
+    for _ in range(20_000):
+        (found,) = found.values()
+    assert found == [7]
 
 
 # --- flat parameters
