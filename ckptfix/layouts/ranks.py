@@ -36,6 +36,8 @@ NAME = "files of ranks"
 _RANK = re.compile(r"(?P<head>.*rank[_-]?)(?P<rank>\d+)(?P<tail>\D*)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?P<head>.*?)(?P<rank>\d+)(?P<tail>\.[^.\d]+)")
 _FLAT = "flat_param"
+_LONGEST = 1000
+"""Characters of a path; what lies deeper goes by the path of what holds it."""
 _EXTENSIONS = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -74,8 +76,10 @@ def of_folder(folder: Place, reading: Reading) -> Document | None:
         found = _RANK.fullmatch(name)
         if found and name.lower().endswith(_EXTENSIONS):
             families.setdefault(Family(found["head"], found["tail"]), []).append(name)
-    named = [family for family in families if "model" in family.head.lower()]
-    meant = named if len(families) > 1 and len(named) == 1 else list(families)
+    most = max(map(len, families.values()), default=0)
+    meant = [family for family, names in families.items() if len(names) == most]
+    if len(meant) > 1:
+        meant = [family for family in meant if "model" in family.head.lower()]
     if len(meant) != 1:
         return None
     place = folder.below(families[meant[0]][0])
@@ -135,6 +139,8 @@ class _Ranks:
         if any(other.byteorder != first.byteorder for other in others):
             raise UnsupportedError("its files differ in byte order", where=self.name)
         root = self._merged({rank: one.root for rank, one in self.documents.items()})
+        if piece_in(root) is not None:  # what is taken as it is was not looked into
+            raise self._inside()
         notes = dict.fromkeys(note for one in self.documents.values() for note in one.notes)
         if self.differing:
             paths = ", ".join(self.differing)
@@ -176,7 +182,8 @@ class _Ranks:
             first = next(iter(nodes.values()))
             if made is first:
                 continue
-            pending += reversed(list(self._below(path, nodes, made)))
+            short = path if len(path) < _LONGEST else path[:_LONGEST]
+            pending += reversed(list(self._below(short, nodes, made)))
         return box[0]
 
     def _below(self, path: str, nodes: dict[int | None, Node], made: Node) -> Iterator[Node]:
@@ -210,7 +217,6 @@ class _Ranks:
         flat = self._from_flat(path, nodes) if self.flat else None
         if flat is not None:
             return flat
-        self._check_plain(path, first)
         self._check_equal(path, nodes)
         return first
 
@@ -296,15 +302,12 @@ class _Ranks:
             code="piece-missing",
         )
 
-    def _check_plain(self, path: str, node: Node) -> None:
-        """Refuse pieces that stand in what is taken as it is."""
-        if type(node) in (tuple, Inert) and piece_in(node) is not None:
-            raise UnsupportedError(
-                f"{path.removeprefix('/')} holds tensors in pieces inside of a "
-                f"{node.cls if isinstance(node, Inert) else 'tuple'}",
-                where=self.name,
-                hint="save its state dict",
-            )
+    def _inside(self) -> UnsupportedError:
+        return UnsupportedError(
+            "holds tensors in pieces inside of tuples or objects",
+            where=self.name,
+            hint="save its state dict instead",
+        )
 
     def _check_equal(self, path: str, nodes: dict[int | None, Node]) -> None:
         """Refuse values that differ among the ranks, but for states of random number generators."""
@@ -315,6 +318,8 @@ class _Ranks:
             if "rng" in path.lower():
                 self.differing.append(path.removeprefix("/"))
                 return
+            if piece_in(first) is not None:
+                raise self._inside()
             raise UnsafeError(
                 f"{path.removeprefix('/')} differs in the files of ranks {rank} and {other}",
                 where=self.name,

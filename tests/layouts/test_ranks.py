@@ -5,18 +5,30 @@ The committed files are of four ranks; the slow tests make those of 2, 3, 4 and 
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import ckptfix
+from ckptfix import door
+from ckptfix.bytes.place import Place
+from ckptfix.bytes.source import BytesSource
+from ckptfix.bytes.span import Span
 from ckptfix.errors import CkptfixError, UnsupportedError
+from ckptfix.formats import table
+from ckptfix.formats.reading import Reading
+from ckptfix.tree.document import Inert, Node, Storage, Tensor, contiguous_stride
+from ckptfix.tree.dtypes import BY_NAME
+from ckptfix.tree.rebuild import rebuild
 from tests.conftest import FIXTURES
 from tests.dcp_folders import as_dicts, consolidated, same
 from tests.sharded import ckptfix_command, done
@@ -138,6 +150,53 @@ def test_a_folder_of_ranks_becomes_one_file(folder: Path) -> None:
     done("convert", "model_world_size_4_rank_2.pt", "out.safetensors", cwd=folder)
 
 
+def test_the_folder_is_still_known_once_something_was_made_of_it(folder: Path) -> None:
+    done("fix", "model_world_size_4_rank_0.pt", "model_world_size_4_rank_0.fixed.pt", cwd=folder)
+    shutil.copy(folder / "model_world_size_4_rank_1.pt", folder / "optim_world_size_4_rank_1.pt")
+    assert same(ckptfix.load(folder), whole(FIXTURES / "pieces", "whole.pt"))
+
+
+# --- as older versions of torch pickle them
+
+
+def older(path: Path, out: Path) -> None:
+    """Write a rank's file with its meshes as torch 2.8 has them: a tensor of ranks."""
+    document = table.read_place(Place(path), Reading())
+
+    def change(node: Node) -> Node:
+        if isinstance(node, Inert) and str(node.function).endswith(".DeviceMesh"):
+            shape = tuple(axis.state["shape"][0] for axis in node.state["_layout"].state["axes"])
+            ranks = struct.pack(f"<{math.prod(shape)}q", *range(math.prod(shape)))
+            span = Span(BytesSource(ranks), 0, len(ranks))
+            storage = Storage(BY_NAME["int64"], math.prod(shape), "cpu", (span,))
+            mesh = Tensor(storage, storage.dtype, shape, contiguous_stride(shape))
+            state = {
+                "device_type": "cpu",
+                "mesh": mesh,
+                "mesh_dim_names": node.state["_mesh_dim_names"],
+                "_coordinate_on_dim": node.state["_coordinate_on_dim"],
+            }
+            return replace(node, state=state)
+        if isinstance(node, Inert) and str(node.function).endswith(".DTensorSpec"):
+            fields = ("mesh", "placements", "tensor_meta")
+            return replace(node, state={key: node.state[key] for key in fields})
+        return node
+
+    root = rebuild(document.root, change)
+    table.write_place(replace(document, root=root), Place(out), table.TORCH_ZIP)
+
+
+@pytest.mark.parametrize("stem", ["tensors", "strided"])
+def test_meshes_of_older_versions_are_read(tmp_path: Path, stem: str) -> None:
+    for rank in range(4):
+        name = f"{stem}_rank_{rank}.pt"
+        older(FIXTURES / "pieces" / name, tmp_path / name)
+    known = "whole.pt" if stem == "tensors" else f"{stem}_whole.pt"
+    assert same(ckptfix.load(tmp_path), whole(FIXTURES / "pieces", known))
+    (tmp_path / f"{stem}_rank_0.pt").rename(tmp_path / "alone.pt")
+    refused(tmp_path / "alone.pt", "piece-missing", "files of 3 of 4 ranks are not there: 1, 2, 3")
+
+
 @pytest.mark.parametrize("rank", range(4))
 def test_a_rank_that_is_not_there_is_named(folder: Path, rank: int) -> None:
     (folder / f"model_world_size_4_rank_{rank}.pt").unlink()
@@ -254,6 +313,36 @@ def test_what_is_whole_is_recovered(folder: Path) -> None:
     assert {"number", "same.everywhere", "plain", "epoch"} <= set(found)
     assert "rows" not in found
     assert same(dict(found), {key: known[key] for key in found})
+
+
+def edited(path: Path, change: Any) -> None:
+    """Write a rank's file anew with another tree."""
+    document = table.read_place(Place(path), Reading())
+    changed = replace(document, root=change(document.root))
+    path.unlink()
+    table.write_place(changed, Place(path), table.TORCH_ZIP)
+
+
+def test_pieces_inside_of_tuples_are_refused(folder: Path) -> None:
+    for rank in range(4):
+        path = folder / f"model_world_size_4_rank_{rank}.pt"
+        edited(path, lambda root: {**root, "pair": (1, root["rows"])})
+    refused(path, "unsupported", "holds tensors in pieces inside of tuples or objects")
+
+
+def test_a_deep_tree_of_ranks_takes_no_longer_than_it_is_deep(folder: Path) -> None:
+    def deep(root: Any) -> Any:
+        inner: Any = [7]
+        for _ in range(20_000):
+            inner = {"a key that is long enough for its path to be of many megabytes": inner}
+        return {**root, "deep": inner}
+
+    for rank in range(4):
+        edited(folder / f"model_world_size_4_rank_{rank}.pt", deep)
+    found = door.read(folder).root["deep"]
+    for _ in range(20_000):
+        (found,) = found.values()
+    assert found == [7]
 
 
 # --- flat parameters
