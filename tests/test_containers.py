@@ -139,7 +139,7 @@ def in_a_tar(path: Path, mode: Any) -> None:
         archive.add(__file__, "run/README")
 
 
-PACKED: dict[str, Callable[[Path], None]] = {
+PACKED: dict[str, Callable[[Path], object]] = {
     "x.tar": lambda path: in_a_tar(path, "w"),
     "x.tar.gz": lambda path: in_a_tar(path, "w:gz"),
     "tar.pt": lambda path: in_a_tar(path, "w"),

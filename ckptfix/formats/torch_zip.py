@@ -230,7 +230,7 @@ def _folder(records: Mapping[str, Span], name: str) -> str:
     """
     folders: list[str] = []
     for record in sorted(records):
-        folder, _, base = record.rpartition("/")
+        _, _, base = record.rpartition("/")
         within = record.removesuffix(base)
         if base == _PICKLE and not (folders and within.startswith(folders[-1])):
             folders.append(within)
