@@ -112,11 +112,13 @@ class Output(NamedTuple):
         progress: Progress | None = None,
         max_shard_size: int | None = None,
         verify: bool = False,
+        share: bool = True,
     ) -> Checked:
         """Write a document, whole or not at all; its names are read back before it gets its own.
 
         A folder is written in files of at most `max_shard_size` bytes of tensors each (5 GB if that
-        is not given). With `verify` every byte is read back. Returns what is known of the bytes.
+        is not given). With `verify` every byte is read back; without `share` the input's blocks are
+        never shared. Returns what is known of the bytes.
         Raises `DamagedError` where the input is damaged, `WriteError` and its kin,
         `UnsupportedError` for what the container cannot hold.
         """
@@ -124,7 +126,13 @@ class Output(NamedTuple):
         try:
             if not self.is_folder:
                 return write_place(
-                    document, place, self.container, force=force, progress=progress, verify=verify
+                    document,
+                    place,
+                    self.container,
+                    force=force,
+                    progress=progress,
+                    verify=verify,
+                    share=share,
                 )
             from ckptfix.layouts import shard_writer
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ckptfix import door
 from ckptfix.contents.specs import spec
 from ckptfix.contents.state_dicts import choose
+from ckptfix.contents.tensors import is_special_tensor, special_class
 from ckptfix.diagnose import damage
 from ckptfix.edit import averages, edits
 from ckptfix.errors import UnsupportedError
@@ -183,7 +184,7 @@ def _materializer(document: Document, map_location: MapLocation) -> materialize.
 def _loaded(
     document: Document, mapping: dict[str, Node], map_location: MapLocation, verify: bool
 ) -> OrderedDict[str, Any]:
-    kinds = {key: kind for key, node in mapping.items() if (kind := spec(node, repaired=True).kind)}
+    kinds = {key: kind for key, node in mapping.items() if (kind := _kind(node))}
     for key, kind in kinds.items():
         if kind == META:
             raise UnsupportedError(
@@ -202,6 +203,14 @@ def _loaded(
                 hint="load it with torch.load, and give that to ckptfix.strip_prefix",
             )
     return made if isinstance(made, OrderedDict) else OrderedDict(made)
+
+
+def _kind(node: Node) -> str:
+    """What a tensor is that is not dense; empty for a dense one, and for what is none."""
+    found = spec(node, repaired=True).kind
+    if not found and isinstance(node, Inert) and is_special_tensor(node):
+        return special_class(node)
+    return found
 
 
 # --- plain dicts

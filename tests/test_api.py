@@ -76,7 +76,8 @@ def test_each_edit_gives_another_checkpoint_and_none_changes_the_first():
 
 def test_select_takes_one_name_or_several(tmp_path: Path):
     wrapped = nn.DataParallel(FooNet(2, 1)).state_dict()
-    torch.save({"a": wrapped, "b": dict(wrapped), "c": dict(wrapped)}, tmp_path / "in.pt")
+    copies = [{key: value.clone() for key, value in wrapped.items()} for _ in range(2)]
+    torch.save({"a": wrapped, "b": copies[0], "c": copies[1]}, tmp_path / "in.pt")
     opened = ckptfix.open(tmp_path / "in.pt")
 
     def changed(checkpoint: ckptfix.Checkpoint) -> list[str]:

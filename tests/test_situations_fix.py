@@ -676,7 +676,8 @@ def test_twins_are_refused_and_the_hint_decides_for_one() -> None:
 def test_twins_that_come_equally_near_are_refused_without_strict_too() -> None:
     state = Net().state_dict()
     del state["norm.bias"]
-    torch.save({"a": state, "b": dict(state)}, "in.pt")
+    copied = {key: value.clone() for key, value in state.items()}
+    torch.save({"a": state, "b": copied}, "in.pt")
     refuses(KeyMismatchError, "lacks norm.bias", Net())
     with pytest.raises(SelectionError, match="2 state dicts come equally near Net: a, b"):
         ckptfix.load_into(Net(), "in.pt", strict=False)

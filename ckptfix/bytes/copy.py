@@ -186,6 +186,10 @@ class Sink:
         if part.crc is None:
             self._pass(part, label, None)
             return
+        if part.length <= _SMALL and part.source.fileno() is not None:
+            if isal_zlib.crc32(self._small(part)) != part.crc:
+                raise wrong_sum(part, label)
+            return
         total = Sum(self._workers)
         self._pass(part, label, total)
         self._checks.append((label, part, total))
@@ -220,13 +224,9 @@ class Sink:
             self._result = "copied"
         descriptor = source.fileno()
         if descriptor is not None and span.length <= _SMALL:
-            if self._ahead is None or self._ahead.source is not source:
-                self._ahead = ReadAhead(source, _AHEAD)
-            data = self._ahead.read(span.offset, span.length)
-            self.write(data)
+            data = self._small(span)
             if total is not None:
                 total.add_data(data)
-            self._advance(span.length)
             return
         self.flush()
         summed = total is not None or self._written is not None
@@ -315,6 +315,17 @@ class Sink:
     def _advance(self, count: int) -> None:
         if self._progress is not None:
             self._progress(count)
+
+    def _small(self, span: Span) -> bytes:
+        """Copy a few bytes of a file, and give them."""
+        source = span.source
+        if self._ahead is None or self._ahead.source is not source:
+            self._note(source)
+            self._ahead = ReadAhead(source, _AHEAD)
+        data = self._ahead.read(span.offset, span.length)
+        self.write(data)
+        self._advance(span.length)
+        return data
 
     def _note(self, source: Source) -> None:
         """Keep a source and all below it, to be asked at the end whether all was right."""

@@ -130,7 +130,10 @@ class Workers:
         most = _PENDING * workers()
         while self._pending and (len(self._pending) >= most or self._pending[0][2].done()):
             self._finish_one()
-        made = self._pool.submit(work, item)
+        try:
+            made = self._pool.submit(work, item)
+        except RuntimeError:  # no thread can be started: then there is this one
+            made = _done(work, item)
         self._pending.append((item.length, progress, made))
         return made
 
@@ -149,6 +152,18 @@ class Workers:
         """Return once no worker does anything; what was not begun is left."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+def _done(work: Callable[[_Item], _Result], item: _Item) -> Future[_Result]:
+    """What a worker would have made."""
+    from concurrent.futures import Future
+
+    made: Future[_Result] = Future()
+    try:
+        made.set_result(work(item))
+    except Exception as error:  # noqa: BLE001 - raised where it is asked for, as a worker's is
+        made.set_exception(error)
+    return made
 
 
 class _Known(Generic[_Result]):

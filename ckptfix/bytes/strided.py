@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 from _thread import allocate_lock
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,9 +19,13 @@ if TYPE_CHECKING:
 
     Elements = NDArray[Any]
 
-HELD = 64 << 20
+HELD = 16 << 20
 """Bytes between the first and the last element up to which they are read at once, and held until
-the last one was given. What is larger is gathered over a memory map."""
+all were given. What is larger, and does not lie nearly together, is copied to an unnamed file and
+gathered over a memory map of that: one of the input would end the process if it is cut short."""
+
+_SPARSE, _NEAR = 4, 1 << 16
+"""Elements lie nearly together if they are spread over so many times their bytes, or so many."""
 
 
 class Layout(NamedTuple):
@@ -51,6 +54,7 @@ class StridedSource(Source):
         self._spans = spans
         self._layout = layout
         self._array: Elements | None = None
+        self._given = 0
         self._lock = allocate_lock()
 
     @property
@@ -71,29 +75,32 @@ class StridedSource(Source):
             return b""
         size = self._layout.itemsize
         first, last = offset // size, -(-(offset + length) // size)
-        data = b"".join(map(self._turned, _rows(self._elements(), first, last)))
-        if offset + length == self.size:
-            self._array = None
+        data = b"".join(map(self._turned, self._parts(first, last)))
         start = offset - first * size
         return data[start : start + length]
 
-    def _elements(self) -> Elements:
+    def _parts(self, first: int, last: int) -> Iterator[Elements]:
+        """Elements `first` to `last`, which is not one of them, as arrays in row-major order."""
+        shape, stride, offset, size, *_ = self._layout
+        if not shape:
+            yield _array(self._spans, self._layout)[first:last]
+            return
+        row = prod(shape[1:])
+        top, end = first // row, -(-last // row)
+        begin = offset + top * stride[0]
+        layout = self._layout._replace(shape=(end - top, *shape[1:]), offset=begin)
+        spread = _spread(layout) * size
+        if spread <= max(_SPARSE * (last - first) * size, _NEAR):
+            yield from _rows(_array(self._spans, layout), first - top * row, last - top * row)
+            return
         with self._lock:
             if self._array is None:
-                self._array = self._loaded()
-            return self._array
-
-    def _loaded(self) -> Elements:
-        import numpy as np
-
-        shape, stride, offset, size, *_ = self._layout
-        reach = sum((count - 1) * step for count, step in zip(shape, stride, strict=True))
-        held = _held(cut(self._spans, offset * size, (reach + 1) * size))
-        strides = [step * size for step in stride]
-        # copied as they are, so any type of that size will do
-        kind = np.dtype(f"u{size}" if size <= 8 else f"c{size}")
-        array: Elements = np.ndarray(shape, kind, *held, strides)
-        return array.reshape(1) if not shape else array
+                self._array = _array(self._spans, self._layout)
+            array = self._array
+            self._given += last - first
+            if self._given >= prod(shape):
+                self._array, self._given = None, 0
+        yield from _rows(array, first, last)
 
     def _turned(self, part: Elements) -> bytes:
         """Elements in row-major order, negated and turned round as the layout wants it."""
@@ -111,6 +118,25 @@ class StridedSource(Source):
         if neg:
             numbers ^= sign
         return numbers.tobytes()
+
+
+def _spread(layout: Layout) -> int:
+    """Elements from the first to the last."""
+    return 1 + sum(
+        (count - 1) * step for count, step in zip(layout.shape, layout.stride, strict=True)
+    )
+
+
+def _array(spans: Sequence[Span], layout: Layout) -> Elements:
+    import numpy as np
+
+    shape, stride, offset, size, *_ = layout
+    held = _held(cut(spans, offset * size, _spread(layout) * size))
+    strides = [step * size for step in stride]
+    # copied as they are, so any type of that size will do
+    kind = np.dtype(f"u{size}" if size <= 8 else f"c{size}")
+    array: Elements = np.ndarray(shape, kind, held, 0, strides)
+    return array.reshape(1) if not shape else array
 
 
 def _rows(array: Elements, first: int, last: int) -> Iterator[Elements]:
@@ -131,35 +157,25 @@ def _rows(array: Elements, first: int, last: int) -> Iterator[Elements]:
         yield from _rows(array[tail], 0, last - tail * row)
 
 
-def _held(spans: Sequence[Span]) -> tuple[Any, int]:
-    """The bytes of some spans in a row as a buffer, and where they begin in it."""
+def _held(spans: Sequence[Span]) -> Any:
+    """The bytes of some spans in a row, as a buffer."""
     length = sum(span.length for span in spans)
-    if length <= HELD:
-        data, position = bytearray(length), 0
-        for span in blocks(spans):
-            part = memoryview(data)[position : position + span.length]
-            span.source.readinto(span.offset, part)
-            position += span.length
-        return data, 0
-    whole = spans[0] if len(spans) == 1 else _together(spans, length)
-    descriptor = whole.source.fileno()
-    if descriptor is None:
-        whole = _together(spans, length)
-        descriptor = whole.source.fileno()
-        assert descriptor is not None
-    begin = whole.source.begin + whole.offset
-    start = begin - begin % mmap.ALLOCATIONGRANULARITY
-    if begin + length > os.fstat(descriptor).st_size:
-        raise too_short(whole.source.name, whole.offset, length)
-    size = begin + length - start
-    return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ, offset=start), begin - start
+    if length > HELD:
+        together = _together(spans, length)  # which a map of it outlives
+        return mmap.mmap(together.fileno(), length, access=mmap.ACCESS_READ)
+    data, position = bytearray(length), 0
+    for span in blocks(spans):
+        part = memoryview(data)[position : position + span.length]
+        span.source.readinto(span.offset, part)
+        position += span.length
+    return data
 
 
-def _together(spans: Sequence[Span], length: int) -> Span:
-    """Spans that lie apart, or in no file, in an unnamed file."""
+def _together(spans: Sequence[Span], length: int) -> UnpackedSource:
+    """Spans in an unnamed file."""
 
     def pieces() -> Iterator[bytes]:
         for block in blocks(spans):
             yield block.read()
 
-    return Span(UnpackedSource(pieces, length, spans[0].source.name), 0, length)
+    return UnpackedSource(pieces, length, spans[0].source.name)

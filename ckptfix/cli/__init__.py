@@ -112,6 +112,7 @@ group.help = _as_written(group.help)
 def main() -> NoReturn:
     """Run the command line and exit. Bad input ends in `error:` and `hint:`, not in a traceback."""
     output.start()
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start some, for nothing here
     code = _run(output.Form())
     gc.freeze()  # what is left ends with the process: not searched for garbage first
     sys.exit(code)

@@ -171,6 +171,7 @@ class Job:
                 progress=advance,
                 max_shard_size=self.max_shard_size,
                 verify=self.verify,
+                share=self.verb != "fix",  # what is called repaired was read
             )
 
     def _edit(self, document: Document, done: str, data: dict[str, Any]) -> int:

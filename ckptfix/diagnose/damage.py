@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from isal import isal_zlib
 
 from ckptfix.bytes.engine import blocks, check_crc, in_order, look, wrong_sum
-from ckptfix.bytes.source import everything
+from ckptfix.bytes.source import FileSource, everything
 from ckptfix.bytes.span import Span, cut
 from ckptfix.bytes.sums import joined
 from ckptfix.contents.labels import label
@@ -65,15 +65,16 @@ def read_data(document: Document, progress: Progress | None = None) -> Reading:
         kind = floats.part(tensor.dtype)
         if kind is not None and tensor.numel:
             kinds.setdefault(id(tensor.storage), set()).add(kind)
-    damaged, finite = [], set()
+    damaged, finite, verified = [], set(), 0
     for storage, seen in zip(held, _seen(held, kinds, document, progress), strict=True):
         if not seen.is_sound:
             damaged.append(seen.damage(document.root, storage).message)
-        elif seen.is_finite:
+            continue
+        verified += all(map(_is_checked, storage.spans))
+        if seen.is_finite:
             finite.add(id(storage))
-    verified = sum(all(map(_is_checked, storage.spans)) for storage in held)
-    verified -= len(damaged)
     unverified = len(held) - verified - len(damaged)
+    _check_unchanged(held)
     damaged += [error.message for error in _wrong_records(document)]
     nan: dict[str, int] = {}
     inf: dict[str, int] = {}
@@ -88,6 +89,15 @@ def read_data(document: Document, progress: Progress | None = None) -> Reading:
 def _is_checked(span: Span) -> bool:
     """Whether the bytes of a span have a checksum on record, or belong to some that have."""
     return span.crc is not None or span.source.is_checked
+
+
+def _check_unchanged(held: Iterable[Storage]) -> None:
+    """Raise `ReadError` where a file was written to while it was read."""
+    sources = {id(span.source): span.source for storage in held for span in storage.spans}
+    files = {id(one): one for source in sources.values() for one in everything(source)}
+    for one in files.values():
+        if isinstance(one, FileSource):
+            one.check()
 
 
 def check_sums(document: Document) -> None:
@@ -248,7 +258,7 @@ def _count(tensor: Tensor, byteorder: str) -> tuple[int, int]:
     begin = tensor.offset * tensor.dtype.itemsize
     spans = cut(tensor.storage.spans, begin, tensor.nbytes)
     if not tensor.is_contiguous or len(spans) > 1:
-        spans = (gathered(tensor),)
+        spans, byteorder = (gathered(tensor, byteorder),), "little"
 
     def counted(block: Span) -> tuple[int, int]:
         return floats.count(floats.words(look(block), _size(kind), byteorder), kind)

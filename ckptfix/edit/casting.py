@@ -198,6 +198,8 @@ def cast(document: Document, states: Iterable[StateDict], dtype: DType) -> Docum
 
     Nothing is decoded yet: `casts` says what was lost, once the document is written.
     """
+    import numpy as np  # noqa: F401 - now, and not while an output is half written
+
     states = list(states)
     groups: dict[tuple[int, DType], list[_User]] = {}
     for user in _users(states):
@@ -266,26 +268,50 @@ def _users(states: Iterable[StateDict]) -> Iterable[_User]:
 def _cast_storage(users: list[_User], dtype: DType, byteorder: str) -> dict[int, Tensor]:
     """What becomes of each of the tensors, by id: all of one storage, and of one dtype."""
     tensors = {id(user.tensor): user.tensor for user in users}
-    storage = checked(users[0].tensor.storage)
+    storage = users[0].tensor.storage
+    storage = checked(storage, f"storage {storage.key!r} ({users[0].keys[0]})")
     new = Storage(dtype, 0, storage.device, (), storage.key)
     made = {name: replace(t, storage=new, dtype=dtype, offset=0) for name, t in tensors.items()}
     for segment in segments(tensors.values()):
-        dense = byteorder == "little" and is_sparse(segment)
+        negated = dtype.itemsize == 1 and _is_negated(segment, users, byteorder)
+        dense = negated or (byteorder == "little" and is_sparse(segment))
         for tensor in segment.tensors:
             within = tensor.offset - segment.begin // tensor.dtype.itemsize
             made[id(tensor)].offset = new.numel + (0 if dense else within)
             if dense:
                 made[id(tensor)].stride = contiguous_stride(tensor.shape)
-        spans = _bytes_of(segment, storage, dense=dense)
+            if negated:
+                made[id(tensor)].metadata = None
+        spans = _bytes_of(segment, storage, dense=dense, negated=negated)
         source = CastSource(spans, _described(segment, users, spans, dtype), byteorder)
         new.spans += (Span(source, 0, source.size),)
         new.numel += source.cast.numel
     return made
 
 
-def _bytes_of(segment: Segment, storage: Storage, *, dense: bool) -> tuple[Span, ...]:
+def _is_negated(segment: Segment, users: list[_User], byteorder: str) -> bool:
+    """Whether a segment is one tensor that torch negates as it is read, which no float8 can be.
+
+    Raises `UnsupportedError` where others lie in the segment too.
+    """
+    bits = (tensor.metadata for tensor in segment.tensors)
+    if not any(isinstance(one, dict) and one.get("neg") for one in bits):
+        return False
+    if len(segment.tensors) > 1 or byteorder != "little":
+        raise UnsupportedError(
+            "is a negated view of what has other names too, and float8 has none",
+            where=users[0].keys[0],
+            hint="save x.resolve_neg() of it in torch first",
+        )
+    return True
+
+
+def _bytes_of(
+    segment: Segment, storage: Storage, *, dense: bool, negated: bool
+) -> tuple[Span, ...]:
     if dense:
-        return (gathered(replace(segment.tensors[0], storage=storage, metadata=None)),)
+        first = replace(segment.tensors[0], storage=storage)
+        return (gathered(first if negated else replace(first, metadata=None)),)
     return cut(storage.spans, segment.begin, segment.end - segment.begin)
 
 

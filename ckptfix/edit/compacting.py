@@ -10,11 +10,13 @@ it (a column of a matrix) is made row-major when it is written.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.checked import CheckedSource
 from ckptfix.bytes.span import Span, cut
 from ckptfix.bytes.strided import Layout, StridedSource
+from ckptfix.contents import labels
 from ckptfix.tree.document import Storage, Tensor, contiguous_stride, extent
 from ckptfix.tree.rebuild import rebuild
 from ckptfix.tree.walk import walk
@@ -22,6 +24,7 @@ from ckptfix.tree.walk import walk
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ckptfix.bytes.engine import Label
     from ckptfix.tree.document import Document, Node
 
 
@@ -43,8 +46,9 @@ def compact(document: Document) -> tuple[Document, int]:
     saved = 0
     for tensors in users.values():
         storage = tensors[0].storage
+        named = partial(labels.label, document.root, storage)
         if id(storage) not in whole:
-            smaller = _compacted(tensors, gather=document.byteorder == "little")
+            smaller = _compacted(tensors, named, gather=document.byteorder == "little")
             changed.update(smaller)
             saved += storage.nbytes - next(iter(smaller.values())).storage.nbytes if smaller else 0
     if not changed:
@@ -84,8 +88,10 @@ def segments(tensors: Iterable[Tensor]) -> list[Segment]:
     return found
 
 
-def gathered(tensor: Tensor, byteorder: str = "little") -> Span:
+def gathered(tensor: Tensor, byteorder: str = "little", label: Label = "") -> Span:
     """The elements of a tensor in row-major order, little-endian, gathered when they are read."""
+    import numpy as np  # noqa: F401 - now, and not while an output is half written
+
     dtype = tensor.dtype
     bits = tensor.metadata if isinstance(tensor.metadata, dict) else {}
     is_complex = dtype.name.startswith("complex")
@@ -99,14 +105,17 @@ def gathered(tensor: Tensor, byteorder: str = "little") -> Span:
         conj=is_complex and bool(bits.get("conj")),
         neg=(is_complex or dtype.is_floating_point) and bool(bits.get("neg")),
     )
-    storage = checked(tensor.storage)
+    storage = checked(tensor.storage, label)
     source = StridedSource(storage.spans, layout, f"storage {storage.key!r}")
     return Span(source, 0, tensor.nbytes)
 
 
-def checked(storage: Storage) -> Storage:
-    """The same storage, of which parts are used: they are held against the checksums on record."""
-    label = f"storage {storage.key!r}"
+def checked(storage: Storage, label: Label = "") -> Storage:
+    """The same storage, of which parts are used: they are held against the checksums on record.
+
+    `label` is what messages call its bytes.
+    """
+    label = label or f"storage {storage.key!r}"
     spans = (
         span
         if span.crc is None or isinstance(span.source, CheckedSource)
@@ -121,9 +130,9 @@ def is_sparse(segment: Segment) -> bool:
     return len(segment.tensors) == 1 and segment.tensors[0].nbytes < segment.end - segment.begin
 
 
-def _compacted(tensors: list[Tensor], *, gather: bool) -> dict[int, Tensor]:
+def _compacted(tensors: list[Tensor], named: Label, *, gather: bool) -> dict[int, Tensor]:
     """What becomes of each tensor of one storage, by id; empty where nothing can be saved."""
-    storage = checked(tensors[0].storage)
+    storage = checked(tensors[0].storage, named)
     smaller = replace(storage, numel=0, spans=())
     gather = gather and len({tensor.dtype.itemsize for tensor in tensors}) == 1
     empty = [tensor for tensor in tensors if not tensor.numel]

@@ -95,7 +95,7 @@ class _Product(Source):
     def __init__(self, key: str, weight: Tensor, mask: Tensor, byteorder: str) -> None:
         self.name, self.size = key, weight.nbytes
         self._dtypes = weight.dtype, mask.dtype
-        self._spans = gathered(weight, byteorder), gathered(mask, byteorder)
+        self._spans = gathered(weight, byteorder, repr(key)), gathered(mask, byteorder, repr(key))
         self._byteorder = byteorder
 
     @property

@@ -103,12 +103,12 @@ def _dense(tensor: Tensor, key: str, document: Document) -> Tensor:
     plain = replace(tensor, requires_grad=False, hooks=None, metadata=None)
     if tensor.is_contiguous and not swapped and not tensor.metadata:
         return plain
-    return _gathered(tensor, document.byteorder)
+    return _gathered(tensor, document.byteorder, repr(key))
 
 
-def _gathered(tensor: Tensor, byteorder: str) -> Tensor:
+def _gathered(tensor: Tensor, byteorder: str, label: str) -> Tensor:
     """The same tensor over a storage of its own, whose bytes are gathered when they are written."""
-    span = gathered(tensor, byteorder)
+    span = gathered(tensor, byteorder, label)
     storage = Storage(tensor.dtype, tensor.numel, "cpu", (span,), tensor.storage.key)
     return Tensor(storage, tensor.dtype, tensor.shape, contiguous_stride(tensor.shape))
 

@@ -217,13 +217,14 @@ def write_place(
     force: bool = False,
     progress: Progress | None = None,
     verify: bool = False,
+    share: bool = True,
 ) -> Checked:
     """Write a document to a file, whole or not at all, and read it back before it gets its name.
 
     Bytes are held against the checksums on record while they are copied. Where only names or tags
     are other ones and the file system can, the output shares the blocks of the input, and they are
-    not read. With `verify` they are copied, and the output is read back and compared. Returns what
-    is known of the bytes.
+    not read, unless `share` is unset. With `verify` they are copied, and the output is read back
+    and compared. Returns what is known of the bytes.
 
     Raises `DamagedError` where the input is damaged, `WriteError` and its kin, `UnsupportedError`
     for what the container cannot hold.
@@ -239,7 +240,7 @@ def write_place(
             raise VerifyError(f"reads back differently at {differs}", where=place)
 
     with place.publish(force=force, progress=progress, check=check, verify=verify) as sink:
-        if verify or not _shared(document, container, sink):
+        if verify or not share or not _shared(document, container, sink):
             container.write(document, sink)
     return sink.result
 

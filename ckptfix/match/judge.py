@@ -106,7 +106,14 @@ def as_it_stands(
     if state.metadata is not None:
         versions = state.metadata if renaming is None else renaming.metadata(state.metadata)
         mapping.attributes = {"_metadata": OrderedMap(versions)}
-    return _Judge(document, state, wanted).of(mapping, specs(mapping))
+    made = _Judge(document, state, wanted).of(mapping, specs(mapping))
+    if document.container == _RANKS and made.fits:
+        return replace(made, refusals=["its tensors are in pieces, which torch does not join"])
+    return made
+
+
+_RANKS = "files of ranks"
+"""The container of what torch loads as DTensor or ShardedTensor, a piece a rank."""
 
 
 def once_repaired(

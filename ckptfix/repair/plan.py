@@ -292,10 +292,17 @@ def _unwrapped(document: Document, states: Iterable[StateDict]) -> Document:
 def _kept(state: StateDict, renaming: Renaming) -> Iterable[Remaining]:
     """The prefix that all keys still share, of which only a model can say whether it is one."""
     start = joined(shared_prefix(renaming.keys.values()))
-    if start and len(renaming.keys) > 1:
+    if start.partition(".")[0] in _HOLDERS and len(renaming.keys) > 1:
         what = f"all {len(renaming.keys)} keys begin with {start!r}"
         why = "only a model can say whether that is a wrapper's name or its own: add --model"
         yield Remaining("shared-prefix", state.path, what, why)
+
+
+_HOLDERS = frozenset(
+    {"model", "_model", "net", "network", "module", "backbone", "base_model", "inner", "learner",
+     "student", "teacher", "policy", "wrapped", "wrapped_model"}
+)  # fmt: skip
+"""What trainers and wrappers of people's own call the model that they hold."""
 
 
 def _without(

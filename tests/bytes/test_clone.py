@@ -67,7 +67,6 @@ def names_of(weights: dict[str, torch.Tensor], edit: str) -> dict[str, torch.Ten
 EDITS = {
     "strip-prefix": ["strip-prefix"],
     "rename": ["rename", "--sub", "weight", "w"],
-    "fix": ["fix"],
 }
 
 
@@ -95,6 +94,12 @@ def test_an_edit_of_tags_shares_the_blocks(folder: Path) -> None:
     source = Path(shutil.copy(FIXTURES / "dataparallel_cuda_training.pt", folder))
     assert json.loads(done("to-cpu", source, folder / "out.pt", "--json"))["bytes"] == "shared"
     assert unlike(torch.load(folder / "out.pt"), torch.load(source, map_location="cpu")) is None
+
+
+def test_what_is_called_repaired_was_read(folder: Path) -> None:
+    saved(folder / "in.pt")
+    answer = json.loads(done("fix", folder / "in.pt", folder / "out.pt", "--json"))
+    assert answer["bytes"] == "checked"
 
 
 def test_a_clone_is_a_file_of_its_own(folder: Path) -> None:

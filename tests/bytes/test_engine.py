@@ -152,3 +152,17 @@ def test_what_a_worker_raises_is_raised_by_drain() -> None:
     with pytest.raises(DamagedError, match="ends before"):
         workers.drain()
     workers.close()
+
+
+def test_where_no_thread_can_be_started_this_one_does_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert list(in_order(lambda item: item.number, map(Item, range(20)))) == list(range(20))
+    assert crc32([whole(DATA), whole(DATA)]) == zlib.crc32(DATA + DATA)
+    short = Computed(b"short", BLOCK)
+    with pytest.raises(DamagedError, match="ends before"):
+        list(in_order(look, [Span(short, 0, BLOCK)] * 2))

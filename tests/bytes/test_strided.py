@@ -17,6 +17,7 @@ from ckptfix.bytes.source import BytesSource, FileSource, Source
 from ckptfix.bytes.span import Span
 from ckptfix.bytes.strided import Layout, StridedSource
 from ckptfix.errors import DamagedError
+from tests.helpers import Computed
 from tests.oracles import bits
 
 if TYPE_CHECKING:
@@ -44,8 +45,11 @@ def views(draw: st.DrawFn) -> torch.Tensor:
 
 
 @settings(max_examples=200)
-@given(views(), st.data())
-def test_any_stretch_of_any_view_is_that_of_torch(view: torch.Tensor, data: st.DataObject) -> None:
+@given(views(), st.data(), st.sampled_from([0, 1 << 16]))
+def test_any_stretch_of_any_view_is_that_of_torch(
+    view: torch.Tensor, data: st.DataObject, near: int
+) -> None:
+    strided._NEAR = near
     meant = bits(view.clone())
     source = over(BytesSource(BYTES), view, *data.draw(st.sampled_from([(), (400,), (8, 1000)])))
     assert source.size == len(meant)
@@ -61,6 +65,7 @@ def test_what_is_too_large_to_be_held_is_mapped(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strided, "HELD", 100)
+    monkeypatch.setattr(strided, "_NEAR", 0)
     (tmp_path / "a").write_bytes(b"x" * 77 + BYTES)
     source = FileSource(tmp_path / "a") if where != "memory" else BytesSource(b"x" * 77 + BYTES)
     view = FLAT[:4900].view(70, 70).t()
@@ -72,6 +77,7 @@ def test_what_is_too_large_to_be_held_is_mapped(
 def test_a_file_cut_short_is_an_error_and_not_the_end_of_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(strided, "_NEAR", 0)
     for held in (1 << 20, 100):
         monkeypatch.setattr(strided, "HELD", held)
         (tmp_path / "a").write_bytes(BYTES)
@@ -102,3 +108,27 @@ def test_numbers_are_turned_round() -> None:
     layout = Layout((5, 2), (1, 5), 0, 4, 4, swap=True)
     made = StridedSource([Span(source, 0, 40)], layout, "w")
     assert made.read(0, 40) == big.astype("<u4").reshape(2, 5).T.tobytes()
+
+
+def test_nothing_is_held_once_all_was_given_in_whatever_order() -> None:
+    view = FLAT[:4900].view(70, 70).t()
+    made = over(BytesSource(BYTES), view)
+    strided._NEAR = 0
+    try:
+        for start in (9800, 0, 4900, 14_700):
+            assert made._given == 0 or made._array is not None
+            assert made.read(start, 4900) == bits(view.clone())[start : start + 4900]
+    finally:
+        strided._NEAR = 1 << 16
+    assert made._array is None
+
+
+def test_rows_with_gaps_are_read_a_few_at_a_time() -> None:
+    wide = torch.arange(4_000_000, dtype=torch.int32).view(1000, 4000)
+    source = Computed(bits(wide))
+    view = wide[:, :3900]
+    spans = [Span(source, 0, source.size)]
+    made = StridedSource(spans, Layout((1000, 3900), (4000, 1), 0, 4, 4), "w")
+    meant = bits(view.contiguous())
+    assert made.read(15_600 * 500, 31_200) == meant[15_600 * 500 :][:31_200]
+    assert sum(length for _, length in source.made) < 50_000

@@ -116,7 +116,8 @@ ELSEWHERE = {
     "surplus-shard", "rolled-back", "unused-records", "crc-mismatch", "nan-values", "inf-values",
     "unexpected-keys", "nested", "averaged-copy", "dropped-keys", "pruned-weights",
     "optimizer-state", "unseen-transpose", "meta-tensors", "placeholders", "packed-weights",
-    "numpy-arrays",
+    "numpy-arrays", "unknown-state", "script-constants", "hidden-call", "container-refused",
+    "left-on-stack", "old-container", "checkpoint-in-bytes",
 }  # fmt: skip
 """Those that the tests of containers, the journal, `soundness`, `fix` and the judge produce."""
 

@@ -115,7 +115,7 @@ FLATTENED = {
 def test_averages_of_parameters_alone_stand_beside_the_buffers(layout: Any, nested: bool):
     torch.save({"state_dict": layout, "epoch": 3} if nested else layout, "in.pt")
     wanted = {key: AVERAGE[key] if key in PARAMETERS else PLAIN[key] for key in PLAIN}
-    assert "--average takes them" in done("fix", "in.pt", "plain.pt", "--model", "net.py:Net")
+    assert "averaged-copy" in done("fix", "in.pt", "plain.pt", "--model", "net.py:Net")
     assert unlike(dict(torch.load("plain.pt")), dict(PLAIN)) is None
     done("fix", "in.pt", "out.pt", "--model", "net.py:Net", "--average")
     assert unlike(dict(torch.load("out.pt")), wanted) is None
