@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Literal
 
 from ckptfix import pickles
 from ckptfix.bytes.span import Span
-from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedError
+from ckptfix.errors import CkptfixError, DamagedError, ReadError, UnsafeError, UnsupportedError
 from ckptfix.findings import Finding
 from ckptfix.formats.reading import Reading
+from ckptfix.formats.several import Part, chosen, part_of
 from ckptfix.formats.torch_zip import parse_persistent_id
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.pickles.torch_objects import StorageView
@@ -53,18 +54,44 @@ def recognises(source: Source) -> bool:
 
 def read(source: Source, limits: Limits = DEFAULT) -> Document:
     """The document in a legacy file. Reads the pickles and the length of each storage."""
-    return _read(source, Reading(limits))
+    return _read(source, Reading(limits))[0]
 
 
 def salvage(source: Source, found: Salvage) -> Document:
-    """The same, of a file that may be cut short behind its pickles."""
-    return _read(source, found)
+    """The same, of a file of which bytes are missing behind its pickles, at the end or amidst."""
+    return _read(chosen(source, _saves(source, found.limits), found), found)[0]
 
 
-def _read(source: Source, reading: Reading) -> Document:
-    data, limits = mapped(source), reading.limits
+def _saves(source: Source, limits: Limits) -> list[Part]:
+    """The saves in a file, one after another.
+
+    Where one is whole, the next begins behind it; else where the next begins as that one did. What
+    follows the last, and is none, counts to it.
+    """
+    data, shift = mapped(source)
+    _, length = pickles.read(data, _refuse, name=source.name, start=shift)
+    head = source.read(0, length - shift)
+    starts, begin = [0], 0
+    while begin >= 0:
+        try:
+            end = begin + _read(part_of(source, begin, source.size), Reading(limits))[1]
+        except ReadError:
+            end = -1
+        if end == source.size:
+            break
+        follows = end > 0 and source.read(end, min(len(head), source.size - end)) == head
+        begin = end if follows else max(data.find(head, shift + begin + 1) - shift, -1)
+        starts += [begin] if begin > 0 else []
+    ends = [*starts[1:], source.size]
+    pairs = zip(starts, ends, strict=True)
+    return [Part(begin, end, f"{NAME}, {end - begin:,} bytes") for begin, end in pairs]
+
+
+def _read(source: Source, reading: Reading) -> tuple[Document, int]:
+    """The document of a save, and where that ends in the source."""
+    (data, shift), limits = mapped(source), reading.limits
     storages: dict[str, Storage] = {}
-    label, position = source.name, 0
+    label, position = source.name, shift
     headers = []
     notes: list[Finding] = []
     for _ in range(3):
@@ -79,20 +106,26 @@ def _read(source: Source, reading: Reading) -> Document:
     keys, position = pickles.read(
         data, _refuse, name=label, start=position, limits=limits, notes=notes
     )
-    end = _place(storages, keys, source, position, byteorder, reading)
+    end = _place(storages, keys, source, position - shift, byteorder, reading)
     root = without_views(root)
     surplus = max(source.size - end, 0)
     if surplus:
         notes.append(Finding("trailing-bytes", f"{surplus} bytes follow the last storage"))
-    return Document(root, NAME, label, source.size, byteorder, notes=tuple(notes))
+    return Document(root, NAME, label, source.size, byteorder, notes=tuple(notes)), end
 
 
-def mapped(source: Source) -> Data:
-    """The file as memory that the system fills as it is read; weights are never touched."""
+def mapped(source: Source) -> tuple[Data, int]:
+    """Memory that the system fills as it is read, and where in it the source begins.
+
+    Weights are never touched.
+    """
     descriptor = source.fileno()
     if descriptor is None:
-        return source.read(0, source.size)
-    return mmap.mmap(descriptor, source.size, access=mmap.ACCESS_READ)
+        return source.read(0, source.size), 0
+    shift = source.begin % mmap.ALLOCATIONGRANULARITY
+    start = source.begin - shift
+    size = shift + source.size
+    return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ, offset=start), shift
 
 
 def _refuse(_: Node) -> Node:
@@ -163,13 +196,15 @@ def _place(
     known = isinstance(keys, list) and all(type(key) is str for key in keys)
     if not known or sorted(keys) != sorted(storages):
         raise DamagedError("the list of storages does not fit the tree", where=source.name)
-    total = sum(_COUNT + storage.nbytes for storage in storages.values())
-    fits = position + total == source.size  # then a count that differs is what is damaged
-    for key in keys:
-        storage = storages[key]
+    rows = [storages[key] for key in keys]
+    total = sum(_COUNT + storage.nbytes for storage in rows)
+    if position + total != source.size and reading.salvages:
+        _place_around(rows, source, position, byteorder, reading)
+        return position + total
+    for storage in rows:
         end = position + _COUNT + storage.nbytes
-        if position + _COUNT <= source.size and (end <= source.size or not reading.salvages):
-            _check_count(storage, source, position, byteorder, believed=fits and reading.salvages)
+        if position + _COUNT <= source.size and not reading.salvages:
+            _check_count(storage, source, position, byteorder)
         if end > source.size:
             reading.lose(storage, _ends_inside(storage, source, end))
         else:
@@ -179,20 +214,60 @@ def _place(
 
 
 def _check_count(
-    storage: Storage,
-    source: Source,
-    position: int,
-    byteorder: Literal["little", "big"],
-    *,
-    believed: bool,
+    storage: Storage, source: Source, position: int, byteorder: Literal["little", "big"]
 ) -> None:
     """What stands before the bytes of a storage says how many elements it has."""
     count = int.from_bytes(source.read(position, _COUNT), byteorder, signed=True)
-    if count != storage.numel and not believed:
-        raise UnsafeError(
+    if count != storage.numel:
+        raise DamagedError(
             f"storage {storage.key!r} has {count} elements where the tree says {storage.numel}",
             where=source.name,
+            hint="bytes are missing in it, or are others: copy or download it again",
         )
+
+
+def _place_around(
+    rows: list[Storage],
+    source: Source,
+    position: int,
+    byteorder: Literal["little", "big"],
+    reading: Reading,
+) -> None:
+    """Give spans to the storages before and behind what is missing, which is told by their counts.
+
+    A count that is right where it is looked for shows that everything before it is there; so the
+    last storage before a count that is wrong is lost. From the end of the file backwards it is the
+    same; a file that ends inside of a storage has nothing behind what is missing.
+    """
+
+    def is_at(storage: Storage, place: int) -> bool:
+        count = source.read(place, _COUNT)
+        return int.from_bytes(count, byteorder, signed=True) == storage.numel
+
+    place, before = position, 0
+    for storage in rows:
+        end = place + _COUNT + storage.nbytes
+        if end > source.size or not is_at(storage, place):
+            break
+        storage.spans = (Span(source, place + _COUNT, storage.nbytes),)
+        place, before = end, before + 1
+    behind = len(rows)
+    if before < len(rows) and place + _COUNT <= source.size and not is_at(rows[before], place):
+        while before and not rows[before - 1].nbytes:  # its count of 0 shows nothing
+            before -= 1
+        before = max(before - 1, 0)
+        kept = sum(_COUNT + storage.nbytes for storage in rows[:before])
+        place = source.size
+        while behind > before + 1:
+            start = place - _COUNT - rows[behind - 1].nbytes
+            if start < position + kept or not is_at(rows[behind - 1], start):
+                break
+            rows[behind - 1].spans = (Span(source, start + _COUNT, rows[behind - 1].nbytes),)
+            place, behind = start, behind - 1
+    for storage in rows[before:behind]:
+        storage.spans = ()
+        if storage.nbytes:
+            reading.lose(storage, _ends_inside(storage, source, place))
 
 
 def _ends_inside(storage: Storage, source: Source, end: int) -> DamagedError:

@@ -69,7 +69,9 @@ def of_folder(folder: Place, reading: Reading) -> Document | None:
     Raises `ReadError` and its kin where there are several indexes, and as `of_file`.
     """
     if isinstance(reading, Salvage):
-        return _salvaged(folder, _weight_map(folder, reading), reading)
+        weight_map = _weight_map(folder, reading)
+        names = dict.fromkeys(weight_map.values()) or _of_one_model(folder)
+        return _salvaged(folder, weight_map, names, reading)
     place = locate(folder)
     if place is None:
         return None
@@ -86,7 +88,8 @@ def of_file(document: Document, place: Place, reading: Reading) -> Document | No
     if document.container != shard_index.NAME:
         return None
     if isinstance(reading, Salvage):
-        return _salvaged(place.folder, document.root["weight_map"], reading)
+        weight_map = document.root["weight_map"]
+        return _salvaged(place.folder, weight_map, dict.fromkeys(weight_map.values()), reading)
     return read(index_of(document, place.folder), reading)
 
 
@@ -320,18 +323,47 @@ def _weight_map(folder: Place, found: Salvage) -> Mapping[str, str]:
     return document.root["weight_map"] if document.container == shard_index.NAME else {}
 
 
-def _salvaged(folder: Place, weight_map: Mapping[str, str], found: Salvage) -> Document | None:
+def _of_one_model(folder: Place) -> list[str]:
+    """The files of a folder without an index that are one model. Raises `ReadError` for several."""
+    names = folder.names()
+    if WHOLE in names:
+        return [WHOLE]
+    shards = [name for name in names if _NUMBERED.fullmatch(name) and name.endswith(EXTENSIONS)]
+    models = {_stem(name) for name in shards}
+    if len(models) > 1:
+        raise ReadError(
+            f"holds shards of {len(models)} models: {listed(sorted(models))}",
+            where=folder,
+            hint=Hint("see what is in one of them", _inspect(folder, shards[0])),
+            code="several-models",
+        )
+    return shards
+
+
+def _salvaged(
+    folder: Place, weight_map: Mapping[str, str], names: Iterable[str], found: Salvage
+) -> Document | None:
     """What the shards in a folder hold, as far as they can be read; None where there are none."""
-    names = list(dict.fromkeys(weight_map.values()))
-    names = names or [name for name in folder.names() if name.endswith(EXTENSIONS)]
-    shards = [one for name in names if (one := _whole(folder.below(name), found)) is not None]
+    read = {name: _whole(folder.below(name), found) for name in names}
+    shards = {name: document for name, document in read.items() if document is not None}
     if not shards:
         return None
-    every = {key: node for document in shards for key, node in document.root.items()}
-    order = [key for key in weight_map if key in every]
-    found.absent += [key for key in weight_map if key not in every]
-    root = OrderedMap({**{key: every[key] for key in order}, **every})
-    return replace(shards[0], root=root, name=folder.name)
+    holders: dict[Any, list[str]] = {}
+    for name, document in shards.items():
+        for key in document.root:
+            holders.setdefault(key, []).append(name)
+    found.absent += [key for key in weight_map if key not in holders]
+    order = dict.fromkeys([*(key for key in weight_map if key in holders), *holders])
+    root = OrderedMap()
+    for key in order:
+        meant = weight_map.get(key)
+        if meant not in holders[key]:
+            meant, *others = holders[key]
+            if others:
+                what = f"{key!r} is in {len(others) + 1} files: {listed(holders[key])}"
+                raise DamagedError(what, where=folder, code="key-in-two-shards")
+        root[key] = shards[meant].root[key]
+    return replace(next(iter(shards.values())), root=root, name=folder.name)
 
 
 def _whole(place: Place, found: Salvage) -> Document | None:
