@@ -16,6 +16,8 @@ model, with its source. Source: `torch.serialization._legacy_save` and `_legacy_
 from __future__ import annotations
 
 import mmap
+from functools import partial
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Literal
 
 from ckptfix import pickles
@@ -32,6 +34,8 @@ from ckptfix.tree.rebuild import rebuild
 from ckptfix.tree.walk import walk
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ckptfix.bytes.source import Source
     from ckptfix.formats.reading import Salvage
     from ckptfix.pickles.machine import Data, Persistent
@@ -235,39 +239,56 @@ def _place_around(
 ) -> None:
     """Give spans to the storages before and behind what is missing, which is told by their counts.
 
-    A count that is right where it is looked for shows that everything before it is there; so the
-    last storage before a count that is wrong is lost. From the end of the file backwards it is the
-    same; a file that ends inside of a storage has nothing behind what is missing.
+    A count that is right where it is looked for shows that everything before it is there. So before
+    a count that is wrong the last storage is lost, and those behind it are found from the end of
+    the file. Where no count is wrong, the file is cut short; unless its end fits too.
     """
-
-    def is_at(storage: Storage, place: int) -> bool:
-        count = source.read(place, _COUNT)
-        return int.from_bytes(count, byteorder, signed=True) == storage.numel
-
-    place, before = position, 0
-    for storage in rows:
-        end = place + _COUNT + storage.nbytes
-        if end > source.size or not is_at(storage, place):
-            break
-        storage.spans = (Span(source, place + _COUNT, storage.nbytes),)
-        place, before = end, before + 1
-    behind = len(rows)
-    if before < len(rows) and place + _COUNT <= source.size and not is_at(rows[before], place):
+    begins = list(accumulate((_COUNT + row.nbytes for row in rows), initial=position))
+    right = partial(_has_count, source, byteorder)
+    whole = takewhile(lambda i: begins[i + 1] <= source.size and right(rows[i], begins[i]),
+                      range(len(rows)))  # fmt: skip
+    before, shift = sum(1 for _ in whole), source.size - begins[-1]
+    if before == len(rows):
+        shift = 0  # bytes follow the last
+    elif begins[before] + _COUNT <= source.size and not right(rows[before], begins[before]):
         while before and not rows[before - 1].nbytes:  # its count of 0 shows nothing
             before -= 1
         before = max(before - 1, 0)
-        kept = sum(_COUNT + storage.nbytes for storage in rows[:before])
-        place = source.size
-        while behind > before + 1:
-            start = place - _COUNT - rows[behind - 1].nbytes
-            if start < position + kept or not is_at(rows[behind - 1], start):
-                break
-            rows[behind - 1].spans = (Span(source, start + _COUNT, rows[behind - 1].nbytes),)
-            place, behind = start, behind - 1
-    for storage in rows[before:behind]:
-        storage.spans = ()
-        if storage.nbytes:
-            reading.lose(storage, _ends_inside(storage, source, place))
+    elif all(right(row, begin + shift) for row, begin in _last(rows, begins)):
+        what = "it is cut short, or bytes are missing amidst: counts fit both"
+        reading.skip("tensors may be exchanged", DamagedError(what, where=source.name))
+        shift = -source.size
+    else:
+        shift = -source.size  # nothing is behind a cut
+    behind = len(rows)
+    while behind > before + 1 and begins[behind - 1] + shift >= begins[before]:
+        if not right(rows[behind - 1], begins[behind - 1] + shift):
+            break
+        behind -= 1
+    for index, row in enumerate(rows):
+        if index < before or index >= behind or not row.nbytes:
+            begin = begins[index] + (shift if index >= behind else 0)
+            row.spans = (Span(source, begin + _COUNT, row.nbytes),)
+        else:
+            reading.lose(row, _ends_inside(row, source, begins[index + 1]))
+
+
+def _last(rows: list[Storage], begins: list[int]) -> Iterator[tuple[Storage, int]]:
+    """The last storages up to one that is not empty, and where each should begin."""
+    for row, begin in zip(reversed(rows), reversed(begins[:-1]), strict=True):
+        yield row, begin
+        if row.nbytes:
+            return
+
+
+def _has_count(
+    source: Source, byteorder: Literal["little", "big"], storage: Storage, place: int
+) -> bool:
+    """Whether the number of a storage's elements stands somewhere."""
+    if not 0 <= place <= source.size - _COUNT:
+        return False
+    count = source.read(place, _COUNT)
+    return int.from_bytes(count, byteorder, signed=True) == storage.numel
 
 
 def _ends_inside(storage: Storage, source: Source, end: int) -> DamagedError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from ckptfix import door
 from ckptfix.errors import ReadError
@@ -117,7 +117,9 @@ def test_an_archive_in_a_tensor_of_another_is_no_second_one(tmp_path: Path) -> N
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_file_of_a_distributed_checkpoint_is_not_one_archive(tmp_path: Path) -> None:
-    dcp.save({"model": state(1.0), "epoch": 3}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    save_distributed(
+        {"model": state(1.0), "epoch": 3}, checkpoint_id=tmp_path / "dcp", no_dist=True
+    )
     (path,) = (tmp_path / "dcp").glob("*.distcp")
     done = run(path, tmp_path / "out.pt")
     assert done.returncode == 2
