@@ -107,6 +107,16 @@ CODES: dict[str, Meaning] = {
     "surplus-shard": Meaning(
         _WARNING, "files beside the shards that the index does not name", "remove them"
     ),
+    "twin-differs": Meaning(
+        _WARNING,
+        "the same checkpoint lies beside it in another container, and differs",
+        "remove the one that is out of date",
+    ),
+    "twin-beside": Meaning(
+        _NOTE,
+        "the same checkpoint lies beside it in another container, and was not compared",
+        "`ckptfix diff` compares the values",
+    ),
     "wrong-extension": Meaning(
         _WARNING, "the name says another container than the bytes do", "rename the file"
     ),

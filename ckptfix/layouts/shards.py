@@ -26,16 +26,15 @@ from ckptfix.contents.tensors import as_tensor
 from ckptfix.errors import DamagedError, ReadError, UnsafeError, UnsupportedError
 from ckptfix.findings import Finding
 from ckptfix.formats import safetensors, shard_index, table
-from ckptfix.formats.reading import Salvage
+from ckptfix.formats.reading import Reading, Salvage
 from ckptfix.formats.table import EXTENSIONS
 from ckptfix.hints import Hint, command, shell
-from ckptfix.tree.document import Document, Node, OrderedMap, Tensor
-from ckptfix.words import listed
+from ckptfix.tree.document import Document, Node, OrderedMap, Tensor, kind
+from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from ckptfix.formats.reading import Reading
     from ckptfix.hints import Command
 
 NAME = "sharded"
@@ -46,6 +45,8 @@ WHOLE = "model.safetensors"
 TOTAL_SIZE = "total_size"
 
 _OTHER_INDEXES = (".h5.index.json", ".msgpack.index.json")  # of TensorFlow and Flax
+_OTHER_MODEL = re.compile(r"(model_\d+\.safetensors|pytorch_model_\d+\.bin)(\.index\.json)?")
+_MODELS = (WHOLE, "pytorch_model.bin")
 _NUMBERED = re.compile(r"(?P<stem>.+)-\d+-of-\d+(?P<extension>\.\w+)")
 
 
@@ -75,9 +76,12 @@ def of_folder(folder: Place, reading: Reading) -> Document | None:
     place = locate(folder)
     if place is None:
         return None
+    _check_one_model(folder, place)
     document = table.read_place(place, reading)
     found = of_file(document, place, reading)
-    return document if found is None else replace(found, name=folder.name)
+    whole = document if found is None else replace(found, name=folder.name)
+    twins = [note for name in _twins(folder, place) if (note := _twin(whole, folder, place, name))]
+    return replace(whole, notes=(*whole.notes, *twins))
 
 
 def of_file(document: Document, place: Place, reading: Reading) -> Document | None:
@@ -125,6 +129,18 @@ def locate(folder: Place) -> Place | None:
     return folder.below(stands[0]) if stands else None
 
 
+def _check_one_model(folder: Place, place: Place) -> None:
+    """Refuse a folder of several models, as accelerate numbers them; `place` is the first."""
+    others = [name for name in folder.names() if _OTHER_MODEL.fullmatch(name)]
+    if others:
+        raise ReadError(
+            f"holds {len(others) + 1} models: {listed([place.base, *others])}",
+            where=folder,
+            hint=Hint("give one of them", _inspect(folder, place.base)),
+            code="several-models",
+        )
+
+
 def missing(folder: Place, reading: Reading) -> ReadError:
     """The error for a folder in which no checkpoint is found: what could be meant instead."""
     if reading.salvages:
@@ -154,8 +170,29 @@ def missing(folder: Place, reading: Reading) -> ReadError:
             where=folder,
             hint=Hint("give one of them", _inspect(folder, found[0])),
         )
+    below = {name: one for name in folder.names() if (one := _one_in(folder.below(name)))}
+    if below:
+        names = listed([f"{name}/" for name in below])
+        return ReadError(
+            f"is a folder without a checkpoint of its own; these in it have one: {names}",
+            where=folder,
+            hint=Hint("give one of them", command("inspect", next(iter(below.values())).name)),
+            code="folders-of-checkpoints",
+        )
     hint = Hint("see what is there", shell("ls", files=[folder.name]))
     return ReadError("is a folder without a checkpoint", where=folder, hint=hint)
+
+
+def _one_in(folder: Place) -> Place | None:
+    """What to give for the checkpoint in a folder: that, or the first of its files; else None."""
+    if not folder.is_folder:
+        return None
+    names = folder.names()
+    if any(name.endswith(shard_index.SUFFIX) for name in names) or WHOLE in names:
+        return folder
+    found = [name for name in names if name.lower().endswith(EXTENSIONS)]
+    found.sort(key=lambda name: not name.endswith(".safetensors"))
+    return folder.below(found[0]) if found else None
 
 
 def _inspect(folder: Place, name: str) -> Command:
@@ -307,6 +344,61 @@ def _stem(shard: str) -> str:
     return _NUMBERED.sub(r"\g<stem>\g<extension>", shard)
 
 
+# --- twins: the same checkpoint once more, in another container
+
+
+def _twins(folder: Place, place: Place) -> list[str]:
+    """The files of a folder that should hold the same as the one that is read."""
+    here = folder.names()
+    stem = place.base.removesuffix(shard_index.SUFFIX)
+    others = [name for name in _MODELS if name != stem]
+    names = [name + suffix for name in others for suffix in (shard_index.SUFFIX, "")]
+    return [name for name in names if name in here][:1] if stem in _MODELS else []
+
+
+def _twin(document: Document, folder: Place, place: Place, name: str) -> Finding | None:
+    """What is to be said of a twin: that it differs, or that it is there and was not compared."""
+    other = folder.below(name)
+    try:
+        found = table.read_place(other, Reading())
+        found = of_file(found, other, Reading()) or found
+    except ReadError as error:
+        return Finding("twin-differs", f"{name} lies beside it, and cannot be read: {error.what}")
+    differing = _differing(document.root, found.root)
+    compare = command("diff", place.name, other.name)
+    if differing:
+        what = f"{plural(len(differing), 'key')} of other shapes, dtypes or names"
+        message = f"{name} lies beside it, and differs: {what} ({listed(differing)})"
+        return Finding("twin-differs", message, command=compare)
+    message = f"{name} lies beside it, with the same keys and shapes; values were not compared"
+    return Finding("twin-beside", message, command=compare)
+
+
+def _differing(one: Node, other: Node) -> list[str]:
+    """The keys that are in one of two mappings, or not alike in both; ties may be left out."""
+    if not isinstance(other, dict):
+        return ["/"]
+    ours, theirs = _described(one), _described(other)
+    common = ours.keys() & theirs.keys()
+    differing = [key for key in ours if key in common and ours[key][0] != theirs[key][0]]
+    for side in (ours, theirs):
+        held = {side[key][1] for key in common}
+        differing += [key for key in side if key not in common and side[key][1] not in held]
+    return list(map(str, differing))
+
+
+def _described(root: dict[Any, Node]) -> dict[Any, tuple[Any, Any]]:
+    """What each key holds: shape and dtype, or what kind of value; and which view of a storage."""
+    found: dict[Any, tuple[Any, Any]] = {}
+    for key, node in root.items():
+        tensor = as_tensor(node)
+        if tensor is None:
+            found[key] = kind(node), None
+        else:
+            found[key] = (tensor.shape, tensor.dtype.name), tensor.view
+    return found
+
+
 # --- what is whole of it
 
 
@@ -327,6 +419,7 @@ def _of_one_model(folder: Place) -> list[str]:
     """The files of a folder without an index that are one model. Raises `ReadError` for several."""
     names = folder.names()
     if WHOLE in names:
+        _check_one_model(folder, folder.below(WHOLE))
         return [WHOLE]
     shards = [name for name in names if _NUMBERED.fullmatch(name) and name.endswith(EXTENSIONS)]
     models = {_stem(name) for name in shards}

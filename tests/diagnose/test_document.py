@@ -93,7 +93,8 @@ PRODUCED: dict[str, Any] = {
 }
 ELSEWHERE = {
     "surplus-shard", "rolled-back", "unused-records", "crc-mismatch", "nan-values", "inf-values",
-    "unexpected-keys", "nested", "averaged-copy",
+    "unexpected-keys", "nested", "averaged-copy", "container-refused", "old-container",
+    "hidden-call", "left-on-stack", "twin-differs", "twin-beside",
 }  # fmt: skip
 """Those that the tests of containers, of the journal, of `soundness` and of `fix` produce."""
 

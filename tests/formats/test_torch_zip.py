@@ -341,7 +341,7 @@ def cut_pickle(path: Path, out: Path) -> Path:
         (short_storage, UnsafeError, "399 bytes where 100 elements of float32 take 400"),
         (long_storage, UnsafeError, "404 bytes where 100 elements of float32 take 400"),
         (no_pickle, NotACheckpointError, "without a checkpoint"),
-        (two_pickles, NotACheckpointError, "without a checkpoint"),
+        (two_pickles, ReadError, "2 checkpoints"),
         (no_byteorder, UnsupportedError, "byte order b'middle'"),
         (cut_pickle, DamagedError, "the pickle ends too soon"),
         (inside_and_outside, UnsafeError, "inside 'x/' and outside"),
