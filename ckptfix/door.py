@@ -53,18 +53,23 @@ def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
 
 def _recovery(path: str | os.PathLike[str], hint: Hint | None) -> Hint:
     """The hint of an error, and that what is whole of a damaged file can be saved."""
-    saved = f"{os.path.splitext(path)[0]}.recovered.pt"
+    saved = f"{os.path.splitext(os.fspath(path).rstrip('/'))[0]}.recovered.pt"
     save = Hint("save what is whole", command("recover", os.fspath(path), saved))
     return save if hint is None else hint.otherwise_do(save)
 
 
-def salvage(path: str | os.PathLike[str]) -> tuple[Document, Salvage]:
+def salvage(path: str | os.PathLike[str], archive: int | None = None) -> tuple[Document, Salvage]:
     """Read what is whole in a damaged file or folder, and what had to be done for it.
 
-    Raises `ReadError` and its kin where not even the names of the tensors can be read.
+    Of several saves in one file, `archive` says which, counted from 1. Raises `ReadError` and its
+    kin where not even the names of the tensors can be read, and where there are several.
     """
-    found = Salvage()
-    return _read(Place(path), found), found
+    found = Salvage(archive=archive)
+    document = _read(Place(path), found)
+    if archive is not None and not found.told_apart:
+        what = f"is {document.container}, of which a file holds but one"
+        raise UnsupportedError(what, where=path, hint="leave out --archive")
+    return document, found
 
 
 def _read(place: Place, reading: Reading) -> Document:

@@ -147,6 +147,16 @@ CODES: dict[str, Meaning] = {
         "the pieces fit together, but nothing says that none is missing at the end",
         "none needed where `ckptfix check --like` or `--model` finds the shapes right",
     ),
+    "twin-differs": Meaning(
+        _WARNING,
+        "the same checkpoint lies beside it in another container, and differs",
+        "remove the one that is out of date",
+    ),
+    "twin-beside": Meaning(
+        _NOTE,
+        "the same checkpoint lies beside it in another container, and was not compared",
+        "`ckptfix diff` compares the values",
+    ),
     "wrong-extension": Meaning(
         _WARNING, "the name says another container than the bytes do", "rename the file"
     ),

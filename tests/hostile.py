@@ -535,7 +535,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "safetensors: hole": (
         lambda: _tensors({"a": _entry(0, 4, (1,)), "b": _entry(8, 12, (1,))}), "unsafe"
     ),
-    "safetensors: tail": (lambda: _tensors({"a": _entry()}, _DATA + b"tail"), "unsafe"),
+    "safetensors: tail": (lambda: _tensors({"a": _entry()}, _DATA + b"tail"), "damaged"),
     "safetensors: cut short": (lambda: _tensors({"a": _entry()}, _DATA[:8]), "damaged"),
     "safetensors: sizes overflow": (
         lambda: _tensors({"a": _entry(0, 12, (1 << 62, 1 << 62))}), "damaged"

@@ -139,13 +139,15 @@ def in_a_tar(path: Path, mode: Any) -> None:
         archive.add(__file__, "run/README")
 
 
-PACKED: dict[str, Callable[[Path], object]] = {
+def in_gzip(path: Path) -> None:
+    path.write_bytes(gzip.compress((path.parent / "whole.pt").read_bytes()))
+
+
+PACKED: dict[str, Callable[[Path], None]] = {
     "x.tar": lambda path: in_a_tar(path, "w"),
     "x.tar.gz": lambda path: in_a_tar(path, "w:gz"),
     "tar.pt": lambda path: in_a_tar(path, "w"),
-    "x.pt.gz": lambda path: path.write_bytes(
-        gzip.compress((path.parent / "whole.pt").read_bytes())
-    ) and None,
+    "x.pt.gz": in_gzip,
 }  # fmt: skip
 
 

@@ -17,31 +17,42 @@ _SHOWN = 20
 @writing.writes
 @options.target
 @options.select
+@click.option(
+    "--archive",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="The save to take where IN holds several, one after another; without it they are listed.",
+)
 def command(
     job: writing.Job,
     model: str | None,
     init: str | None,
     like: str | None,
     select: str | None,
+    archive: int | None,
 ) -> int:
     r"""Save what can be saved from a checkpoint that is cut short or damaged.
 
     Every tensor whose bytes are whole is written to OUT; every one that is lost is named. Nothing
-    is filled in. With a model, or a checkpoint of the same model, what OUT lacks is listed.
+    is filled in. With a model, or a checkpoint of the same model, what OUT lacks is listed. Several
+    saves in one file are never mixed: they are listed by where they begin, and one is taken by its
+    number.
 
     \b
-    Example:
+    Examples:
       ckptfix recover broken.pt saved.pt
+      ckptfix recover two-saves.pt second.pt --archive 2
 
     \b
     Exit codes:
       0  every tensor was saved
       1  OUT was written, and some tensors are lost
-      2  nothing could be saved, or OUT cannot be written; nothing was written
+      2  nothing could be saved, IN holds several saves, or OUT cannot be written;
+         nothing was written
     """
     wanted = options.wanted(model, init, like)
     job.check()
-    found = recover(job.source)
+    found = recover(job.source, archive)
     reading.say_notes(found.document.notes)
     missing: list[str] = []
     if wanted is not None:

@@ -72,15 +72,17 @@ def _read(
         )
     refused = "it is a pickle without a container, which torch.load refuses"
     notes = [Finding("container-refused", refused)]
+    data, start = torch_legacy.mapped(source)
     root, end = pickles.read(
-        torch_legacy.mapped(source),
+        data,
         _refuse,
         name=source.name,
+        start=start,
         limits=limits,
         builders={**_BUILDERS, **(builders or {})},
         notes=notes,
     )
-    surplus = source.size - end
+    surplus = start + source.size - end
     if surplus and isinstance(root, _SCALARS):  # as where the magic number of a legacy file is torn
         raise DamagedError(
             f"holds one {type(root).__name__}, then {surplus} bytes that are not a pickle",

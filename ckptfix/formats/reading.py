@@ -46,8 +46,12 @@ class Salvage(Reading):
 
     salvages = True
 
-    def __init__(self, limits: Limits = DEFAULT) -> None:
+    def __init__(self, limits: Limits = DEFAULT, archive: int | None = None) -> None:
         super().__init__(limits)
+        self.archive = archive
+        """Which of several saves in one file is wanted, counted from 1; None: there is but one."""
+        self.told_apart = False
+        """Whether a format has looked for several."""
         self.lost: list[Storage] = []
         """Storages whose bytes are not there, or are wrong."""
         self._lost: set[int] = set()

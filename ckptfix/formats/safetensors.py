@@ -77,7 +77,7 @@ def _read(source: Source, reading: Reading) -> Document:
     available = source.size - start
     announced = max((end for _, _, _, end in entries.values()), default=0)
     size = max(available, announced) if reading.salvages else available
-    _check_layout(entries, size, source.name)
+    _check_layout(entries, size, source.name, reading)
     root = OrderedMap(
         (name, _tensor(name, dtype, shape, Span(source, start + begin, end - begin)))
         for name, (dtype, shape, begin, end) in entries.items()
@@ -159,20 +159,26 @@ def _entry(name: str, entry: Any, source: Source) -> Entry:
     return dtype, tuple(shape), begin, end
 
 
-def _check_layout(entries: Mapping[str, Entry], size: int, source: str) -> None:
-    """Tensors follow one another from the first byte of the data to the last."""
+def _check_layout(entries: Mapping[str, Entry], size: int, source: str, reading: Reading) -> None:
+    """Tensors follow one another from the first byte of the data to the last.
+
+    What belongs to no tensor is for `reading` to refuse or to note; no tensor lacks it.
+    """
     order = sorted(entries, key=lambda name: entries[name][2:])
     position, previous = 0, "the header"
     for name in order:
         _, _, begin, end = entries[name]
-        if begin != position:
-            how = "overlaps" if begin < position else "leaves a hole after"
-            raise UnsafeError(f"{name!r} {how} {previous}", where=source)
+        if begin < position:
+            raise UnsafeError(f"{name!r} overlaps {previous}", where=source)
+        if begin > position:
+            what = f"{name!r} leaves a hole after {previous}"
+            reading.skip("bytes belong to no tensor", UnsafeError(what, where=source))
         position, previous = max(end, begin), repr(name)
     if position > size:
         raise _cut_short(source, size, position)
     if position < size:
-        raise UnsafeError(f"{size - position} bytes follow the last tensor", where=source)
+        what = f"{size - position} bytes follow the last tensor"
+        reading.skip("bytes belong to no tensor", DamagedError(what, where=source))
 
 
 def _cut_short(source: str, size: int, announced: int) -> DamagedError:

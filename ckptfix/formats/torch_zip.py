@@ -140,7 +140,7 @@ def salvage(source: Source, found: Salvage) -> Document:
     from ckptfix.formats.zip import recovery
 
     records = recovery.records(source, found)
-    if not any(name.rpartition("/")[2] in ("data.pkl", "model.json") for name in records):
+    if not any(name.rpartition("/")[2] in recovery.HEADS for name in records):
         raise DamagedError(
             "the record that names the tensors (data.pkl) is lost",
             where=source.name,
@@ -230,7 +230,7 @@ def _folder(records: Mapping[str, Span], name: str) -> str:
     """
     folders: list[str] = []
     for record in sorted(records):
-        _, _, base = record.rpartition("/")
+        base = record.rpartition("/")[2]
         within = record.removesuffix(base)
         if base == _PICKLE and not (folders and within.startswith(folders[-1])):
             folders.append(within)

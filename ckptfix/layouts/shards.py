@@ -26,16 +26,15 @@ from ckptfix.contents.tensors import as_tensor
 from ckptfix.errors import DamagedError, ReadError, UnsafeError, UnsupportedError
 from ckptfix.findings import Finding
 from ckptfix.formats import safetensors, shard_index, table
-from ckptfix.formats.reading import Salvage
+from ckptfix.formats.reading import Reading, Salvage
 from ckptfix.formats.table import EXTENSIONS
 from ckptfix.hints import Hint, command, shell
-from ckptfix.tree.document import Document, Node, OrderedMap, Tensor
-from ckptfix.words import listed
+from ckptfix.tree.document import Document, Node, OrderedMap, Tensor, kind
+from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from ckptfix.formats.reading import Reading
     from ckptfix.hints import Command
 
 NAME = "sharded"
@@ -46,6 +45,8 @@ WHOLE = "model.safetensors"
 TOTAL_SIZE = "total_size"
 
 _OTHER_INDEXES = (".h5.index.json", ".msgpack.index.json")  # of TensorFlow and Flax
+_OTHER_MODEL = re.compile(r"(model_\d+\.safetensors|pytorch_model_\d+\.bin)(\.index\.json)?")
+_MODELS = (WHOLE, "pytorch_model.bin")
 _NUMBERED = re.compile(r"(?P<stem>.+)-\d+-of-\d+(?P<extension>\.\w+)")
 
 
@@ -69,13 +70,18 @@ def of_folder(folder: Place, reading: Reading) -> Document | None:
     Raises `ReadError` and its kin where there are several indexes, and as `of_file`.
     """
     if isinstance(reading, Salvage):
-        return _salvaged(folder, _weight_map(folder, reading), reading)
+        weight_map = _weight_map(folder, reading)
+        names = dict.fromkeys(weight_map.values()) or _of_one_model(folder)
+        return _salvaged(folder, weight_map, names, reading)
     place = locate(folder)
     if place is None:
         return None
+    _check_one_model(folder, place)
     document = table.read_place(place, reading)
     found = of_file(document, place, reading)
-    return document if found is None else replace(found, name=folder.name)
+    whole = document if found is None else replace(found, name=folder.name)
+    twins = [note for name in _twins(folder, place) if (note := _twin(whole, folder, place, name))]
+    return replace(whole, notes=(*whole.notes, *twins))
 
 
 def of_file(document: Document, place: Place, reading: Reading) -> Document | None:
@@ -86,7 +92,8 @@ def of_file(document: Document, place: Place, reading: Reading) -> Document | No
     if document.container != shard_index.NAME:
         return None
     if isinstance(reading, Salvage):
-        return _salvaged(place.folder, document.root["weight_map"], reading)
+        weight_map = document.root["weight_map"]
+        return _salvaged(place.folder, weight_map, dict.fromkeys(weight_map.values()), reading)
     return read(index_of(document, place.folder), reading)
 
 
@@ -122,6 +129,18 @@ def locate(folder: Place) -> Place | None:
     return folder.below(stands[0]) if stands else None
 
 
+def _check_one_model(folder: Place, place: Place) -> None:
+    """Refuse a folder of several models, as accelerate numbers them; `place` is the first."""
+    others = [name for name in folder.names() if _OTHER_MODEL.fullmatch(name)]
+    if others:
+        raise ReadError(
+            f"holds {len(others) + 1} models: {listed([place.base, *others])}",
+            where=folder,
+            hint=Hint("give one of them", _inspect(folder, place.base)),
+            code="several-models",
+        )
+
+
 def missing(folder: Place, reading: Reading) -> ReadError:
     """The error for a folder in which no checkpoint is found: what could be meant instead."""
     if reading.salvages:
@@ -151,8 +170,29 @@ def missing(folder: Place, reading: Reading) -> ReadError:
             where=folder,
             hint=Hint("give one of them", _inspect(folder, found[0])),
         )
+    below = {name: one for name in folder.names() if (one := _one_in(folder.below(name)))}
+    if below:
+        names = listed([f"{name}/" for name in below])
+        return ReadError(
+            f"is a folder without a checkpoint of its own; these in it have one: {names}",
+            where=folder,
+            hint=Hint("give one of them", command("inspect", next(iter(below.values())).name)),
+            code="folders-of-checkpoints",
+        )
     hint = Hint("see what is there", shell("ls", files=[folder.name]))
     return ReadError("is a folder without a checkpoint", where=folder, hint=hint)
+
+
+def _one_in(folder: Place) -> Place | None:
+    """What to give for the checkpoint in a folder: that, or the first of its files; else None."""
+    if not folder.is_folder:
+        return None
+    names = folder.names()
+    if any(name.endswith(shard_index.SUFFIX) for name in names) or WHOLE in names:
+        return folder
+    found = [name for name in names if name.lower().endswith(EXTENSIONS)]
+    found.sort(key=lambda name: not name.endswith(".safetensors"))
+    return folder.below(found[0]) if found else None
 
 
 def _inspect(folder: Place, name: str) -> Command:
@@ -304,6 +344,61 @@ def _stem(shard: str) -> str:
     return _NUMBERED.sub(r"\g<stem>\g<extension>", shard)
 
 
+# --- twins: the same checkpoint once more, in another container
+
+
+def _twins(folder: Place, place: Place) -> list[str]:
+    """The files of a folder that should hold the same as the one that is read."""
+    here = folder.names()
+    stem = place.base.removesuffix(shard_index.SUFFIX)
+    others = [name for name in _MODELS if name != stem]
+    names = [name + suffix for name in others for suffix in (shard_index.SUFFIX, "")]
+    return [name for name in names if name in here][:1] if stem in _MODELS else []
+
+
+def _twin(document: Document, folder: Place, place: Place, name: str) -> Finding | None:
+    """What is to be said of a twin: that it differs, or that it is there and was not compared."""
+    other = folder.below(name)
+    try:
+        found = table.read_place(other, Reading())
+        found = of_file(found, other, Reading()) or found
+    except ReadError as error:
+        return Finding("twin-differs", f"{name} lies beside it, and cannot be read: {error.what}")
+    differing = _differing(document.root, found.root)
+    compare = command("diff", place.name, other.name)
+    if differing:
+        what = f"{plural(len(differing), 'key')} of other shapes, dtypes or names"
+        message = f"{name} lies beside it, and differs: {what} ({listed(differing)})"
+        return Finding("twin-differs", message, command=compare)
+    message = f"{name} lies beside it, with the same keys and shapes; values were not compared"
+    return Finding("twin-beside", message, command=compare)
+
+
+def _differing(one: Node, other: Node) -> list[str]:
+    """The keys that are in one of two mappings, or not alike in both; ties may be left out."""
+    if not isinstance(other, dict):
+        return ["/"]
+    ours, theirs = _described(one), _described(other)
+    common = ours.keys() & theirs.keys()
+    differing = [key for key in ours if key in common and ours[key][0] != theirs[key][0]]
+    for side in (ours, theirs):
+        held = {side[key][1] for key in common}
+        differing += [key for key in side if key not in common and side[key][1] not in held]
+    return list(map(str, differing))
+
+
+def _described(root: dict[Any, Node]) -> dict[Any, tuple[Any, Any]]:
+    """What each key holds: shape and dtype, or what kind of value; and which view of a storage."""
+    found: dict[Any, tuple[Any, Any]] = {}
+    for key, node in root.items():
+        tensor = as_tensor(node)
+        if tensor is None:
+            found[key] = kind(node), None
+        else:
+            found[key] = (tensor.shape, tensor.dtype.name), tensor.view
+    return found
+
+
 # --- what is whole of it
 
 
@@ -320,18 +415,48 @@ def _weight_map(folder: Place, found: Salvage) -> Mapping[str, str]:
     return document.root["weight_map"] if document.container == shard_index.NAME else {}
 
 
-def _salvaged(folder: Place, weight_map: Mapping[str, str], found: Salvage) -> Document | None:
+def _of_one_model(folder: Place) -> list[str]:
+    """The files of a folder without an index that are one model. Raises `ReadError` for several."""
+    names = folder.names()
+    if WHOLE in names:
+        _check_one_model(folder, folder.below(WHOLE))
+        return [WHOLE]
+    shards = [name for name in names if _NUMBERED.fullmatch(name) and name.endswith(EXTENSIONS)]
+    models = {_stem(name) for name in shards}
+    if len(models) > 1:
+        raise ReadError(
+            f"holds shards of {len(models)} models: {listed(sorted(models))}",
+            where=folder,
+            hint=Hint("see what is in one of them", _inspect(folder, shards[0])),
+            code="several-models",
+        )
+    return shards
+
+
+def _salvaged(
+    folder: Place, weight_map: Mapping[str, str], names: Iterable[str], found: Salvage
+) -> Document | None:
     """What the shards in a folder hold, as far as they can be read; None where there are none."""
-    names = list(dict.fromkeys(weight_map.values()))
-    names = names or [name for name in folder.names() if name.endswith(EXTENSIONS)]
-    shards = [one for name in names if (one := _whole(folder.below(name), found)) is not None]
+    read = {name: _whole(folder.below(name), found) for name in names}
+    shards = {name: document for name, document in read.items() if document is not None}
     if not shards:
         return None
-    every = {key: node for document in shards for key, node in document.root.items()}
-    order = [key for key in weight_map if key in every]
-    found.absent += [key for key in weight_map if key not in every]
-    root = OrderedMap({**{key: every[key] for key in order}, **every})
-    return replace(shards[0], root=root, name=folder.name)
+    holders: dict[Any, list[str]] = {}
+    for name, document in shards.items():
+        for key in document.root:
+            holders.setdefault(key, []).append(name)
+    found.absent += [key for key in weight_map if key not in holders]
+    order = dict.fromkeys([*(key for key in weight_map if key in holders), *holders])
+    root = OrderedMap()
+    for key in order:
+        meant = weight_map.get(key)
+        if meant not in holders[key]:
+            meant, *others = holders[key]
+            if others:
+                what = f"{key!r} is in {len(others) + 1} files: {listed(holders[key])}"
+                raise DamagedError(what, where=folder, code="key-in-two-shards")
+        root[key] = shards[meant].root[key]
+    return replace(next(iter(shards.values())), root=root, name=folder.name)
 
 
 def _whole(place: Place, found: Salvage) -> Document | None:

@@ -39,12 +39,14 @@ class Recovered:
     """What had to be done to read the file, in order."""
 
 
-def recover(path: str | os.PathLike[str]) -> Recovered:
+def recover(path: str | os.PathLike[str], archive: int | None = None) -> Recovered:
     """Read what is whole in a damaged file, or in the files of a folder of shards.
 
-    Raises `ReadError` where not even the names of the tensors can be read.
+    Of several saves in one file, `archive` says which, counted from 1: they are never mixed. Raises
+    `ReadError` where not even the names of the tensors can be read, and where there are several.
     """
-    document, found = door.salvage(path)
+    document, found = door.salvage(path, archive)
+    found.steps += [note.message for note in document.notes if note.code == "trailing-bytes"]
     if found.lost:
         what = plural(len(found.lost), "storage")
         found.steps.append(f"found {what} cut off, absent or with a wrong checksum")

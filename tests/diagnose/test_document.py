@@ -117,7 +117,7 @@ ELSEWHERE = {
     "unexpected-keys", "nested", "averaged-copy", "dropped-keys", "pruned-weights",
     "optimizer-state", "unseen-transpose", "meta-tensors", "placeholders", "packed-weights",
     "numpy-arrays", "unknown-state", "script-constants", "hidden-call", "container-refused",
-    "left-on-stack", "old-container", "checkpoint-in-bytes",
+    "left-on-stack", "old-container", "checkpoint-in-bytes", "twin-differs", "twin-beside",
 }  # fmt: skip
 """Those that the tests of containers, the journal, `soundness`, `fix` and the judge produce."""
 

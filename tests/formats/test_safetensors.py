@@ -333,7 +333,7 @@ MALFORMED: dict[str, tuple[Any, type[ReadError], str]] = {
     "the same bytes twice": (two((0, 8), (0, 8)), UnsafeError, "'b' overlaps 'a'"),
     "hole": (two((0, 3), (4, 8)), UnsafeError, "'b' leaves a hole after 'a'"),
     "hole at the beginning": (two((1, 4), (4, 8)), UnsafeError, "'a' leaves a hole after"),
-    "tail": (two((0, 3), (3, 6)), UnsafeError, "2 bytes follow the last tensor"),
+    "tail": (two((0, 3), (3, 6)), DamagedError, "2 bytes follow the last tensor"),
     "beyond the end": (two((0, 3), (3, 9)), DamagedError, "8 of 9 bytes of tensors are there"),
     "end before begin": (entry(data_offsets=[8, 0]), ReadError, "'w'"),
     "shape and bytes differ": (entry(shape=[3]), DamagedError, "8 bytes instead of 12"),

@@ -199,7 +199,7 @@ REFUSED: dict[str, tuple[bytes, type[ReadError], str]] = {
     "keys as numbers": (by_hand([storage()], [0]) + DATA, DamagedError, "list of storages"),
     "keys as a dict": (by_hand([storage()], {"0": 1}) + DATA, DamagedError, "list of storages"),
     "another length": (
-        by_hand([storage(numel=3)], ["0"]) + DATA, UnsafeError, "2 elements where the tree says 3"
+        by_hand([storage(numel=3)], ["0"]) + DATA, DamagedError, "2 elements where the tree says 3"
     ),
     "described in two ways": (
         by_hand([storage(), storage(numel=1)], ["0"]) + DATA, UnsafeError, "in two ways"

@@ -77,6 +77,10 @@ def test_tensors_read_as_torch_reads_them(tmp_path: Path, values: torch.Tensor) 
     assert torch.equal(found, wanted)
     assert found.stride() == wanted.stride()
     assert door.read(path).container == "torch tar"
+    with pytest.raises(RuntimeError, match="weights_only"):
+        torch.load(path)
+    (finding,) = ckptfix.open(path).findings
+    assert (finding.code, finding.command is None) == ("old-container", False)
 
 
 def test_it_becomes_a_zip_that_loads_safely(tmp_path: Path, values: torch.Tensor) -> None:

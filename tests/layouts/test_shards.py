@@ -22,6 +22,7 @@ from ckptfix.errors import (
     UnsupportedError,
 )
 from ckptfix.limits import Limits
+from ckptfix.repair.recover import recover
 from tests.sharded import INDEX, ckptfix_command, described, edit_index, two_shards, write_shards
 
 # --- reading
@@ -325,3 +326,148 @@ def test_an_index_larger_than_the_limit_is_refused(tmp_path: Path) -> None:
     sharded_folder(tmp_path)
     with pytest.raises(UnsafeError, match=r"an index of \d+ bytes"):
         door.read(tmp_path, Limits(header_bytes=10))
+
+
+# --- several models, twins, pipelines
+
+
+def saved_as(path: Path, state: dict[str, torch.Tensor]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+A, B = {"a": torch.ones(2, 3)}, {"b": torch.zeros(4)}
+
+
+@pytest.mark.parametrize(
+    "others", [["model_1.safetensors"], ["model_1.safetensors", "model_2.safetensors"]]
+)
+def test_several_models_of_accelerate_are_listed(tmp_path: Path, others: list[str]) -> None:
+    saved_as(tmp_path / "model.safetensors", A)
+    for name in (*others, "optimizer.bin", "random_states_0.pkl"):
+        saved_as(tmp_path / name, B)
+    hint = refused(tmp_path, ReadError, f"{len(others) + 1} models", "model.safetensors", *others)
+    assert str(tmp_path / "model.safetensors") in hint
+    ran = ckptfix_command("recover", tmp_path, tmp_path / "out.pt")
+    assert (ran.returncode, (tmp_path / "out.pt").exists()) == (2, False)
+    assert "model_1.safetensors" in ran.stderr
+
+
+def test_one_model_of_accelerate_is_read(tmp_path: Path) -> None:
+    saved_as(tmp_path / "model.safetensors", A)
+    for name in ("optimizer.bin", "scheduler.bin", "optimizer_1.bin", "adapter_model.safetensors"):
+        saved_as(tmp_path / name, B)
+    document = door.read(tmp_path)
+    assert (list(document.root), document.notes) == (["a"], ())
+
+
+@pytest.mark.parametrize("stored", ["whole", "shards"])
+@pytest.mark.parametrize(
+    ("twin", "code"),
+    [
+        ({"a": torch.ones(2, 3)}, "twin-beside"),
+        ({"a": torch.zeros(2, 3)}, "twin-beside"),
+        ({"a": torch.ones(2, 4)}, "twin-differs"),
+        ({"a": torch.ones(2, 3).half()}, "twin-differs"),
+        ({"a": torch.ones(2, 3), "b": torch.ones(1)}, "twin-differs"),
+        ({}, "twin-differs"),
+    ],
+)
+def test_a_twin_is_named_and_how_it_differs(
+    tmp_path: Path, stored: str, twin: dict[str, torch.Tensor], code: str
+) -> None:
+    if stored == "whole":
+        saved_as(tmp_path / "model.safetensors", A)
+    else:
+        write_shards(tmp_path, A)
+    saved_as(tmp_path / "pytorch_model.bin", twin)
+    document = door.read(tmp_path)
+    assert list(document.root) == ["a"]
+    (note,) = document.notes
+    assert note.code == code
+    assert "pytorch_model.bin" in note.message
+    assert note.command is not None
+    same = twin.keys() == A.keys() and torch.equal(twin["a"].float(), A["a"])
+    ran = ckptfix_command(*str(note.command).split()[1:])
+    assert ran.returncode == (0 if same and code == "twin-beside" else 1), ran.stderr
+    assert code in ckptfix_command("check", tmp_path).stdout
+
+
+def test_a_twin_that_holds_the_names_of_ties_does_not_differ(tmp_path: Path) -> None:
+    saved_as(tmp_path / "model.safetensors", A)
+    saved_as(tmp_path / "pytorch_model.bin", {"head": A["a"], **A})
+    assert [note.code for note in door.read(tmp_path).notes] == ["twin-beside"]
+
+
+def test_a_twin_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    saved_as(tmp_path / "model.safetensors", A)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
+    (tmp_path / "pytorch_model.bin").write_text(pointer)
+    (note,) = door.read(tmp_path).notes
+    assert note.code == "twin-differs"
+    assert "git-lfs pointer" in note.message
+
+
+def test_safetensors_beside_an_index_of_bin_is_a_twin(tmp_path: Path) -> None:
+    write_shards(tmp_path, A, extension=".bin")
+    saved_as(tmp_path / "model.safetensors", {**A, **B})
+    notes = {note.code: note.message for note in door.read(tmp_path).notes}
+    assert "model.safetensors" in notes["twin-differs"]
+
+
+def test_the_folders_of_a_pipeline_are_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Pipeline", "unet": ["x", "Y"]}')
+    (tmp_path / "scheduler").mkdir()
+    saved_as(tmp_path / "unet" / "diffusion_pytorch_model.bin", A)
+    saved_as(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", A)
+    saved_as(tmp_path / "text_encoder" / "model.safetensors", B)
+    saved_as(tmp_path / "vae" / "diffusion_pytorch_model.bin", B)
+    hint = refused(tmp_path, ReadError, "text_encoder/, unet/, vae/")
+    ran = subprocess.run([sys.executable, "-m", *hint.partition(": ")[2].split()], check=False)
+    assert ran.returncode == 0
+    for folder in ("text_encoder", "vae", "unet"):
+        (tmp_path / folder).rename(tmp_path / f"_{folder}")
+        hint = refused(tmp_path, ReadError, f"_{folder}/")
+        ran = subprocess.run([sys.executable, "-m", *hint.partition(": ")[2].split()], check=False)
+        assert ran.returncode == 0
+        (tmp_path / f"_{folder}").rename(tmp_path / folder)
+
+
+# --- what is whole of it
+
+
+def recovered(folder: Path) -> tuple[list[str], list[str]]:
+    found = recover(folder)
+    return list(found.document.root), found.lost
+
+
+def test_other_files_of_a_folder_are_not_mixed_into_what_is_recovered(tmp_path: Path) -> None:
+    saved_as(tmp_path / "model.safetensors", A)
+    saved_as(tmp_path / "pytorch_model.bin", {"a": torch.zeros(1), "old": torch.zeros(1)})
+    saved_as(tmp_path / "optimizer.bin", {"state": torch.zeros(1)})
+    assert recovered(tmp_path) == (["a"], [])
+
+
+def test_shards_of_one_model_are_recovered_without_their_index(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "model", A, B)
+    (folder / INDEX).unlink()
+    saved_as(folder / "optimizer.bin", {"state": torch.zeros(1)})
+    assert recovered(folder) == (["a", "b"], [])
+
+
+def test_shards_of_two_models_are_not_mixed(tmp_path: Path) -> None:
+    for stem in ("first", "second"):
+        saved_as(tmp_path / f"{stem}-00001-of-00001.safetensors", A)
+    with pytest.raises(ReadError, match=r"2 models: first\.safetensors, second\.safetensors"):
+        recover(tmp_path)
+
+
+def test_a_key_in_two_shards_is_not_guessed(tmp_path: Path) -> None:
+    for number in (1, 2):
+        saved_as(tmp_path / f"model-0000{number}-of-00002.safetensors", A)
+    with pytest.raises(DamagedError, match="'a' is in 2 files"):
+        recover(tmp_path)

@@ -1,6 +1,7 @@
 """Damage of every kind: what is whole is saved, what is lost is named, nothing is passed over."""
 
 import gzip
+import json
 import random
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 
@@ -174,3 +176,100 @@ def test_gzip_whose_checksum_is_wrong_is_said_to_be_damaged(tmp_path: Path) -> N
     found = recover(tmp_path / "in.pt")
     assert any("damaged" in step for step in found.steps)
     assert found.unchecked == found.saved
+
+
+# --- bytes that are missing amidst, or are too many
+
+
+def legacy(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """A legacy file of many storages, and where the count and the bytes of each lie."""
+    pairs = zip("abcdefgh", torch.randn(8, 50), strict=True)
+    state = {name: tensor.clone() for name, tensor in pairs}
+    state["step"], state["empty"] = torch.tensor(1), torch.empty(0)
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    places = {}
+    for name, tensor in state.items():
+        raw = tensor.numpy().tobytes()
+        at = data.rfind(raw) if name != "step" else data.rfind(b"\1" + bytes(7) + raw) + 8
+        places[name] = (at - 8, at + len(raw))
+    return data, {name: place for name, place in places.items() if name != "empty"}
+
+
+@pytest.mark.parametrize("size", [1, 8, 64, 300, 500])
+@pytest.mark.parametrize("extra", [b"", b"\r" * 3])
+def test_a_hole_in_a_legacy_file_costs_only_what_lay_in_it(
+    tmp_path: Path, size: int, extra: bytes
+) -> None:
+    data, places = legacy(tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt")
+    first = min(begin for begin, _ in places.values())
+    saved_once = 0
+    for begin in range(first, len(data) - size - 500, 37):
+        (tmp_path / "hole.pt").write_bytes(data[:begin] + extra + data[begin + size :])
+        found = recover(tmp_path / "hole.pt")
+        saved = tensors(found, tmp_path)
+        assert saved.keys() | set(found.lost) == set(whole)
+        told = any("may be exchanged" in step for step in found.steps)  # the counts fit twice
+        assert told or all(torch.equal(saved[name], whole[name]) for name in saved), begin
+        before = {name for name, (_, end) in places.items() if end + 16 < begin}
+        behind = {name for name, (start, _) in places.items() if start > begin + size + 208}
+        assert before <= saved.keys(), begin
+        assert told or behind <= saved.keys(), begin
+        saved_once += bool(before and behind)
+    assert saved_once > 5
+
+
+def test_a_hole_as_long_as_a_storage_is_said_to_fit_twice(tmp_path: Path) -> None:
+    alike = {f"k{index}": torch.full((50,), float(index)) for index in range(8)}
+    torch.save(alike, tmp_path / "whole.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "whole.pt").read_bytes()
+    for begin in (len(data) - 900, len(data) - 216, len(data) - 209):
+        (tmp_path / "hole.pt").write_bytes(data[:begin] + data[begin + 208 :])
+        steps = recover(tmp_path / "hole.pt").steps
+        assert any("tensors may be exchanged" in step for step in steps)
+    (tmp_path / "cut.pt").write_bytes(data[:-230])
+    assert not any("exchanged" in step for step in recover(tmp_path / "cut.pt").steps)
+
+
+def test_bytes_behind_the_end_of_safetensors_are_left_behind(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.safetensors", "safetensors")
+    path.write_bytes(path.read_bytes() + b"tail")
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.torch.load_file(path)
+    done = subprocess.run(
+        [sys.executable, "-m", "ckptfix", "check", path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "hint: " in done.stderr
+    assert f"ckptfix recover {path}" in done.stderr
+    done = run(path, tmp_path / "out.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert "4 bytes follow the last tensor" in done.stderr
+    loaded = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(loaded[name], weights()[name]) for name in NAMES)
+
+
+def test_a_hole_between_tensors_of_safetensors_costs_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.safetensors", "safetensors")
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    last = max(NAMES, key=lambda name: header[name]["data_offsets"])
+    begin, end = header[last]["data_offsets"]
+    header[last]["data_offsets"] = [begin + 12, end + 12]
+    made = json.dumps(header).encode()
+    at = start + begin
+    path.write_bytes(
+        len(made).to_bytes(8, "little") + made + data[start:at] + b"x" * 12 + data[at:]
+    )
+    with pytest.raises(CkptfixError, match="leaves a hole"):
+        ckptfix.open(path)
+    found = recover(path)
+    assert found.lost == []
+    assert any("leaves a hole" in step for step in found.steps)
+    saved = tensors(found, tmp_path)
+    assert all(torch.equal(saved[name], weights()[name]) for name in NAMES)

@@ -14,6 +14,7 @@ end are reported and accepted. Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3
 
 from __future__ import annotations
 
+import os
 import struct
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ from ckptfix.formats.zip.layout import (
     STORED,
     UTF8,
 )
+from ckptfix.hints import Hint, command
 from ckptfix.limits import DEFAULT, Limits
 
 _CENTRAL, _LOCAL = struct.Struct("<4s4x2H4x3I4H6xI"), struct.Struct("<4s2x2H4x3I2H")
@@ -147,9 +149,15 @@ def _locate(source: Source, place: int, fields: tuple[int, ...]) -> tuple[int, i
         raise UnsafeError(
             f"{limit - offset - size} bytes lie before the archive or inside it",
             where=source.name,
-            hint="unpack it and pack it again, or save the checkpoint anew",
+            hint=_whole_of(source),
         )
     return offset, size, count
+
+
+def _whole_of(source: Source) -> Hint:
+    """What may help where an archive does not fill its file: several may lie in it."""
+    saved = f"{os.path.splitext(source.name)[0]}.recovered.pt"
+    return Hint("list what lies in it, or save that", command("recover", source.name, saved))
 
 
 def _end64(source: Source, place: int) -> tuple[int, tuple[int, int, int]] | None:

@@ -14,16 +14,30 @@ from __future__ import annotations
 
 import mmap
 import struct
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ckptfix.bytes.engine import check_crc
 from ckptfix.bytes.span import Span
 from ckptfix.errors import ReadError
+from ckptfix.formats.several import Part, chosen
 from ckptfix.formats.zip import archive as zips
-from ckptfix.formats.zip.layout import DESCRIBED, DESCRIPTOR_MAGIC, LOCAL, LOCAL_MAGIC, MAX32
+from ckptfix.formats.zip.layout import (
+    CENTRAL_MAGIC,
+    DESCRIBED,
+    DESCRIPTOR_MAGIC,
+    END,
+    END_MAGIC,
+    LOCAL,
+    LOCAL_MAGIC,
+    LOCATOR,
+    LOCATOR_MAGIC,
+    MAX32,
+)
+from ckptfix.words import plural
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ckptfix.bytes.source import Source
     from ckptfix.formats.reading import Salvage
@@ -31,35 +45,59 @@ if TYPE_CHECKING:
 
 _DESCRIPTOR_SIZES = (16, 24)
 
+HEADS = ("data.pkl", "model.json")
+"""The names of records without which an archive names no tensors."""
+
 
 def scan(source: Source) -> dict[str, Span]:
     """Every stored record that is all there, by name, with the CRC that is recorded for it.
 
     And without one, the storage that ends where the file does.
     """
+    with _mapped(source) as data:
+        rows = _records(data, source) if data else ()
+        return {name: span for _, name, span in rows if span is not None}
+
+
+@contextmanager
+def _mapped(source: Source) -> Iterator[mmap.mmap | None]:
+    """The file in which a source lies, up to where that ends; None where it lies in none."""
     descriptor = source.fileno()
     if not source.size or descriptor is None:
-        return {}
-    with mmap.mmap(descriptor, source.size, access=mmap.ACCESS_READ) as data:
-        return dict(_records(data, source))
+        yield None
+        return
+    with mmap.mmap(descriptor, source.begin + source.size, access=mmap.ACCESS_READ) as data:
+        yield data
 
 
-def _records(data: mmap.mmap, source: Source) -> Iterator[tuple[str, Span]]:
-    place = data.find(LOCAL_MAGIC)
-    while 0 <= place <= len(data) - LOCAL.size:
+Row = tuple[int, str, Span | None]
+
+
+def _records(data: mmap.mmap, source: Source) -> Iterator[Row]:
+    """Where each record begins, its name, and its bytes as far as they are sure to be its own.
+
+    What lies inside of a record that is whole is passed over, whatever it looks like. Positions
+    count from the beginning of the source.
+    """
+    base = source.begin
+    place = data.find(LOCAL_MAGIC, base)
+    while base <= place <= len(data) - LOCAL.size:
         _, _, flags, method, _, _, crc, packed, _, named, extra = LOCAL.unpack_from(data, place)
         begin = place + LOCAL.size + named + extra
         name = data[place + LOCAL.size : place + LOCAL.size + named].decode("utf-8", "replace")
         end = begin + packed
+        span = None
         if flags & DESCRIBED and not packed:
             crc, end = _described(data, begin)
             if end < 0 and method == 0 and "data/" in name:
-                yield name, Span(source, begin, len(data) - begin)
+                span = Span(source, begin - base, len(data) - begin)
         elif packed == MAX32:
             end = begin + _wide_size(data[begin - extra : begin])
         if method == 0 and begin <= end <= len(data):
-            yield name, Span(source, begin, end - begin, crc)
-        place = data.find(LOCAL_MAGIC, max(end, place + 1))
+            span = Span(source, begin - base, end - begin, crc)
+        yield place - base, name, span
+        whole = begin <= end <= len(data)
+        place = data.find(LOCAL_MAGIC, max(end, place + 1) if whole else place + 1)
 
 
 def _described(data: mmap.mmap, begin: int) -> tuple[int, int]:
@@ -138,14 +176,78 @@ def is_right(span: Span) -> bool:
     return True
 
 
+# --- several archives in one file
+
+
+def archives(source: Source) -> list[Part]:
+    """The archives in a file, one after another, in the order in which they lie.
+
+    One ends with its end record. Where that is lost, the next begins with the name that the one
+    before began with, as saves into one file do.
+    """
+    with _mapped(source) as data:
+        rows = list(_records(data, source)) if data else []
+        starts: list[int] = []
+        for index, (place, name, _) in enumerate(rows):
+            again = bool(starts) and name == rows[starts[-1]][1]
+            if not index or again or (data and _ends(data, source.begin, rows[index - 1], place)):
+                starts.append(index)
+    stops = [*starts[1:], len(rows)] if starts else []
+    begins = [*(place for place, _, _ in rows), source.size]
+    return [
+        Part(begins[start], begins[stop], _told(rows[start:stop]))
+        for start, stop in zip(starts, stops, strict=True)
+    ]
+
+
+def _told(rows: Sequence[Row]) -> str:
+    """What is said of an archive: the first part of its names, and how much of it is whole."""
+    whole = sum(span is not None for *_, span in rows)
+    lost = "" if any(name.rpartition("/")[2] in HEADS for _, name, _ in rows) else ", no data.pkl"
+    return f"{rows[0][1].partition('/')[0]}/, {plural(whole, 'whole record')}{lost}"
+
+
+def _ends(data: mmap.mmap, base: int, earlier: Row, end: int) -> bool:
+    """Whether an archive ends between two records: with an end record behind its directory."""
+    begin, _, span = earlier
+    begin = begin if span is None else span.offset + span.length
+    place = data.find(END_MAGIC, base + begin, base + end - END.size + 1)
+    while place >= 0:
+        _, disk, first, here, count, size, _, _ = END.unpack_from(data, place)
+        sound = not disk and not first and here == count
+        if sound and _begins_with(data, place - size, CENTRAL_MAGIC):
+            return True
+        if _begins_with(data, place - LOCATOR.size, LOCATOR_MAGIC):
+            return True
+        place = data.find(END_MAGIC, place + 1, base + end - END.size + 1)
+    return False
+
+
+def _begins_with(data: mmap.mmap, place: int, magic: bytes) -> bool:
+    return place >= 0 and data[place : place + len(magic)] == magic
+
+
+def _one_archive(source: Source, found: Salvage) -> Source:
+    """The archive that is meant, where a file holds several. Raises `ReadError` as `chosen`."""
+    try:
+        sound = zips.read(source).end == source.size
+    except ReadError:
+        sound = False
+    return chosen(source, [] if sound else archives(source), found)
+
+
 def records(source: Source, found: Salvage) -> dict[str, Span]:
     """The whole records of an archive, by name.
 
     An archive says where its records are, and what their checksums are, twice: in front of or
     behind each of them, and in its directory. The one that fits the bytes counts.
     """
+    source = _one_archive(source, found)
     try:
-        ours = zips.read(source).spans
+        archive = zips.read(source)
+        ours = archive.spans
+        if archive.end < source.size:
+            found.steps.append(f"{source.size - archive.end} bytes follow the end of the archive")
     except ReadError as error:
         found.skip("the archive cannot be read as it is", error)
         ours = {}

@@ -1,0 +1,72 @@
+"""Several saves in one file, one after another: told apart by where they begin, never mixed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ckptfix.bytes.source import LazySource
+from ckptfix.errors import ReadError
+from ckptfix.hints import adding
+from ckptfix.words import plural
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ckptfix.bytes.source import Source
+    from ckptfix.formats.reading import Salvage
+
+_SHOWN = 20
+
+
+class Part(NamedTuple):
+    """One save: where it begins and ends in the file, and what messages say of it."""
+
+    begin: int
+    end: int
+    what: str
+
+
+def part_of(source: Source, begin: int, end: int) -> Source:
+    """A stretch of a source, as a source of its own."""
+    return LazySource(end - begin, lambda: (source, begin), source.name)
+
+
+def chosen(source: Source, parts: Sequence[Part], found: Salvage) -> Source:
+    """The save that `found.archive` asks for, counted from 1; the only one, where none is asked.
+
+    Raises `ReadError` where there are several, with a list of them, or where there are not so many.
+    """
+    found.told_apart = True
+    number = found.archive
+    if number is None and len(parts) > 1:
+        raise ReadError(
+            f"holds {len(parts)} archives, one after another",
+            where=source.name,
+            hint=adding("save one of them", "archive", "1"),
+            code="several-archives",
+            details=_listed(parts),
+        )
+    if number is not None and number > max(len(parts), 1):
+        raise ReadError(
+            f"holds {plural(max(len(parts), 1), 'archive')}: there is no number {number}",
+            where=source.name,
+            hint=adding("save one that is there", "archive", "1"),
+            code="no-such-archive",
+            details=_listed(parts),
+        )
+    if not parts:
+        return source
+    part = parts[(number or 1) - 1]
+    if (part.begin, part.end) == (0, source.size):
+        return source
+    told = "" if number is None else f"archive {number}, "
+    found.steps.append(f"took {told}bytes {part.begin:,} to {part.end:,} of {source.size:,}")
+    return part_of(source, part.begin, part.end)
+
+
+def _listed(parts: Sequence[Part]) -> list[str]:
+    rows = [
+        f"  {number}  at byte {part.begin:,}: {part.what}" for number, part in enumerate(parts, 1)
+    ]
+    more = [f"  and {len(rows) - _SHOWN:,} more"] if len(rows) > _SHOWN else []
+    return [*rows[:_SHOWN], *more]
