@@ -121,7 +121,7 @@ def test_the_file_of_a_distributed_checkpoint_is_not_one_archive(tmp_path: Path)
         {"model": state(1.0), "epoch": 3}, checkpoint_id=tmp_path / "dcp", no_dist=True
     )
     (inside,) = (tmp_path / "dcp").glob("*.distcp")
-    path = inside.rename(tmp_path / "alone.distcp")
+    path = inside.rename(tmp_path / "alone.pt")
     done = run(path, tmp_path / "out.pt")
     assert done.returncode == 2
     assert "holds 3 archives" in done.stderr
