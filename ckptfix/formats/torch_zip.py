@@ -36,7 +36,7 @@ from ckptfix.errors import (
 )
 from ckptfix.findings import Finding
 from ckptfix.formats.reading import Reading
-from ckptfix.formats.table import TORCH_ZIP
+from ckptfix.formats.table import EXTENSIONS, TORCH_ZIP
 from ckptfix.formats.zip import archive as zips
 from ckptfix.formats.zip import writer as zip_writer
 from ckptfix.formats.zip.layout import LOCAL_MAGIC
@@ -242,6 +242,13 @@ def _folder(records: Mapping[str, Span], name: str) -> str:
             where=name,
             hint=Hint("unpack it, and give one of them", shell("unzip", files=[name])),
             code="several-checkpoints",
+        )
+    held = [record for record in records if record.lower().endswith(EXTENSIONS)]
+    if held:
+        raise NotACheckpointError(
+            f"is a zip archive that files were packed into ({listed(held)})",
+            where=name,
+            hint=Hint("unpack it, and give one of them", shell("unzip", files=[name])),
         )
     raise NotACheckpointError(
         "is a zip archive without a checkpoint (no data.pkl in it)",
