@@ -248,12 +248,17 @@ def _place_around(
     whole = takewhile(lambda i: begins[i + 1] <= source.size and right(rows[i], begins[i]),
                       range(len(rows)))  # fmt: skip
     before, shift = sum(1 for _ in whole), source.size - begins[-1]
+    last = 0  # of those that may hold the hole
     if before == len(rows):
         shift = 0  # bytes follow the last
     elif begins[before] + _COUNT <= source.size and not right(rows[before], begins[before]):
         while before and not rows[before - 1].nbytes:  # its count of 0 shows nothing
             before -= 1
-        before = max(before - 1, 0)
+        before = last = max(before - 1, 0)
+        while before and (
+            rows[before].nbytes <= _COUNT or right(rows[before], begins[before] + shift)
+        ):
+            before -= 1  # a number may stand for its count, or this fits from the end as well
     elif all(right(row, begin + shift) for row, begin in _last(rows, begins)):
         what = "it is cut short, or bytes are missing amidst: counts fit both"
         reading.skip("tensors may be exchanged", DamagedError(what, where=source.name))
@@ -261,7 +266,7 @@ def _place_around(
     else:
         shift = -source.size  # nothing is behind a cut
     behind = len(rows)
-    while behind > before + 1 and begins[behind - 1] + shift >= begins[before]:
+    while behind > max(before, last) + 1 and begins[behind - 1] + shift >= begins[before]:
         if not right(rows[behind - 1], begins[behind - 1] + shift):
             break
         behind -= 1

@@ -212,7 +212,7 @@ def test_a_hole_in_a_legacy_file_costs_only_what_lay_in_it(
         assert saved.keys() | set(found.lost) == set(whole)
         told = any("may be exchanged" in step for step in found.steps)  # the counts fit twice
         assert told or all(torch.equal(saved[name], whole[name]) for name in saved), begin
-        before = {name for name, (_, end) in places.items() if end + 16 < begin}
+        before = {name for name, (_, end) in places.items() if end + 40 < begin}
         behind = {name for name, (start, _) in places.items() if start > begin + size + 208}
         assert before <= saved.keys(), begin
         assert told or behind <= saved.keys(), begin
@@ -273,3 +273,19 @@ def test_a_hole_between_tensors_of_safetensors_costs_none(tmp_path: Path) -> Non
     assert any("leaves a hole" in step for step in found.steps)
     saved = tensors(found, tmp_path)
     assert all(torch.equal(saved[name], weights()[name]) for name in NAMES)
+
+
+def test_a_count_that_fits_from_both_ends_tells_nothing(tmp_path: Path) -> None:
+    """A number 1 behind its count 1: with 8 bytes missing before it, one stands for the other."""
+    path = tmp_path / "in.pt"
+    for _ in range(20):  # storages stand in the order of their addresses
+        whole = {"a": torch.randn(50), "step": torch.tensor(1), "b": torch.randn(50)}
+        torch.save(whole, path, _use_new_zipfile_serialization=False)
+        data = path.read_bytes()
+        for name in ("a", "b"):
+            begin = data.rfind(whole[name].numpy().tobytes()) + 64
+            (tmp_path / "hole.pt").write_bytes(data[:begin] + data[begin + 8 :])
+            found = recover(tmp_path / "hole.pt")
+            saved = tensors(found, tmp_path)
+            told = any("may be exchanged" in step for step in found.steps)
+            assert told or all(torch.equal(saved[key], whole[key]) for key in saved)
