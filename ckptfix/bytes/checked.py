@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from isal import isal_zlib
 
-from ckptfix.bytes.engine import blocks, in_order, look, wrong_sum
+from ckptfix.bytes.engine import crc32, wrong_sum
 from ckptfix.bytes.source import Source
 from ckptfix.bytes.span import Span
 from ckptfix.bytes.sums import joined
@@ -71,15 +71,9 @@ class CheckedSource(Source):
         """Raise `DamagedError` where the span does not have the CRC on record."""
         if self._span.crc is None:
             return
-        crc, pieces = 0, list(self._pieces())
-        unread = (block for piece, known in pieces if known is None for block in blocks((piece,)))
-        sums = in_order(lambda block: isal_zlib.crc32(look(block)), unread)
-        for piece, known in pieces:
-            if known is not None:
-                crc = joined(crc, known, piece.length)
-                continue
-            for block in blocks((piece,)):
-                crc = joined(crc, next(sums), block.length)
+        crc = 0
+        for piece, known in self._pieces():
+            crc = joined(crc, crc32([piece]) if known is None else known, piece.length)
         if crc != self._span.crc:
             raise wrong_sum(self._span, self._label)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ckptfix.bytes.source import CHUNK, Source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 class Span(NamedTuple):
@@ -36,6 +36,22 @@ class Span(NamedTuple):
         if offset == 0 and length == self.length:
             return self
         return Span(self.source, self.offset + offset, length)
+
+
+class MadeSource(Source):
+    """Bytes that are made of those of some spans."""
+
+    _spans: Sequence[Span]
+
+    @property
+    def below(self) -> Iterable[Source]:
+        """The sources of the spans."""
+        return [span.source for span in self._spans]
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether all of them are."""
+        return all(span.source.is_checked for span in self._spans)
 
 
 def cut(spans: Iterable[Span], offset: int, length: int) -> tuple[Span, ...]:

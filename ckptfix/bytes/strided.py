@@ -8,12 +8,12 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptfix.bytes.engine import blocks
-from ckptfix.bytes.source import Source, too_short
-from ckptfix.bytes.span import Span, cut
+from ckptfix.bytes.source import too_short
+from ckptfix.bytes.span import MadeSource, Span, cut
 from ckptfix.bytes.unpacked import UnpackedSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
     """Whether each number has to be negated."""
 
 
-class StridedSource(Source):
+class StridedSource(MadeSource):
     """Elements of `spans`, one after another. Imports numpy when it is read."""
 
     def __init__(self, spans: Sequence[Span], layout: Layout, name: str) -> None:
@@ -56,16 +56,6 @@ class StridedSource(Source):
         self._array: Elements | None = None
         self._given = 0
         self._lock = allocate_lock()
-
-    @property
-    def below(self) -> Iterable[Source]:
-        """The sources of its spans."""
-        return [span.source for span in self._spans]
-
-    @property
-    def is_checked(self) -> bool:
-        """Whether all of its spans are."""
-        return all(span.source.is_checked for span in self._spans)
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`; elements that this cuts are gathered whole."""

@@ -17,8 +17,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.engine import blocks, in_order, look
-from ckptfix.bytes.source import Source
-from ckptfix.bytes.span import Span, cut
+from ckptfix.bytes.span import MadeSource, Span, cut
 from ckptfix.edit.compacting import checked, gathered, is_sparse, segments
 from ckptfix.errors import UnsupportedError
 from ckptfix.tree import floats
@@ -91,7 +90,7 @@ class Cast:
         self.counted[:] = joined
 
 
-class CastSource(Source):
+class CastSource(MadeSource):
     """Elements of `spans` as another dtype, cast when they are read."""
 
     def __init__(self, spans: Sequence[Span], cast: Cast, byteorder: str) -> None:
@@ -101,16 +100,6 @@ class CastSource(Source):
         self._spans = spans
         self._byteorder = byteorder
         self._lock = allocate_lock()
-
-    @property
-    def below(self) -> Iterable[Source]:
-        """The sources of the elements."""
-        return [span.source for span in self._spans]
-
-    @property
-    def is_checked(self) -> bool:
-        """Whether all of them are."""
-        return all(span.source.is_checked for span in self._spans)
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`; elements that this cuts are cast whole."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.bytes.source import Source
-from ckptfix.bytes.span import Span
+from ckptfix.bytes.span import MadeSource, Span
 from ckptfix.contents.state_dicts import StateDict, choose, find, of_models
 from ckptfix.edit.compacting import gathered
 from ckptfix.edit.edits import has_no_keys
@@ -18,8 +17,6 @@ from ckptfix.tree.document import OrderedMap, Storage, Tensor, contiguous_stride
 from ckptfix.tree.rebuild import rebuild
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from ckptfix.tree.document import Document, Node
 
 _ORIG, _MASK = "_orig", "_mask"
@@ -89,7 +86,7 @@ def _multiplied(
     return OrderedMap(items, attributes) if isinstance(mapping, OrderedMap) else items
 
 
-class _Product(Source):
+class _Product(MadeSource):
     """The elements of a weight, each multiplied by that of its mask, when they are read."""
 
     def __init__(self, key: str, weight: Tensor, mask: Tensor, byteorder: str) -> None:
@@ -97,16 +94,6 @@ class _Product(Source):
         self._dtypes = weight.dtype, mask.dtype
         self._spans = gathered(weight, byteorder, repr(key)), gathered(mask, byteorder, repr(key))
         self._byteorder = byteorder
-
-    @property
-    def below(self) -> Iterable[Source]:
-        """The sources of both."""
-        return [span.source for span in self._spans]
-
-    @property
-    def is_checked(self) -> bool:
-        """Whether both are."""
-        return all(span.source.is_checked for span in self._spans)
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`; elements that this cuts are computed whole."""
