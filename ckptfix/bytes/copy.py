@@ -164,11 +164,11 @@ class Sink:
             data, self._buffer = self._buffer, bytearray()
             self._write_now(data)
 
-    def _write_now(self, data: bytes | bytearray | memoryview, label: Label = "its names") -> None:
+    def _write_now(self, data: bytes | bytearray) -> None:
         self.flush()
         if self._written is not None:
             crc = isal_zlib.crc32(data)
-            self._written.append(Written(self._flushed, len(data), label, crc))
+            self._written.append(Written(self._flushed, len(data), "its names", crc))
         _write_all(self.descriptor, data, self._flushed)
         self._flushed += len(data)
 
