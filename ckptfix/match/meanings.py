@@ -40,10 +40,12 @@ def changed(
     taken = [key for key, new in renamed.items() if new not in left]
     unused = [key for key, new in renamed.items() if new in left]
     there = sorted(taken)
+    roles = meanings.roles(unused)
+    gone = sorted(set(unused) - roles.keys())
     found = {
         key: role
-        for key, role in meanings.roles(unused).items()
-        if meanings.is_there(role, there)
+        for key, role in roles.items()
+        if _speaks_of(role, there, gone)
         and (not role.needs_small or _is_small(state, role.subject))
     }
     if not found:
@@ -61,6 +63,16 @@ def changed(
         hint=adding("to take the base alone", "drop", *globs),
         options={"drop": globs},
     )
+
+
+def _speaks_of(role: Role, there: list[str], gone: list[str]) -> bool:
+    """Whether a key may change what is taken.
+
+    So may an update of weights that are called otherwise, unless these are left out as well.
+    """
+    if meanings.is_there(role, there):
+        return True
+    return role.meaning is meanings.LORA and not meanings.is_there(role, gone)
 
 
 def _is_small(state: StateDict, key: str) -> bool:
