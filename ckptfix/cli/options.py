@@ -99,7 +99,8 @@ def target(function: _Function) -> _Function:
             "--model",
             metavar="M",
             type=paths.Code(),
-            help="A model: FILE.py:NAME or package.module:NAME.",
+            help="A model: FILE.py:NAME or package.module:NAME (a class, a function that returns "
+            "a model, or a model), or hf:FOLDER, by the config.json there.",
         ),
     ):
         function = decorate(function)
@@ -118,7 +119,7 @@ def wanted(model: str | None, init: str | None, like: str | None) -> Target | No
     from ckptfix.match import target as targets
 
     if model is not None:
-        return targets.of_reference(model, init)
+        return targets.of_reference(model, init, output.note)
     if like is None:
         return None
     found = targets.of_file(like)

@@ -33,7 +33,7 @@ class Read(click.Path):
 
 
 class Code(click.ParamType[str]):
-    """`FILE.py:NAME` or `package.module:NAME`: a file, perhaps, that is read."""
+    """`FILE.py:NAME`, `package.module:NAME` or `hf:FOLDER`: what is read, perhaps."""
 
     name = "text"
 
@@ -85,7 +85,13 @@ def _given(context: click.Context, kinds: tuple[type, ...]) -> Iterator[str]:
             value = context.params.get(param.name or "")
             for path in value if isinstance(value, tuple) else (value,):
                 if path is not None:
-                    yield path.rpartition(":")[0] if isinstance(param.type, Code) else path
+                    yield _file_of(path) if isinstance(param.type, Code) else path
+
+
+def _file_of(reference: str) -> str:
+    """The file, or the folder, of which a model is built."""
+    where, _, name = reference.rpartition(":")
+    return name if where == "hf" else where
 
 
 def _is_in(written: Place, read: Place) -> bool:

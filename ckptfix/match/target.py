@@ -1,19 +1,12 @@
 """Targets: what keys are held against. A model, another checkpoint, or a list of keys.
 
-A model is built on torch's meta device, so that it takes no memory however large it is. Building
-one runs its code: that is the user's own code, named by the user, never anything from a
-checkpoint.
+How a model is built that is named on the command line is told in `building`.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import sys
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from ckptfix import door
@@ -22,13 +15,13 @@ from ckptfix.bytes.source import FileSource
 from ckptfix.contents.specs import specs
 from ckptfix.contents.state_dicts import choose
 from ckptfix.errors import CkptfixError, ReadError, SelectionError, TargetError
-from ckptfix.hints import Command, Hint, command, naming, shell
+from ckptfix.hints import Hint, command
+from ckptfix.match import building
 from ckptfix.report import ANYTHING, LAZY, META, Spec
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
-    from types import ModuleType
 
     from torch import nn
 
@@ -195,134 +188,20 @@ def _listed_specs(state: dict[str, Any]) -> dict[str, Spec]:
     return tensors | {key: Spec(None, None) for key in state["others"]}
 
 
-def of_reference(reference: str, init: str | None = None) -> Target:
-    """The model that `FILE.py:NAME` or `package.module:NAME` names, built on the meta device.
+def of_reference(
+    reference: str, init: str | None = None, say: Callable[[str], None] = lambda _: None
+) -> Target:
+    """The model that `FILE.py:NAME`, `package.module:NAME` or `hf:FOLDER` names.
 
-    `init` is JSON: an object gives keyword arguments, an array positional ones. The current
-    folder can be imported from. `NAME` is an `nn.Module` class, a function that returns a model,
-    or a model. Raises `TargetError`.
+    See `building.of_reference`. It is built on the meta device, where it takes no memory. A model
+    whose code wants values is built on the CPU instead, and `say` is told so first. Raises
+    `TargetError`.
     """
-    where, _, name = reference.rpartition(":")
-    if not where or not name:
-        raise TargetError(
-            "is not of the form FILE.py:NAME or package.module:NAME",
-            where=f"--model {reference}",
-            hint=naming("for example", "model", "models/foonet.py:FooNet"),
-        )
-    arguments, keywords = _arguments(init)
-    found = _attribute(_import(where, reference), name, reference)
-
-    def build(device: str) -> nn.Module:
-        return _build(found, arguments, keywords, reference, device)
-
+    build = building.of_reference(reference, init)
     try:
         target = of_module(build("meta"), reference)
-    except TargetError as error:
-        if not isinstance(error.__cause__, (RuntimeError, NotImplementedError)):
-            raise
-        return of_module(build("cpu"), reference)  # its code wants values, which meta has not
+    except building.WantsValuesError as error:
+        why = f"where there are no values, its code failed ({error.__cause__})"
+        say(f"{reference} is built on the CPU: {why}".splitlines()[0])
+        return of_module(build("cpu"), reference)
     return target if target.model is None else replace(target, real=lambda: build("cpu"))
-
-
-def _arguments(init: str | None) -> tuple[list[Any], dict[str, Any]]:
-    try:
-        given = json.loads(init) if init else {}
-    except ValueError as error:
-        raise TargetError(f"is not JSON ({error})", where=f"--init {init}", hint=_EXAMPLE) from None
-    if isinstance(given, dict):
-        return [], given
-    if isinstance(given, list):
-        return given, {}
-    raise TargetError(
-        "is neither a JSON object nor an array", where=f"--init {init}", hint=_EXAMPLE
-    )
-
-
-_EXAMPLE = naming("for example", "init", '{"layers": 3}')
-
-
-def _import(where: str, reference: str) -> ModuleType:
-    folders = [Place(".").resolved]
-    if _is_file(where):
-        folders.append(Place(where).folder.resolved)
-    for folder in folders:
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-    try:
-        with redirect_stdout(sys.stderr):
-            return _import_file(where) if _is_file(where) else importlib.import_module(where)
-    except (Exception, SystemExit) as error:
-        place = Place(where)
-        absent = _is_file(where) and not place.is_file
-        see = Hint("see what is there", shell("ls", files=[place.folder.name]))
-        raise TargetError(
-            f"cannot be imported: {_describe(error)}",
-            where=f"--model {reference}",
-            hint=see if absent else Hint("try it", _try(where)),
-        ) from error
-
-
-def _try(where: str) -> Command:
-    python = PurePath(sys.executable).name
-    return (
-        shell(python, files=[where]) if _is_file(where) else shell(python, "-c", f"import {where}")
-    )
-
-
-def _is_file(where: str) -> bool:
-    return where.endswith(".py")
-
-
-def _import_file(where: str) -> ModuleType:
-    name = PurePath(where).stem
-    if not Place(where).is_file:
-        raise FileNotFoundError(f"there is no file {where}")
-    spec = importlib.util.spec_from_file_location(name, where)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{where} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _attribute(module: ModuleType, name: str, reference: str) -> Any:
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if found is None:
-        models = [key for key, value in vars(module).items() if _is_model_class(value, module)]
-        hint = f"it defines {', '.join(models) or 'no class'}"
-        raise TargetError(f"there is no {name!r} in it", where=f"--model {reference}", hint=hint)
-    return found
-
-
-def _is_model_class(value: Any, module: ModuleType) -> bool:
-    return isinstance(value, type) and value.__module__ == module.__name__
-
-
-def _build(
-    found: Any, arguments: list[Any], keywords: dict[str, Any], reference: str, device: str
-) -> nn.Module:
-    import torch
-
-    try:
-        with torch.device(device), redirect_stdout(sys.stderr):
-            model = found if isinstance(found, torch.nn.Module) else found(*arguments, **keywords)
-    except (Exception, SystemExit) as error:
-        raise TargetError(
-            f"cannot be built: {_describe(error)}",
-            where=f"--model {reference}",
-            hint=naming("give its arguments as JSON", "init", '{"name": value}'),
-        ) from error
-    if not isinstance(model, torch.nn.Module):
-        raise TargetError(
-            f"gives a {type(model).__name__}, not an nn.Module",
-            where=f"--model {reference}",
-            hint="name an nn.Module class, or a function that returns a model",
-        )
-    return model
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

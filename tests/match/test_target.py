@@ -50,6 +50,25 @@ def not_a_model():
 def broken():
     raise ValueError("no such width\\nand more")
 
+class Size: pass
+
+class Wants(Net):
+    def __init__(self, config, width=2):
+        super().__init__(config.width)
+
+class Typed(Net):
+    def __init__(self, size: Size):
+        super().__init__(size.width)
+
+class Opens(Net):
+    def __init__(self):
+        super().__init__(len(open("names.txt").readlines()))
+
+from abc import ABC, abstractmethod
+class Abstract(Net, ABC):
+    @abstractmethod
+    def forward(self, x): ...
+
 def exits():
     raise SystemExit(3)
 """
@@ -98,6 +117,78 @@ def test_a_huge_model_takes_no_memory(tmp_path: Path):
     )
 
 
+VALUES = """
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+class Net(nn.Module):
+    def __init__(self, code):
+        super().__init__()
+        self.fc, widths = nn.Linear(3, 3), torch.tensor([2, 3, 3])
+        exec(code, {"self": self, "widths": widths, "torch": torch, "np": np, "nn": nn,
+                    "orthogonal": parametrizations.orthogonal})
+"""
+WANTS_VALUES = {
+    "item": "self.a = nn.Linear(widths[0].item(), 2)",
+    "float": "self.rates = [float(x) for x in torch.linspace(0, 0.1, 3)]",
+    "numpy": "self.a = nn.Linear(int(widths.numpy().sum()), 2)",
+    "to the CPU": "self.a = nn.Linear(int(widths.to('cpu').sum()), 2)",
+    "unique": "self.a = nn.Linear(len(torch.unique(widths)), 2)",
+    "from_numpy": "self.register_buffer('a', torch.from_numpy(np.ones(3)) * torch.ones(3))",
+    "orthogonal": "orthogonal(self.fc)",
+    "a check": "assert widths.max() == 3, 'no such width'; nn.init.constant_(self.fc.weight, 1)",
+    "a choice": "self.a = nn.Linear(2, 2) if widths.sum() > 3 else None",
+}
+
+
+@pytest.mark.parametrize("code", WANTS_VALUES.values(), ids=WANTS_VALUES)
+def test_a_model_whose_code_wants_values_is_built_on_the_cpu(code: str, models: Path):
+    (models / "values.py").write_text(VALUES)
+    said: list[str] = []
+    wanted = targets.of_reference("values.py:Net", json.dumps([code]), said.append)
+    space: dict[str, object] = {}
+    exec(VALUES, space)
+    model = space["Net"](code)  # type: ignore[operator]
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert {key: spec.shape for key, spec in wanted.specs.items()} == expected
+    assert all("values.py:Net is built on the CPU: " in line for line in said)
+    torch.save(model.state_dict(), "net.pt")
+    ran = ckptfix_command("check", "net.pt", "--model", "values.py:Net",
+                          "--init", json.dumps([code]), cwd=models)  # fmt: skip
+    assert ran.returncode == 0
+    assert ("note: values.py:Net is built on the CPU" in ran.stderr) == bool(said)
+
+
+def test_the_call_that_shows_why_a_model_is_not_built_can_be_run(models: Path):
+    with pytest.raises(TargetError) as raised:
+        targets.of_reference("models.py:broken")
+    command = str(raised.value.hint).removeprefix("try it: ")
+    tried = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=models)
+    assert "ValueError: no such width" in tried.stderr
+
+
+def test_a_folder_of_transformers_names_its_model(models: Path, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1, "intermediate_size": 4}
+    config = transformers.BertConfig(**sizes, num_attention_heads=1)
+    for make in (transformers.BertModel, transformers.BertForMaskedLM):
+        model = make(config)
+        model.save_pretrained("bert")
+        wanted = targets.of_reference("hf:bert")
+        assert list(wanted.specs) == list(model.state_dict())
+    (tmp_path / "bert" / "config.json").write_text('{"architectures": ["Unheard"]}')
+    with pytest.raises(TargetError, match=r"config\.json cannot be read"):
+        targets.of_reference("hf:bert")
+
+
+def test_a_folder_that_is_none_of_transformers_is_a_target_error(models: Path):
+    pytest.importorskip("transformers")
+    with pytest.raises(TargetError, match=r"there is no config\.json in models"):
+        targets.of_reference("hf:models")
+
+
 def test_what_a_model_prints_does_not_get_into_the_answer(models: Path):
     torch.save({"fc.weight": torch.rand(2, 2), "fc.bias": torch.rand(2)}, "net.pt")
     ran = ckptfix_command("check", "net.pt", "--model", "models.py:Net", "--json", cwd=models)
@@ -117,10 +208,16 @@ def test_what_a_model_prints_does_not_get_into_the_answer(models: Path):
         ("models.py:Net", "{", "is not JSON", "for example: --init"),
         ("models.py:Net", "3", "neither a JSON object nor an array", "for example: --init"),
         ("models.py:Net", '{"depth": 3}', "cannot be built: TypeError", "--init"),
-        ("models.py:number", None, "cannot be built", "--init"),
-        ("models.py:not_a_model", None, "gives a int, not an nn.Module", "nn.Module class"),
-        ("models.py:broken", None, "cannot be built: ValueError: no such width", "--init"),
-        ("models.py:exits", None, "cannot be built: SystemExit: 3", "--init"),
+        ("models.py:number", None, "cannot be built", "name an nn.Module class, a function"),
+        ("models.py:not_a_model", None, "type int, which is not an nn.Module", "nn.Module class"),
+        ("models.py:broken", None, "cannot be built: ValueError: no such width", "try it: "),
+        ("models.py:exits", None, "cannot be built: SystemExit: 3", "try it: "),
+        ("models.py:make", None, "cannot be built: TypeError", """--init '{"width": value}'"""),
+        ("models.py:Net", "[1, 2, 3]", "cannot be built: TypeError", '"width": value, "bias"'),
+        ("models.py:Wants", None, "TypeError", "a function that makes config and returns the"),
+        ("models.py:Typed", None, "TypeError", "a function that makes size and returns the model"),
+        ("models.py:Opens", None, "FileNotFoundError", "its code opens names.txt: run ckptfix in"),
+        ("models.py:Abstract", None, "TypeError", "Abstract is abstract"),
         ("script.py:Net", None, "cannot be imported: SystemExit: 2", "try it: "),
         ("syntax.py:Net", None, "cannot be imported: SyntaxError", "try it: "),
     ],
