@@ -252,7 +252,7 @@ class ChangedMeaningError(KeyMismatchError):
         where: object = None,
         hint: Hint | str | None = None,
         details: Sequence[str] = (),
-        options: Mapping[str, tuple[str, ...] | bool] | None = None,
+        options: Mapping[str, tuple[str, ...] | str | bool] | None = None,
     ) -> None:
         super().__init__(report, what, where=where, hint=hint, details=details)
         self.options = dict(options or {})

@@ -121,6 +121,11 @@ CODES: dict[str, Meaning] = {
         "an edit in place had been interrupted, and was undone",
         "none needed; run the edit again",
     ),
+    "several-saves": Meaning(
+        _ERROR,
+        "another save follows the end of the checkpoint, and is not read",
+        "none; take the rest into a file of its own (`dd`)",
+    ),
     "trailing-bytes": Meaning(
         _WARNING, "bytes follow the end of the checkpoint", "`ckptfix convert` leaves them behind"
     ),

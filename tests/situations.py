@@ -286,6 +286,10 @@ def deepspeed(state: State) -> Any:
     return {"module": prefixed(state, "module."), "ds_version": "0.16", "dp_world_size": 1}
 
 
+class Mapping(OrderedDict[str, Any]):
+    """What some programs derive from dict."""
+
+
 AROUND: dict[str, Callable[[State], Any]] = {
     "as it is": dict,
     "ordered": lambda state: state,
@@ -295,6 +299,8 @@ AROUND: dict[str, Callable[[State], Any]] = {
     "params and params_ema": lambda state: {"params_ema": averaged(state), "params": state},
     "Lightning": lightning,
     "DeepSpeed": deepspeed,
+    "a mapping of its own": Mapping,
+    "mappings of their own": lambda state: Mapping(model=Mapping(state), epoch=Mapping()),
     "the same one twice": lambda state: {"model": state, "state_dict": state},
 }
 for each, around in AROUND.items():

@@ -1,9 +1,9 @@
 """Averages of weights (EMA, SWA) beside the weights in one state dict: which key is whose average.
 
-Three ways of naming are known. `ema_model.a.weight` beside `model.a.weight`; `model_ema.aweight`
-beside `model.a.weight`, its dots removed (`LitEma` of latent diffusion); `ema_a_weight` beside
-`a.weight` (`EMAHook` of mmcv). Where each average has weights of its own shape, it can be put in
-their place.
+Four ways of naming are known. `ema_model.a.weight` beside `model.a.weight`, also inside a wrapper's
+`ema_model.module.`; `model_ema.aweight` beside `model.a.weight`, its dots removed (`LitEma` of
+latent diffusion); `ema_a_weight` beside `a.weight` (`EMAHook` of mmcv); `a.weight_ema` beside it.
+Where each average has weights of its own shape, it can be put in their place.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Averages(NamedTuple):
     """Averages in a state dict, in the place of the weights."""
 
-    start: str
-    """What their keys begin with, such as `model_ema.` or `ema_`."""
+    keys: str
+    """Their keys, as a pattern: `model_ema.*`, `ema_*`, `*_ema`."""
     mapping: OrderedMap
     """The state dict with them instead of the weights, and without their own keys."""
 
@@ -33,7 +33,8 @@ class Averages(NamedTuple):
 def within(state: StateDict) -> list[Averages]:
     """The averages that lie in a state dict beside the weights."""
     starts = dict.fromkeys(start for key in state.mapping if (start := _start(key)) is not None)
-    return [found for start in starts if (found := _averages(state, start)) is not None]
+    found = [_averages(state, start) for start in starts]
+    return [one for one in (*found, _behind(state)) if one is not None]
 
 
 def _start(key: str) -> str | None:
@@ -64,10 +65,24 @@ def _averages(state: StateDict, start: str) -> Averages | None:
             _shape(node) == _shape(mapping[key]) for key, node in weights.items()
         ):
             items = {key: weights.get(key, mapping[key]) for key in plain}
-            return Averages(start, OrderedMap(items, _attributes(mapping)))
+            return Averages(f"{start}*", OrderedMap(items, _attributes(mapping)))
     if wanted and start.endswith(".") and not any(_has_shape(mapping[key]) for key in plain):
-        return Averages(start, OrderedMap((key[len(start) :], own[key]) for key in own))
+        return Averages(f"{start}*", OrderedMap((key[len(start) :], own[key]) for key in own))
     return None
+
+
+def _behind(state: StateDict) -> Averages | None:
+    """Averages that have the names of the weights, with `_ema` behind."""
+    mapping = state.mapping
+    own = {key.removesuffix(_END): node for key, node in mapping.items() if key.endswith(_END)}
+    if not own or any(_shape(mapping.get(key)) != _shape(node) for key, node in own.items()):
+        return None
+    plain = [key for key in mapping if not key.endswith(_END)]
+    items = {key: own.get(key, mapping[key]) for key in plain}
+    return Averages(f"*{_END}", OrderedMap(items, _attributes(mapping)))
+
+
+_END = "_ema"
 
 
 def _namings(plain: list[str], start: str) -> Iterator[_Naming]:
@@ -80,8 +95,9 @@ def _namings(plain: list[str], start: str) -> Iterator[_Naming]:
     below = [key[len(parent) :] for key in plain if key.startswith(parent)]
     children = dict.fromkeys(key.partition(".")[0] + "." for key in below if "." in key)
     for child in ("", *children):
-        yield _Naming(parent + child, start, ".")
-        yield _Naming(parent + child, start, "")
+        for wrapper in ("", "module."):
+            yield _Naming(parent + child, start + wrapper, ".")
+            yield _Naming(parent + child, start + wrapper, "")
 
 
 class _Naming(NamedTuple):
@@ -102,7 +118,7 @@ def _has_shape(node: Node) -> bool:
     return bool(_shape(node))
 
 
-def _shape(node: Node) -> tuple[int, ...] | None:
+def _shape(node: Node | None) -> tuple[int, ...] | None:
     tensor = as_tensor(node)
     return None if tensor is None else tensor.shape
 

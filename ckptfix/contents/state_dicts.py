@@ -26,15 +26,15 @@ from ckptfix.words import listed
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
-    from ckptfix.contents.modules import Taken
     from ckptfix.tree.document import Document
 
 Role = Literal["model", "ema", "swa", "optimizer", "loose"]
 """`loose`: tensors that stand in no state dict, by their paths, where there is no state dict."""
 
 _AVERAGES = re.compile(
-    r"(?i)(?:^|_)(?:ema|swa|shadow|averaged?)(?:_|$)|^avg_model|_avg$|^encoder_k$|^momentum_encoder|"
-    r"_momentum$"
+    r"(?i)(?:^|[_-])(?:ema|swa|shadow|averaged?|polyak)(?:[_-]|$)|^avg(?:_model|$)|_avg$|"
+    r"^ema\{|(?-i:[a-z](?:EMA|Ema)$)|^encoder_k$|^momentum_encoder|_momentum$|"
+    r"^target_(?:network|encoder|net|model)(?:_|$)"
 )
 _PLAIN = re.compile(r"(?i)(?:^|_)(?:online|current)(?:_|$)")
 
@@ -149,19 +149,25 @@ def find(root: Node) -> list[StateDict]:
     for path, node in _candidates(root):
         if is_optimizer(node):
             found.append((path, StateDict(_join(path), node, "optimizer")))
-        elif is_module(node):
-            taken = take(node)
-            if taken.mapping or taken.unknown:
-                found.append((path, _of_module(path, node, taken)))
-        elif isinstance(node, Inert):
-            if node.has_state or node.args:  # apart from mappings of a class of their own
-                objects.add(path)
-        elif not _within(path, whole):
-            kinds = _kinds(node, deep=bool(path), arrays=not _within(path, objects))
-            if kinds is not None and not _are_scores(path, node):
-                found.append((path, StateDict(_join(path), node, _role(path, node))))
-                if _mostly_tensors(kinds, node):
-                    whole.add(path)
+            continue
+        if is_module(node):
+            found += _of_module(path, node)
+            continue
+        is_object = isinstance(node, Inert)
+        if is_object and (node.has_state or node.args):
+            objects.add(path)
+        mapping: Node = as_mapping(node) if is_object else node
+        if _within(path, whole):
+            continue
+        kinds = _kinds(mapping, deep=bool(path), arrays=not _within(path, objects))
+        if kinds is None or _are_scores(path, mapping):
+            continue
+        mostly = _mostly_tensors(kinds, mapping)
+        if mostly or not is_object:
+            origin = node if is_object else None
+            found.append((path, StateDict(_join(path), mapping, _role(path, mapping), origin)))
+        if mostly:
+            whole.add(path)
     holders = {path[:depth] for path, _ in found for depth in range(len(path))}
     states = [
         (path, state)
@@ -172,9 +178,20 @@ def find(root: Node) -> list[StateDict]:
     return chosen if of_models(chosen) else [*chosen, *_loose(root)]
 
 
-def _of_module(path: Path, module: Inert, taken: Taken) -> StateDict:
-    role = _role(path, taken.mapping)
-    return StateDict(_join(path), taken.mapping, role, module, taken.unknown)
+def as_mapping(node: Inert) -> dict[str, Node] | None:
+    """What is in a mapping of a class of its own, derived from dict; None for any other object."""
+    if node.args or node.items or not all(type(key) is str for key, _ in node.pairs):
+        return None
+    if node.has_state and not isinstance(node.state, dict):
+        return None
+    return OrderedMap(node.pairs, node.state if node.has_state else None)
+
+
+def _of_module(path: Path, module: Inert) -> Iterator[tuple[Path, StateDict]]:
+    taken = take(module)
+    if taken.mapping or taken.unknown:
+        role = _role(path, taken.mapping)
+        yield path, StateDict(_join(path), taken.mapping, role, module, taken.unknown)
 
 
 def _with_swapped_averages(states: list[tuple[Path, StateDict]]) -> list[StateDict]:

@@ -6,13 +6,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.contents.averages import within
-from ckptfix.contents.state_dicts import StateDict, choose_all, distinct
+from ckptfix.contents.state_dicts import StateDict, are_averages, choose_all, distinct
+from ckptfix.contents.tensors import as_tensor
 from ckptfix.errors import SelectionError
 from ckptfix.hints import Hint, adding, command
 from ckptfix.tree.rebuild import rebuild
+from ckptfix.tree.walk import walk
 from ckptfix.words import listed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ckptfix.contents.averages import Averages
     from ckptfix.tree.document import Document, Node
 
@@ -35,9 +39,12 @@ def take(document: Document, select: str | None = None) -> Taken:
     """
     found = _found(document, select)
     if not found:
-        where = "" if select is None else f" at {select!r}"
+        at = "" if select is None else f" at {select!r}"
+        unnamed = next(_lists(document.root), None)
         raise SelectionError(
-            f"holds no averages of weights{where}",
+            f"holds no averages of weights{at}"
+            if unnamed is None
+            else f"holds averages without names: {unnamed}, a list in the order of the parameters",
             where=document.name,
             hint=Hint("see what it holds", command("inspect", document.name)),
             code="no-averages",
@@ -60,6 +67,13 @@ def take(document: Document, select: str | None = None) -> Taken:
 
     changed = replace(document, root=rebuild(document.root, change))
     return Taken(changed, state.path, place)
+
+
+def _lists(root: Node) -> Iterator[str]:
+    """Where averages are a list of tensors, as torch_ema's `shadow_params`."""
+    for path, node in walk(root, tensors=False):
+        if type(node) is list and node and are_averages(path) and as_tensor(node[0]) is not None:
+            yield "/".join(path)
 
 
 def places(document: Document) -> list[str]:
@@ -90,4 +104,4 @@ def _place(found: _Found) -> str:
     state, averages = found
     if averages is None:
         return state.path
-    return f"{averages.start}*" if state.path == "/" else f"{state.path}: {averages.start}*"
+    return averages.keys if state.path == "/" else f"{state.path}: {averages.keys}"

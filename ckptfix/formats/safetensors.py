@@ -26,6 +26,7 @@ from ckptfix.bytes.span import Span, cut
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
 from ckptfix.formats.reading import Reading
+from ckptfix.formats.several import after
 from ckptfix.formats.table import SAFETENSORS
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.tree.document import Document, Node, OrderedMap, Storage, Tensor, contiguous_stride
@@ -90,7 +91,8 @@ def _read(source: Source, reading: Reading) -> Document:
     told = {VERSIONS} if root.attributes else set()  # what the tree says now may change with it
     told.update(name for name in root if name not in entries)
     metadata = {key: text for key, text in metadata.items() if key not in told}
-    return Document(root, NAME, source.name, source.size, metadata=metadata)
+    notes = () if available <= announced else (after(source, start + announced, "the tensors"),)
+    return Document(root, NAME, source.name, source.size, metadata=metadata, notes=notes)
 
 
 def _header(source: Source, limits: Limits) -> tuple[dict[str, Any], int]:

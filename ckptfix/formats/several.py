@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.source import LazySource
 from ckptfix.errors import ReadError
-from ckptfix.hints import adding
+from ckptfix.findings import Finding
+from ckptfix.hints import Hint, adding, shell
 from ckptfix.words import plural
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from ckptfix.bytes.source import Source
     from ckptfix.formats.reading import Salvage
+    from ckptfix.tree.document import Document
 
 _SHOWN = 20
 
@@ -59,9 +61,51 @@ def chosen(source: Source, parts: Sequence[Part], found: Salvage) -> Source:
     part = parts[(number or 1) - 1]
     if (part.begin, part.end) == (0, source.size):
         return source
+    if number is None:
+        _refuse(after(source, part.end, "the archive"), source.name)
     told = "" if number is None else f"archive {number}, "
     found.steps.append(f"took {told}bytes {part.begin:,} to {part.end:,} of {source.size:,}")
     return part_of(source, part.begin, part.end)
+
+
+def after(source: Source, end: int, what: str) -> Finding:
+    """The note on bytes behind the end of a checkpoint: another save, or something unknown."""
+    from ckptfix.formats import table
+
+    rest = part_of(source, end, source.size)
+    kind = next((name for name in _SAVES if table.is_a(name, rest)), None)
+    if kind is None:
+        return Finding("trailing-bytes", f"{rest.size} bytes follow the end of {what}")
+    message = f"another save follows the end of {what}, at byte {end:,}: it is not read"
+    words = (f"if={source.name}", f"of={source.name}.rest", "iflag=skip_bytes", f"skip={end}")
+    return Finding("several-saves", message, command=shell("dd", "bs=1M", *words))
+
+
+_SAVES = ("torch_zip", "torch_legacy", "safetensors")
+
+
+def note_rest(source: Source, end: int, found: Salvage) -> None:
+    """Note what follows the archive that is read. Raises `ReadError` where it is another save."""
+    note = after(source, end, "the archive")
+    if found.archive is None:
+        _refuse(note, source.name)
+    found.steps.append(note.message)
+
+
+def refuse(document: Document) -> None:
+    """Refuse what is followed by a save of another kind. Raises `ReadError`."""
+    for note in document.notes:
+        _refuse(note, document.name)
+
+
+def _refuse(note: Finding, where: str) -> None:
+    if note.code == "several-saves":
+        raise ReadError(
+            note.message,
+            where=where,
+            hint=Hint("take the rest into a file of its own", note.command),
+            code="several-archives",
+        )
 
 
 def _listed(parts: Sequence[Part]) -> list[str]:

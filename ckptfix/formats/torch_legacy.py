@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Literal
 from ckptfix import pickles
 from ckptfix.bytes.span import Span
 from ckptfix.errors import CkptfixError, DamagedError, ReadError, UnsafeError, UnsupportedError
-from ckptfix.findings import Finding
 from ckptfix.formats.reading import Reading
-from ckptfix.formats.several import Part, chosen, part_of
+from ckptfix.formats.several import Part, after, chosen, part_of
 from ckptfix.formats.torch_zip import parse_persistent_id
 from ckptfix.limits import DEFAULT, Limits
 from ckptfix.pickles.torch_objects import StorageView
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ckptfix.bytes.source import Source
+    from ckptfix.findings import Finding
     from ckptfix.formats.reading import Salvage
     from ckptfix.pickles.machine import Data, Persistent
 
@@ -112,9 +112,8 @@ def _read(source: Source, reading: Reading) -> tuple[Document, int]:
     )
     end = _place(storages, keys, source, position - shift, byteorder, reading)
     root = without_views(root)
-    surplus = max(source.size - end, 0)
-    if surplus:
-        notes.append(Finding("trailing-bytes", f"{surplus} bytes follow the last storage"))
+    if source.size > end:
+        notes.append(after(source, end, "the last storage"))
     return Document(root, NAME, label, source.size, byteorder, notes=tuple(notes)), end
 
 

@@ -35,6 +35,7 @@ from ckptfix.errors import (
     UnsupportedError,
 )
 from ckptfix.findings import Finding
+from ckptfix.formats import several
 from ckptfix.formats.reading import Reading
 from ckptfix.formats.table import EXTENSIONS, TORCH_ZIP
 from ckptfix.formats.zip import archive as zips
@@ -83,8 +84,7 @@ def read(source: Source, limits: Limits = DEFAULT) -> Document:
     if refused is not None:
         notes.append(Finding("container-refused", refused))
     if source.size > archive.end:
-        surplus = source.size - archive.end
-        notes.append(Finding("trailing-bytes", f"{surplus} bytes follow the end of the archive"))
+        notes.append(several.after(source, archive.end, "the archive"))
     return from_records(records, source.name, source.size, Reading(limits), tuple(notes))
 
 

@@ -19,7 +19,7 @@ from ckptfix.keys import globs
 from ckptfix.keys.renaming import joined, prefix_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,11 @@ WRAPPED = Meaning(
     "weights of a layer that adapters are wrapped around",
     "merge the adapters where they were trained (merge_and_unload of PEFT), and save that",
 )
+UNKNOWN = Meaning(
+    "something more of their layers",
+    "which they may not be the same without",
+    "build the model that was trained, or drop these keys",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,9 @@ class Role:
 
 
 _PARAM = r"(?P<param>\w+)"
+_ADAPTERS = (
+    "lora|hada|lokr|oft|boft|ia3|vera|loha|adalora|dora|glora|road|randlora|bone|miss|hra|fourierft"
+)
 _SCALES = (
     r"qzeros|g_idx|SCB|weight_format|scale_weight|scale_input|qscale|"
     r"weight_(?:scale|zero_point|shape|global_scale|fake_quant|quantizer)\w*(?:\..+)?|"
@@ -105,7 +113,8 @@ _ROWS: tuple[tuple[Meaning, str, str], ...] = (
     (LORA, r"processor\.(?P<layer>\w+)_lora\.(?:down|up)\..+", ""),
     (LORA, r"(?P<layer>\w+)_lora\.(?:down|up)\..+", ""),
     (LORA, r"lora\.(?:down|up|A|B)\..+", ""),
-    (LORA, r"(?:lora|hada|lokr|oft|boft|ia3|vera|loha|adalora)_\w+(?:\..+)?", ""),
+    (LORA, rf"(?:{_ADAPTERS})_\w+(?:\..+)?", ""),
+    (LORA, r"loras\..+", ""),
     (WRAPPED, r"(?:base_layer|original_module)\.(?P<param>.+)", "in"),
     (WRAPPED, r"modules_to_save\.\w+\.(?P<param>.+)", "in"),
     # what weights are computed from
@@ -122,12 +131,18 @@ _ROWS: tuple[tuple[Meaning, str, str], ...] = (
     (QUANTIZED, r"_packed_params\..+", "in weight"),
     (QUANTIZED, rf"{_PARAM}_(?:blocks|packed|quantized)", "in"),
     (QUANTIZED, _SCALES, "weight"),
-    (QUANTIZED, r"(?:scales?|zeros|zero_points?|biases)", "small weight"),
-    (QUANTIZED, rf"{_PARAM}_(?:scales?|scale_inv)", "small"),
+    (QUANTIZED, r"(?:scalers?|scales?|w_scale|zeros|zero_points?|biases)", "small weight"),
+    (QUANTIZED, rf"{_PARAM}_(?:scales?|scaler|scale_inv)", "small"),
 )  # fmt: skip
 """Meaning, the keys, and: the parameter that is meant where the key does not say it, `in` where the
 key stands in its place, `small` where it is only that beside a weight of one byte, `like` where the
 parameter has to be called as weights are."""
+_FRONTS = (
+    (PRUNING, re.compile(r"(?:\w+_)?masks?(?:_\w+)?|mask_scores|scores"), False),
+    (QUANTIZED, re.compile(r"(?:\w+_)?scal(?:es?|ers?)|zero(?:s|_points?)|absmax"), True),
+    (LORA, re.compile(r"loras?(?:_\w+)?|adapters?|delta|deltas|diff"), False),
+)
+"""Meaning, what stands before the key of a weight, and whether only one of few bits has it."""
 _TABLE = [(meaning, re.compile(pattern), rest.split()) for meaning, pattern, rest in _ROWS]
 
 
@@ -145,6 +160,64 @@ def role_of(key: str) -> Role | None:
                 if role is not None:
                     return role
     return None
+
+
+def role_beside(name: str, key: str, within: str = "") -> Role | None:
+    """What a value is for that stands under the key of a weight, but in something with a name.
+
+    Such as `masks.conv.weight`, or `conv.weight` in a dict of its own under `masks`. Both stand
+    within the same prefix.
+    """
+    for meaning, pattern, needs_small in _FRONTS:
+        if pattern.fullmatch(name):
+            return Role(meaning, within + prefix_of(key), last_of(key), needs_small)
+    return None
+
+
+def beside(unused: Iterable[str], taken: Sequence[str]) -> dict[str, Role]:
+    """Keys that are those of weights that are taken, below a component such as `masks`.
+
+    What is taken is sorted.
+    """
+    found = {}
+    for key in unused:
+        parts = key.split(".")
+        for at, name in enumerate(parts[:-1]):
+            role = role_beside(name, ".".join(parts[at + 1 :]), joined(parts[:at]))
+            if role is not None and is_there(role, taken):
+                found[key] = role
+    return found
+
+
+def in_layers(unused: Iterable[str], taken: Iterable[str]) -> dict[str, Role]:
+    """Keys in the layers of weights that are taken, which nobody has: they may depend on these.
+
+    A layer has no parts of its own among what is taken. What a module computes or counts by itself
+    is nothing that weights depend on.
+    """
+    direct = {prefix_of(key) for key in taken}
+    layers = direct - {prefix for each in direct for prefix in _outer(each)} - {""}
+    found = {}
+    for key in unused:
+        layer = next((prefix for prefix in _outer(key) if prefix in layers), None)
+        if layer is not None and not _COMPUTED.search(key):
+            found[key] = Role(UNKNOWN, layer)
+    return found
+
+
+def _outer(key: str) -> Iterator[str]:
+    """The prefixes of a key, or of a prefix, that are shorter than it."""
+    end = key.rfind(".", 0, len(key) - 1)
+    while end >= 0:
+        yield key[: end + 1]
+        end = key.rfind(".", 0, end)
+
+
+_COMPUTED = re.compile(
+    r"(?:^|\.)(?:total_ops|total_params|num_batches_tracked|running_(?:mean|var)|position_ids|"
+    r"relative_(?:position_index|coords_table)|attn_mask|masked_bias|inv_freq|_extra_state|"
+    r"_float_tensor|version|\w+_ema)$"
+)
 
 
 _LONGEST = 500

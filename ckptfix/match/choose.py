@@ -158,7 +158,9 @@ def look(
     meant = next(one for one, new in zip(original, states, strict=True) if new is best.state)
     passed_over = [one.place for one in whole if one is not best]
     report = replace(best.report, passed_over=passed_over)
-    return best._replace(report=report, state=meant), _error(document, found, wanted, whole, partly)
+    return best._replace(report=report, state=meant), _error(
+        document, found, wanted, whole, partly, select
+    )
 
 
 def _states(document: Document, wanted: Target, select: str | None) -> list[StateDict]:
@@ -181,7 +183,12 @@ def _without(document: Document, states: list[StateDict], drop: Sequence[str]) -
 
 
 def _error(
-    document: Document, found: list[Match], wanted: Target, whole: list[Match], partly: bool
+    document: Document,
+    found: list[Match],
+    wanted: Target,
+    whole: list[Match],
+    partly: bool,
+    select: str | None,
 ) -> CkptfixError | None:
     """Why the first of several is not taken; None: it is."""
     best = found[0]
@@ -194,8 +201,20 @@ def _error(
         known(document, best.state)
     if not whole and (not partly or best.report.refusals):
         return _refusal(document, best, wanted)
-    about = best.state, best.renaming.keys, best.report, wanted.name
-    return meanings.changed(document, *about)
+    about = best.renaming.keys, best.report, wanted.name
+    error = meanings.changed(document, best.state, *about)
+    if error is not None or select is not None:
+        return error
+    others = [
+        state
+        for state in find(document.root)
+        if state.path != best.state.path and state.role not in _APART
+    ]
+    return meanings.changed_beside(document, best.state, others, *about)
+
+
+_APART = ("ema", "swa", "optimizer")
+"""Roles of what stands for itself beside a model."""
 
 
 def _refusal(document: Document, found: Match, wanted: Target) -> KeyMismatchError:

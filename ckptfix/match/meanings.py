@@ -42,18 +42,20 @@ def changed(
     there = sorted(taken)
     roles = meanings.roles(unused)
     gone = sorted(set(unused) - roles.keys())
+    told = {key: role for key, role in roles.items() if _speaks_of(role, there, gone)}
     found = {
         key: role
-        for key, role in roles.items()
-        if _speaks_of(role, there, gone)
-        and (not role.needs_small or _is_small(state, role.subject))
+        for key, role in (told | meanings.beside(gone, there)).items()
+        if not role.needs_small or _is_small(state, role.subject)
     }
+    found |= meanings.in_layers((key for key in unused if key not in found), taken)
     if not found:
         return None
     globs = meanings.patterns(found, taken)
+    one = len(found) == 1
     what = (
         f"{plural(len(found), 'key')} that {wanted} does not have "
-        f"{'changes' if len(found) == 1 else 'change'} what others mean "
+        f"{_change(found.values(), one=one)} what others mean "
         f"({_kinds(found.values())}): {listed(found)}; the base alone is another model"
     )
     return ChangedMeaningError(
@@ -63,6 +65,52 @@ def changed(
         hint=adding("to take the base alone", "drop", *globs),
         options={"drop": globs},
     )
+
+
+def changed_beside(
+    document: Document,
+    state: StateDict,
+    others: Iterable[StateDict],
+    renamed: Mapping[str, str],
+    report: Report,
+    wanted: str,
+) -> ChangedMeaningError | None:
+    """The refusal of a state dict whose weights another dict of the file changes; or None.
+
+    Such as `masks` or `lora` beside `model`, with keys that speak of what is taken.
+    """
+    left = set(report.unexpected)
+    new_of = {key: new for key, new in renamed.items() if new not in left}
+    old_of = {new: key for key, new in new_of.items()}
+    there = sorted({*new_of, *old_of})
+    for other in others:
+        name = other.path.rpartition(".")[2]
+        roles = meanings.roles(other.mapping)
+        for key in other.mapping:
+            role = roles.get(key) or meanings.role_beside(name, key)
+            if role is None or not meanings.is_there(role, there):
+                continue
+            subject = old_of.get(role.subject, role.subject)
+            if role.needs_small and not _is_small(state, subject):
+                continue
+            what = (
+                f"{other.path} beside it changes what the weights mean ({_kinds([role])}): "
+                f"{listed(other.mapping)}; the base alone is another model"
+            )
+            return ChangedMeaningError(
+                report,
+                what,
+                where=_where(document, state),
+                hint=adding("to take the base alone", "select", state.path),
+                options={"select": state.path},
+            )
+    return None
+
+
+def _change(roles: Iterable[Role], *, one: bool) -> str:
+    if all(role.meaning is meanings.UNKNOWN for role in roles):
+        return "may change"
+    return "changes" if one else "change"
 
 
 def _speaks_of(role: Role, there: list[str], gone: list[str]) -> bool:
@@ -76,9 +124,11 @@ def _speaks_of(role: Role, there: list[str], gone: list[str]) -> bool:
 
 
 def _is_small(state: StateDict, key: str) -> bool:
-    """Whether a value has elements of one byte or less, or is of a packed kind of its own."""
+    """Whether a value has few bits or whole numbers, or is of a packed kind of its own."""
     tensor = as_tensor(state.mapping[key])
-    return tensor is None or tensor.dtype.itemsize == 1 or tensor.dtype.name.startswith("uint")
+    if tensor is None or tensor.dtype.itemsize == 1:
+        return True
+    return tensor.dtype.name.startswith(("int", "uint"))  # no weights that were trained are these
 
 
 def _kinds(roles: Iterable[Role]) -> str:

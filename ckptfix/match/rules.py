@@ -3,8 +3,9 @@
 A rule puts some components of a key in the place of others, such as `weight` in that of `gamma`,
 or inserts or removes some. It is offered where every key of the file that it changes is one that
 the target does not want, and becomes one that it lacks, of the same shape; where the keys that are
-there already stay; and where no other rule that does as much makes those keys of other ones. How
-alike two names are plays no part, but for one that is misspelt.
+there already stay, and it stays where it was among those like it; and where no other rule that does
+as much makes those keys of other ones. How alike two names are plays no part, but for one that is
+misspelt.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ def hint(
     return None
 
 
+_Around = tuple[tuple[str, ...], tuple[str, ...]]
+"""The components of a key before and behind some of it."""
+
+
 class _Search:
     """Everything that is known of the keys of one file and one target."""
 
@@ -80,6 +85,10 @@ class _Search:
         self.renamed = renaming.keys
         self.old_of = {new: old for old, new in renaming.keys.items()}
         self.missing = dict.fromkeys(report.missing)
+        self.taken = [key for key in self.old_of if key in self.wanted]
+        self.at_in_file = {new: at for at, new in enumerate(self.old_of)}
+        self.at_in_target = {key: at for at, key in enumerate(self.wanted)}
+        self._twins: dict[tuple[int, int, int], dict[_Around, list[str]]] = {}
         roles = meanings.roles(report.unexpected)
         self.unused = {
             self.old_of[key]: key
@@ -146,7 +155,41 @@ class _Search:
         there = (key for key in self.keys if self.renamed.get(key) in self.wanted)
         if any(way.get(key) != self.renamed[key] for key in there):
             return None
+        if not all(self._keeps_order(old, new) for old, new in pairs.items()):
+            return None
         return Rule(pattern, replacement, pairs)
+
+    def _keeps_order(self, old: str, new: str) -> bool:
+        """Whether a key stays where it is among those like it that are taken as they are.
+
+        Where layers are numbered from 1 in the file and from 0 in the model, all but one fit, and
+        the last would become the first: then all of them are others.
+        """
+        ours, theirs = self.unused[old].split("."), new.split(".")
+        gone, come = unlike(tuple(ours), tuple(theirs))
+        if not gone or len(gone) != len(come):
+            return True
+        start = len(shared_start(tuple(ours), tuple(theirs)))
+        place = (start, start + len(gone), len(ours))
+        if place not in self._twins:
+            self._twins[place] = self._by_place(*place)
+        around = (tuple(ours[:start]), tuple(ours[start + len(gone) :]))
+        for twin in self._twins[place].get(around, ()):
+            if self.wanted[twin].shape != self.wanted[new].shape:
+                continue
+            before = _is_before(self.unused[old], twin, self.at_in_file)
+            if before != _is_before(new, twin, self.at_in_target):
+                return False
+        return True
+
+    def _by_place(self, start: int, end: int, length: int) -> dict[_Around, list[str]]:
+        """Keys that are taken as they are, by all their components but some."""
+        found: dict[_Around, list[str]] = {}
+        for key in self.taken:
+            parts = tuple(key.split("."))
+            if len(parts) == length:
+                found.setdefault((parts[:start], parts[end:]), []).append(key)
+        return found
 
     def _way(self, keys: list[str]) -> Mapping[str, str] | None:
         """What the target calls keys, as it would be found after the rule was applied."""
@@ -167,6 +210,16 @@ class _Search:
         if not square:
             return ""
         return f" and is not its transpose, which a square weight does not tell ({listed(square)})"
+
+
+def _is_before(one: str, other: str, at: Mapping[str, int]) -> bool:
+    """Whether a key comes before another: by their numbers, if these are all that differs."""
+    if _NUMBER.sub("0", one) == _NUMBER.sub("0", other):
+        return [*map(int, _NUMBER.findall(one))] < [*map(int, _NUMBER.findall(other))]
+    return at[one] < at[other]
+
+
+_NUMBER = re.compile("[0-9]+")
 
 
 def _widest(rules: list[Rule]) -> list[Rule]:

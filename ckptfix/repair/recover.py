@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckptfix import door
 from ckptfix.errors import DamagedError
+from ckptfix.formats import several
 from ckptfix.formats.zip.recovery import is_right
 from ckptfix.tree.document import Document, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.tree.rebuild import rebuild
@@ -46,6 +47,8 @@ def recover(path: str | os.PathLike[str], archive: int | None = None) -> Recover
     `ReadError` where not even the names of the tensors can be read, and where there are several.
     """
     document, found = door.salvage(path, archive)
+    if archive is None:
+        several.refuse(document)
     found.steps += [note.message for note in document.notes if note.code == "trailing-bytes"]
     if found.lost:
         what = plural(len(found.lost), "storage")

@@ -63,6 +63,12 @@ def without_checksums() -> str:
     return "in.pt"
 
 
+def with_another_save() -> Path:
+    made = FIXTURES / "cpu.pt"
+    Path("two.pt").write_bytes(made.read_bytes() + (FIXTURES / "plain.safetensors").read_bytes())
+    return Path("two.pt")
+
+
 def with_a_tail() -> str:
     Path("in.pt").write_bytes((FIXTURES / "legacy.pt").read_bytes() + b"surplus")
     return "in.pt"
@@ -106,6 +112,7 @@ PRODUCED: dict[str, Any] = {
     "tied-tensors": lambda: FIXTURES / "tied.pt",
     "no-checksums": without_checksums,
     "trailing-bytes": with_a_tail,
+    "several-saves": with_another_save,
     "wrong-extension": misnamed,
     "no-state-dict": without_tensors,
     "end-unproven": lambda: FIXTURES / "pieces" / "hf",

@@ -73,6 +73,18 @@ LAYOUTS: dict[str, Any] = {
             "step": torch.tensor(9),
         },
     },
+    "a hyphen": {"model": PLAIN, "model-ema": AVERAGE},
+    "one word": {"model": PLAIN, "modelEMA": AVERAGE},
+    "avg": {"model": PLAIN, "avg": AVERAGE},
+    "Polyak": {"model": PLAIN, "polyak": AVERAGE},
+    "BYOL": {"online_network_state_dict": PLAIN, "target_network_state_dict": AVERAGE},
+    "EMA callback": {"state_dict": PLAIN, "callbacks": {"EMA{'decay': 0.9}": {"model": AVERAGE}}},
+    "in a wrapper": {**_with("model.", PLAIN), **_with("model_ema.module.", AVERAGE)},
+    "in a wrapper, counted": {
+        **PLAIN,
+        **_with("averaged_model.module.", AVERAGE),
+        "averaged_model.n_averaged": torch.tensor(3),
+    },
     "only the averages in ema": {
         "model": PLAIN,
         "ema": {**_with("ema_model.", AVERAGE), "step": torch.tensor(9)},
@@ -101,6 +113,7 @@ def test_the_plain_one_is_taken_and_the_other_offered(layout: dict[str, Any], ve
 
 FLATTENED = {
     "mmcv": {**PLAIN, **_parameters("_", "ema_")},
+    "behind": {**PLAIN, **{f"{key}_ema": AVERAGE[key] for key in PARAMETERS}},
     "latent diffusion": {
         **_with("model.", PLAIN),
         **_parameters("", "model_ema."),
@@ -153,6 +166,10 @@ def test_none_and_several_are_refused_by_name(verb: str):
     ran = ckptfix_command(verb, "in.pt", *out, "--average")
     assert ran.returncode == 2
     assert "holds no averages of weights" in ran.stderr
+    torch.save({"model": PLAIN, "ema": {"shadow_params": [*AVERAGE.values()]}}, "in.pt")
+    ran = ckptfix_command(verb, "in.pt", *out, "--average")
+    assert ran.returncode == 2
+    assert "holds averages without names: ema/shadow_params, a list in the order" in ran.stderr
     torch.save({"model": PLAIN, "ema": AVERAGE, "swa": net(3.0).state_dict()}, "in.pt")
     ran = ckptfix_command(verb, "in.pt", *out, "--average")
     assert ran.returncode == 2

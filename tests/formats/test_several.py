@@ -163,3 +163,30 @@ def test_reading_such_a_file_says_how_to_list_what_is_in_it(tmp_path: Path) -> N
     with pytest.raises(ReadError) as caught:
         door.read(path)
     assert f"ckptfix recover {path}" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("first", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("second", ["zip", "legacy", "safetensors"])
+def test_saves_of_two_kinds_are_never_taken_for_one(
+    first: str, second: str, tmp_path: Path
+) -> None:
+    import safetensors.torch
+
+    def made(kind: str, value: float) -> bytes:
+        if kind == "safetensors":
+            return safetensors.torch.save(state(value))
+        return saved(state(value), kind)
+
+    path, out = tmp_path / "two.pt", tmp_path / "out.pt"
+    path.write_bytes(made(first, 1.0) + made(second, 2.0))
+    done = run(path, out)
+    assert (done.returncode, out.exists()) == (2, False)
+    hint = done.stderr.splitlines()[-1]
+    if ": dd " in hint:
+        command = hint.partition(": dd ")[2]
+        subprocess.run(f"dd {command}", shell=True, check=True, capture_output=True, cwd=tmp_path)
+        found = tensors(tmp_path / "two.pt.rest", None, tmp_path)
+        assert torch.equal(found["w"], state(2.0)["w"])
+    else:
+        assert first == second
+        assert "--archive 1" in hint

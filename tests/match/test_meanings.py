@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import warnings
 from pathlib import Path
@@ -63,6 +64,13 @@ BESIDE: dict[str, tuple[str, State]] = {
         {"q.weight_scale": torch.ones(1), "q.input_scale": torch.ones(1)},
     ),
     "bitsandbytes": ("quantization", {"q.weight.absmax": torch.ones(1)}),
+    "masks of their own": ("pruning", {"masks.q.weight": torch.ones(4, 4)}),
+    "DoRA of kohya": ("LoRA", {"q.dora_scale": torch.ones(4, 1)}),
+    "RoAd": ("LoRA", {"q.road_theta.default": torch.ones(4)}),
+    "AdapterHub": ("LoRA", {"q.loras.x.lora_B": torch.ones(4, 1)}),
+    "an adapter": ("something more of their layers", {"q.adapter.down.weight": torch.ones(1, 4)}),
+    "scores": ("something more of their layers", {"q.popup_scores": torch.ones(4, 4)}),
+    "a gate of L0": ("something more of their layers", {"v.log_alpha": torch.ones(4)}),
     "trained for it": ("quantization", {"q.weight_fake_quant.scale": torch.ones(1)}),
 }
 
@@ -84,6 +92,38 @@ def test_the_base_alone_is_taken_only_where_that_is_said(kind: str) -> None:
     assert unlike(dict(model.state_dict()), dict(state)) is None
 
 
+DICTS: dict[str, tuple[str, State]] = {
+    "lora": ("LoRA", {"q.lora_A": torch.ones(1, 4), "q.lora_B": torch.ones(4, 1)}),
+    "masks": ("pruning", {"q.weight": torch.ones(4, 4), "v.weight": torch.ones(4, 4)}),
+    "adapter": ("LoRA", {"q.weight": torch.ones(4, 4)}),
+}
+
+
+@pytest.mark.parametrize("name", DICTS)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_dict_beside_that_changes_the_weights_is_told(name: str, prefix: str) -> None:
+    meaning, more = DICTS[name]
+    state = net().state_dict()
+    model = {prefix + key: value for key, value in state.items()}
+    torch.save({"model": model, name: {prefix + k: v for k, v in more.items()}}, "in.pt")
+    with pytest.raises(ChangedMeaningError, match=rf"{name} beside it .*\({meaning}, ") as told:
+        plan(door.read("in.pt"), targets.of_module(net()))
+    ran = ckptfix_command("fix", "in.pt", "out.pt", "--model", "net.py:net")
+    assert ran.returncode == 2
+    assert "hint: to take the base alone: add --select model" in ran.stderr
+    assert told.value.options["select"] == "model"
+    ran = ckptfix_command("fix", "in.pt", "out.pt", "--model", "net.py:net", "--select", "model")
+    assert ran.returncode == 0
+    assert unlike(dict(torch.load("out.pt")), dict(state)) is None
+
+
+def test_what_stands_beside_and_speaks_of_other_weights_is_no_matter() -> None:
+    state = net().state_dict()
+    others = {"lora": {"teacher.lora_A": torch.ones(1, 4)}, "masks": {"other": torch.ones(4)}}
+    torch.save({"model": state, **others}, "in.pt")
+    assert ckptfix.load_into(net(), "in.pt").loads
+
+
 @pytest.mark.parametrize("kind", ["LoRA", "a mask", "fp8"])
 def test_check_names_the_command_that_takes_the_base_alone(kind: str) -> None:
     state = net().state_dict()
@@ -103,8 +143,8 @@ def test_check_names_the_command_that_takes_the_base_alone(kind: str) -> None:
     "more",
     [
         {"logit_scale": torch.ones(1)},
-        {"v.scales": torch.ones(4)},
-        {"q.relative_position_bias": torch.ones(4)},
+        {"q.total_ops": torch.ones(1), "q.num_batches_tracked": torch.tensor(1)},
+        {"masks.other.weight": torch.ones(4)},
         {"teacher.weight": torch.ones(4, 4), "teacher.lora_A.weight": torch.ones(2, 4)},
         {"attn_mask": torch.ones(4, 4)},
         {"head.weight_g": torch.ones(4, 1), "head.weight_v": torch.ones(4, 4)},
@@ -119,11 +159,16 @@ def test_what_speaks_of_no_weight_that_is_taken_is_dropped_as_ever(more: State) 
     assert unlike(dict(model.state_dict()), dict(state)) is None
 
 
-def test_scales_beside_packed_numbers_are_told_by_the_numbers() -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "key", ["q.scales", "q.scaler", "q.w_scale", "q.zeros", "q.weight_scaler", "scales.q.weight"]
+)
+def test_scales_beside_packed_numbers_are_told_by_the_numbers(dtype: torch.dtype, key: str) -> None:
     state = net().state_dict()
-    state["q.weight"] = torch.ones(4, 4, dtype=torch.int8)
-    torch.save({**state, "q.scales": torch.ones(4)}, "in.pt")
-    with pytest.raises(KeyMismatchError, match=r"\(quantization, .*q\.scales; the base alone"):
+    state["q.weight"] = torch.ones(4, 4).to(dtype)
+    torch.save({**state, key: torch.ones(4)}, "in.pt")
+    said = rf"\(quantization, .*{re.escape(key)}; the base alone"
+    with pytest.raises(KeyMismatchError, match=said):
         ckptfix.load_into(net(), "in.pt")
 
 

@@ -74,6 +74,10 @@ def renamed(state: State, *pairs: tuple[str, str]) -> State:
     return state
 
 
+def numbered(name: str, *numbers: object) -> State:
+    return {name.format(number): torch.rand(4, 4) for number in numbers}
+
+
 LINEAR = values(
     encoder__0__weight=(4, 4), encoder__0__bias=(4,), encoder__1__weight=(4, 4),
     encoder__1__bias=(4,), head__weight=(3, 4), head__bias=(3,),
@@ -104,6 +108,8 @@ FITTING: dict[str, tuple[State, list[tuple[str, str]], int]] = {
         [(r"net\.1\.", "net.out.")],
         1,
     ),
+    "the last of many": (numbered("net.{}.w", *range(3)), [(r"net\.2\.", "net.11.")], 1),
+    "the last of many names": (numbered("{}.w", "fc1", "fc2", "head"), [("head", "fc3")], 1),
     "a slip of the pen": (LINEAR, [("weight", "wieght")], 1),
 }
 
@@ -143,6 +149,14 @@ UNFIT: dict[str, tuple[State, State]] = {
         values(bn__running_mean=(4,), a__w=(2,)),
         values(bn__running_var=(4,), a__w=(2,)),
     ),
+    "numbered from 1": (numbered("layers.{}.w", 1, 2, 3), numbered("layers.{}.w", 0, 1, 2)),
+    "numbered from 0": (numbered("conv{}.weight", 0, 1, 2), numbered("conv{}.weight", 1, 2, 3)),
+    "with layers between": (numbered("net.{}.w", 0, 2, 4), numbered("net.{}.w", 0, 1, 2)),
+    "past ten": (numbered("net.{}.w", *range(1, 13)), numbered("net.{}.w", *range(12))),
+    "under a prefix, from 1": (
+        numbered("module.layers.{}.weight", 1, 2, 3), numbered("layers.{}.weight", 0, 1, 2)
+    ),
+    "shifted by one name": (numbered("{}.w", *"qkv"), numbered("{}.w", *"kvo")),
     "anything of that shape": (
         values(queue_ptr=(4,), a__w=(2,)),
         values(norm__weight=(4,), a__w=(2,)),

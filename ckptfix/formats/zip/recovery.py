@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from ckptfix.bytes.engine import check_crc
 from ckptfix.bytes.span import Span
 from ckptfix.errors import ReadError
-from ckptfix.formats.several import Part, chosen
+from ckptfix.formats.several import Part, chosen, note_rest
 from ckptfix.formats.zip import archive as zips
 from ckptfix.formats.zip.layout import (
     CENTRAL_MAGIC,
@@ -246,12 +246,12 @@ def records(source: Source, found: Salvage) -> dict[str, Span]:
     try:
         archive = zips.read(source)
         ours = archive.spans
-        if archive.end < source.size:
-            found.steps.append(f"{source.size - archive.end} bytes follow the end of the archive")
     except ReadError as error:
         found.skip("the archive cannot be read as it is", error)
         ours = {}
     else:
+        if archive.end < source.size:
+            note_rest(source, archive.end, found)
         if _has_sums(ours) and all(map(is_right, ours.values())):
             return ours
     known = [listed(source), scan(source), ours]
