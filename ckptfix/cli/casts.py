@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptfix.cli import output
 from ckptfix.edit import casting
 from ckptfix.words import plural
 
 if TYPE_CHECKING:
+    from ckptfix.cli import records
     from ckptfix.edit.casting import Cast
     from ckptfix.tree.document import Document
     from ckptfix.tree.dtypes import DType
@@ -26,7 +27,7 @@ def said(document: Document, dtype: DType) -> str:
     return f"{sum(len(cast.keys) for cast in casting.casts(document)):,} of them cast to {dtype}"
 
 
-def report(document: Document, dtype: DType, *, dry_run: bool) -> dict[str, Any]:
+def report(document: Document, dtype: DType, *, dry_run: bool) -> records.Casts:
     """Say what was lost by casting, and what was not cast; returns the same for JSON."""
     if dry_run:
         casting.measure(document)
@@ -50,10 +51,12 @@ def _note_losses(casts: list[Cast], loss: str, what: str) -> None:
         output.note_names(f"{total} {what}", names, _SHOWN)
 
 
-def _row(cast: Cast) -> dict[str, Any]:
+def _row(cast: Cast) -> records.Cast:
     return {
         "keys": list(cast.keys),
-        "from": cast.before.name,
+        "dtype": cast.before.name,
         "elements": cast.numel,
-        **cast.losses._asdict(),
+        "overflow": cast.losses.overflow,
+        "underflow": cast.losses.underflow,
+        "nan": cast.losses.nan,
     }
