@@ -126,10 +126,14 @@ def test_a_zip_that_torch_refuses_is_found_and_repaired(
     if torch_takes(path, weights_only=True):
         assert codes(path) == []
         done = run("fix", path, tmp_path / "out.pt")
-        assert (done.returncode, "nothing to repair" in done.stdout) == (1, True)
+        assert (done.returncode, "nothing had to be repaired" in done.stdout) == (0, True)
+        assert run("check", path).returncode == 0
     else:
         assert codes(path) == ["container-refused"]
-        assert "container-refused" in run("check", path).stdout
+        checked = run("check", path)
+        assert (checked.returncode, "container-refused" in checked.stdout) == (1, True)
+        held = run("check", path, "--like", tmp_path / "whole.pt")
+        assert (held.returncode, "matches" in held.stdout) == (1, True)
         is_repaired(path, tmp_path / "out.pt")
 
 

@@ -174,7 +174,9 @@ def test_things_are_called_what_a_person_would(node: Any, name: str):
 def foreign(tmp_path: Path) -> tuple[Document, list[StateDict]]:
     """A checkpoint, and the state dicts of another one, which holds the same."""
     wrapped = nn.DataParallel(nn.Linear(2, 2)).state_dict()
-    return saved({"net": wrapped}, tmp_path), choose_all(saved({"net": wrapped}, tmp_path))
+    (tmp_path / "other").mkdir()
+    other = saved({"net": wrapped}, tmp_path / "other")
+    return saved({"net": wrapped}, tmp_path), choose_all(other)
 
 
 EDITS: dict[str, Callable[[Document, list[StateDict]], Document]] = {
@@ -198,8 +200,8 @@ def test_an_edit_of_a_state_dict_of_another_document_is_refused(edit: str, tmp_p
 
 
 def test_a_cast_of_a_pickled_model_of_another_document_is_refused(tmp_path: Path) -> None:
-    net = nn.Linear(2, 2)
-    document, other = (saved(net, tmp_path) for _ in range(2))
+    (tmp_path / "other").mkdir()
+    document, other = (saved(nn.Linear(2, 2), folder) for folder in (tmp_path, tmp_path / "other"))
     with pytest.raises(SelectionError, match="'/' is a state dict of another checkpoint"):
         EDITS["cast"](document, choose_all(other))
     made = EDITS["cast"](document, choose_all(document))
