@@ -40,6 +40,9 @@ def command(words: tuple[str, ...]) -> int:
     if file.isatty():
         output.note("paste the error, then press Ctrl-D")
     found = explain(file.read())
+    given = None if isinstance(file, io.StringIO) or words in ((), ("-",)) else " ".join(words)
+    if given is not None:
+        file.close()
     rows: list[records.Explained] = [
         {
             "code": row.known.code,
@@ -51,7 +54,6 @@ def command(words: tuple[str, ...]) -> int:
         for row in found
     ]
     fields: records.Explain = {"found": rows}
-    given = None if isinstance(file, io.StringIO) or words in ((), ("-",)) else " ".join(words)
     if not found:
         text = "no error that ckptfix knows; see the file itself: ckptfix inspect FILE"
         return output.answer(fields, text, input=given, exit_code=1)
