@@ -32,6 +32,9 @@ def report(document: Document, dtype: DType, *, dry_run: bool) -> records.Casts:
     if dry_run:
         casting.measure(document)
     casts = casting.casts(document)
+    if dry_run:
+        names = ((key, cast.before) for cast in casts for key in cast.keys)
+        output.changes([f"{key}: {before} -> {dtype}" for key, before in names], "tensor")
     for loss, what in _LOSSES.items():
         _note_losses(casts, loss, what.format(dtype=dtype))
     others = casting.others(document, dtype)

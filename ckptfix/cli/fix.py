@@ -94,6 +94,7 @@ def command(
     _say_written_once(made)
     if made.cures:
         output.aside(lambda console: _draw(console, made))
+    job.list_renamed(made.renamings)
     _say_keys("dropped", made.dropped)
     _say_keys("of another dtype; torch casts them as it loads", made.of_another_dtype)
     _say_remaining(document.name, made)

@@ -157,6 +157,16 @@ def aside(draw: Callable[[Console], None]) -> None:
         _write(_drawn(draw))
 
 
+def changes(rows: Sequence[str], noun: str, where: str = "", most: int = 20) -> None:
+    """List for people what a dry run would change; a record has a field for all of it."""
+    if is_json() or not rows:
+        return
+    lines = [f"  {printable(row)}" for row in rows[:most]]
+    if len(rows) > most:
+        lines.append(f"  {more(len(rows) - most, '--json has all', noun)}")
+    _write("".join(f"{line}\n" for line in ([printable(where)] if where else []) + lines))
+
+
 def _drawn(draw: Callable[[Console], None]) -> str:
     drawn = io.StringIO()
     draw(_console(drawn))

@@ -140,8 +140,15 @@ class Job:
         labels = label or ", ".join(dict.fromkeys(renaming.label for _, renaming in changes))
         where = ", ".join(state.path for state, _ in changes if state.selection)
         done = f"{plural(total, 'key')} renamed ({labels})" + (f" in {where}" if where else "")
+        self.list_renamed([(state.path, renaming) for state, renaming in changes])
         renamed = [rows.renamed(state.path, renaming) for state, renaming in changes]
         return self.finish(document, done, {"renamed": renamed})
+
+    def list_renamed(self, found: Sequence[tuple[str, Renaming]]) -> None:
+        """List every key that a dry run would rename."""
+        for path, renaming in found if self.dry_run else ():
+            lines = [f"{old} -> {new}" for old, new in renaming.changes.items()]
+            output.changes(lines, "key", "" if path == "/" else path)
 
     def _write(self, to: Output, document: Document) -> Checked | None:
         if self.dry_run:
