@@ -9,7 +9,7 @@ from ckptfix.edit import casting
 from ckptfix.words import plural
 
 if TYPE_CHECKING:
-    from ckptfix.cli import records
+    from ckptfix.cli import answers
     from ckptfix.edit.casting import Cast
     from ckptfix.tree.document import Document
     from ckptfix.tree.dtypes import DType
@@ -27,7 +27,7 @@ def said(document: Document, dtype: DType) -> str:
     return f"{sum(len(cast.keys) for cast in casting.casts(document)):,} of them cast to {dtype}"
 
 
-def report(document: Document, dtype: DType, *, dry_run: bool) -> records.Casts:
+def report(document: Document, dtype: DType, *, dry_run: bool) -> answers.Casts:
     """Say what was lost by casting, and what was not cast; returns the same for JSON."""
     if dry_run:
         casting.measure(document)
@@ -54,7 +54,7 @@ def _note_losses(casts: list[Cast], loss: str, what: str) -> None:
         output.note_names(f"{total} {what}", names, _SHOWN)
 
 
-def _row(cast: Cast) -> records.Cast:
+def _row(cast: Cast) -> answers.Cast:
     return {
         "keys": list(cast.keys),
         "dtype": cast.before.name,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from ckptfix.cli import records
+    from ckptfix.cli import answers
     from ckptfix.hints import Command
     from ckptfix.match.choose import Match
     from ckptfix.match.target import Target
@@ -101,7 +101,7 @@ def _check(file: str, wanted: Target | None, given: _Given, *, read_data: bool) 
     document, select = embedded.taken(document, given.select)
     if given.average:
         document, select = options.averages(document, select)
-    data: records.Data | None = None
+    data: answers.Data | None = None
     if read_data:
         with output.progress(f"reading {file}", lambda: nbytes(document.root)) as advance:
             data_read = damage.read_data(document, advance)
@@ -207,7 +207,7 @@ def _recover(document: Document) -> Hint:
 
 
 def _say_damaged(
-    file: str, fields: records.Check, error: DamagedError, more: Sequence[str] = ()
+    file: str, fields: answers.Check, error: DamagedError, more: Sequence[str] = ()
 ) -> int:
     def draw(console: Console) -> None:
         for message in (error.what, *more[: _SHOWN - 1]):
@@ -216,7 +216,7 @@ def _say_damaged(
             console.print(output.more(len(more) - _SHOWN + 1, "--json has all"))
 
     problem = output.as_error(error.what, error.hint, error.code, error.where or file)
-    told: records.Check = {**fields, "sound": False}
+    told: answers.Check = {**fields, "sound": False}
     output.answer(told, draw, input=file, exit_code=1, error=problem)
     if error.hint is not None:
         output.hint(error.hint)
@@ -238,9 +238,9 @@ def _but(errors: int) -> list[tuple[str, str]]:
 def _fields(
     document: Document | None = None,
     found: Sequence[Finding] = (),
-    data: records.Data | None = None,
+    data: answers.Data | None = None,
     compared: _Compared | None = None,
-) -> records.Check:
+) -> answers.Check:
     report = None if compared is None else compared.report
     return {
         "container": None if document is None else document.container,
@@ -265,14 +265,14 @@ def _fields(
     }
 
 
-def _rows(differences: list[Difference]) -> list[records.Difference]:
+def _rows(differences: list[Difference]) -> list[answers.Difference]:
     return [
         {"key": row.key, "found": rows.spec(row.found), "wanted": rows.spec(row.wanted)}
         for row in differences
     ]
 
 
-def _remedy(cure: Remedy | None) -> records.Remedy | None:
+def _remedy(cure: Remedy | None) -> answers.Remedy | None:
     if cure is None:
         return None
     command = None if cure.command is None else str(cure.command)

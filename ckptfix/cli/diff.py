@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from ckptfix.cli import records
+    from ckptfix.cli import answers
     from ckptfix.diffs.documents import Diff, StateDiff, ValueDifference
     from ckptfix.report import Difference
 
@@ -101,7 +101,7 @@ def _selected(select: Sequence[str]) -> tuple[str, str] | None:
 # --- as JSON
 
 
-def _data(found: Diff, other: str, *, keys_only: bool) -> records.Diff:
+def _data(found: Diff, other: str, *, keys_only: bool) -> answers.Diff:
     return {
         "other": other,
         "same": found.same,
@@ -111,7 +111,7 @@ def _data(found: Diff, other: str, *, keys_only: bool) -> records.Diff:
     }
 
 
-def _state_data(state: StateDiff) -> records.StatesDiffer:
+def _state_data(state: StateDiff) -> answers.StatesDiffer:
     return {
         "input": state.a,
         "other": state.b,
@@ -125,15 +125,15 @@ def _state_data(state: StateDiff) -> records.StatesDiffer:
     }
 
 
-def _listed(specs: dict[str, Spec]) -> list[records.Added]:
+def _listed(specs: dict[str, Spec]) -> list[answers.Added]:
     return [{"key": key, **rows.spec(spec)} for key, spec in specs.items()]
 
 
-def _pair(row: Difference) -> records.Pair:
+def _pair(row: Difference) -> answers.Pair:
     return {"key": row.key, "input": rows.spec(row.found), "other": rows.spec(row.wanted)}
 
 
-def _value(row: ValueDifference) -> records.Values:
+def _value(row: ValueDifference) -> answers.Values:
     """JSON has no infinity: a difference without bound is null, and so is one of no numbers."""
     differing, *sizes = row.distance
     absolute, relative = (None if s in (None, float("inf")) else s for s in sizes)

@@ -15,7 +15,7 @@ from ckptfix.findings import CODES
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ckptfix.cli import records
+    from ckptfix.cli import answers
 
 _EXCERPT = 200
 
@@ -43,7 +43,7 @@ def command(words: tuple[str, ...]) -> int:
     given = None if isinstance(file, io.StringIO) or words in ((), ("-",)) else " ".join(words)
     if given is not None:
         file.close()
-    rows: list[records.Explained] = [
+    rows: list[answers.Explained] = [
         {
             "code": row.known.code,
             "severity": CODES[row.known.code].severity.value,
@@ -53,7 +53,7 @@ def command(words: tuple[str, ...]) -> int:
         }
         for row in found
     ]
-    fields: records.Explain = {"found": rows}
+    fields: answers.Explain = {"found": rows}
     if not found:
         text = "no error that ckptfix knows; see the file itself: ckptfix inspect FILE"
         return output.answer(fields, text, input=given, exit_code=1)

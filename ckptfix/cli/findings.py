@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from ckptfix.cli import records
+    from ckptfix.cli import answers
     from ckptfix.findings import Finding
     from ckptfix.hints import Command
     from ckptfix.tree.document import Document
@@ -24,7 +24,7 @@ _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE
 _INDENT = " " * 8
 
 
-def rows(findings: Sequence[Finding]) -> list[records.Finding]:
+def rows(findings: Sequence[Finding]) -> list[answers.Finding]:
     """Findings for JSON."""
     return [
         {

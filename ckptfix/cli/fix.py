@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from ckptfix.cli import records
+    from ckptfix.cli import answers
     from ckptfix.findings import Finding
     from ckptfix.repair.plan import Cure, Remaining
     from ckptfix.tree.document import Document
@@ -127,7 +127,7 @@ def _errors_left(made: Plan) -> bool:
 
 
 def _say_remaining(name: str, made: Plan) -> None:
-    """What is left as it is, and why; a record has a field for it."""
+    """What is left as it is, and why; JSON has a field for it."""
     for row in () if output.is_json() else made.remaining:
         where = "" if row.where == "/" else f" ({row.where})"
         output.note(f"{name}{where}: left as it is: {row.found}; {row.reason}")
@@ -166,11 +166,11 @@ def _data(made: Plan) -> dict[str, Any]:
     }
 
 
-def _cure(row: Cure) -> records.Cure:
+def _cure(row: Cure) -> answers.Cure:
     return {"code": row.code, "where": row.where, "message": row.found, "cure": row.cure}
 
 
-def _remaining(row: Remaining) -> records.Remaining:
+def _remaining(row: Remaining) -> answers.Remaining:
     return {"code": row.code, "where": row.where, "message": row.found, "reason": row.reason}
 
 

@@ -17,7 +17,7 @@ from ckptfix.tree.walk import storages
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ckptfix.cli import records
+    from ckptfix.cli import answers
     from ckptfix.findings import Finding
     from ckptfix.tree.document import Document
 
@@ -78,7 +78,7 @@ def _draw(console: Console, document: Document, found: list[Finding], everything
     findings.draw(console, document, found)
 
 
-def _data(document: Document, found: list[Finding]) -> records.Inspect:
+def _data(document: Document, found: list[Finding]) -> answers.Inspect:
     return {
         "container": document.container,
         "bytes": document.nbytes,
@@ -92,7 +92,7 @@ def _data(document: Document, found: list[Finding]) -> records.Inspect:
     }
 
 
-def _state_data(state: StateDict) -> records.StateDict:
+def _state_data(state: StateDict) -> answers.StateDict:
     return {
         "path": state.path,
         "role": state.role,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from ckptfix.cli import records
+    from ckptfix.cli import answers
 
 
 class Form:
@@ -41,7 +41,7 @@ class Form:
         self.given: Mapping[str, Any] = {}
         """The arguments and options of the verb."""
         self.notes: list[str] = []
-        """What is to be told in the next record."""
+        """What is to be told in the next answer in JSON."""
         self.before: str | None = None
         """What was answered for the file before, as text."""
 
@@ -61,7 +61,7 @@ def _form() -> Form:
 
 
 def is_json() -> bool:
-    """Whether answers are records, which have fields for what notes tell people."""
+    """Whether answers are in JSON, which has fields for what notes tell people."""
     return _form().is_json
 
 
@@ -97,17 +97,17 @@ def answer(
     input: str | None,  # noqa: A002 - the name of the field
     output: str | None = None,
     exit_code: int = 0,
-    error: records.Error | None = None,
+    error: answers.Error | None = None,
 ) -> int:
     """Print the answer, and return the exit code.
 
-    Under `--json` that is a record, with the `fields` of the verb; otherwise text, or what `text`
+    Under `--json` that is an object with the `fields` of the verb; otherwise text, or what `text`
     draws. Fields that take long to gather are given as what gathers them.
     """
     form = _form()
     if form.is_json:
         common = {"input": input, "output": output, "exit_code": exit_code, "error": error}
-        _record(form, {**common, **(fields() if callable(fields) else fields)})
+        _print_json(form, {**common, **(fields() if callable(fields) else fields)})
     else:
         _answer(form, _drawn(text) if callable(text) else f"{printable(text)}\n")
     return exit_code
@@ -121,17 +121,17 @@ def _answer(form: Form, told: str) -> None:
     _write(told)
 
 
-def _record(form: Form, told: Mapping[str, object]) -> None:
-    """Print a record on a line of its own, with what was noted since the one before."""
+def _print_json(form: Form, told: Mapping[str, object]) -> None:
+    """Print an answer on a line of its own, with what was noted since the one before."""
     import json
 
-    from ckptfix.cli import records
+    from ckptfix.cli import answers
 
-    common = {"schema": records.SCHEMA, "command": form.verb}
-    blank = records.blank(form.verb, form.given)
-    record = {**blank, **common, "notes": form.notes, **told}
+    common = {"schema": answers.SCHEMA, "command": form.verb}
+    blank = answers.blank(form.verb, form.given)
+    answer = {**blank, **common, "notes": form.notes, **told}
     form.notes = []
-    _write(json.dumps(record) + "\n")
+    _write(json.dumps(answer) + "\n")
 
 
 def each(files: Iterable[str], one: Callable[[str], int]) -> int:
@@ -158,7 +158,7 @@ def aside(draw: Callable[[Console], None]) -> None:
 
 
 def changes(rows: Sequence[str], noun: str, where: str = "", most: int = 20) -> None:
-    """List for people what a dry run would change; a record has a field for all of it."""
+    """List for people what a dry run would change; JSON has all of it."""
     if is_json() or not rows:
         return
     lines = [f"  {printable(row)}" for row in rows[:most]]
@@ -219,7 +219,7 @@ _UNBROKEN = 1_000_000
 
 
 def note(text: str) -> None:
-    """Say something that is not the answer; a record has it among its notes."""
+    """Say something that is not the answer; JSON has it among its notes."""
     form = _form()
     if form.is_json:
         form.notes.append(text)
@@ -230,7 +230,7 @@ def note(text: str) -> None:
 def note_names(what: str, names: Sequence[str], most: int = 10) -> None:
     """Say what happened to many things, and the names of the first few.
 
-    A record has all of them in a field of their own.
+    JSON has all of them in a field of their own.
     """
     if not is_json():
         rest = " (--json has all)" if len(names) > most else ""
@@ -263,12 +263,12 @@ def error(
 ) -> int:
     """Say what went wrong and what to do about it; returns the exit code.
 
-    `given` has fields of the record, such as the file that it is about.
+    `given` has fields of the answer, such as the file that it is about.
     """
     if form.is_json:
         told = as_error(message, hint, code, where, details)
         with suppress(WriteError, click.exceptions.Exit):
-            _record(form, {**(given or {}), "exit_code": exit_code, "error": told})
+            _print_json(form, {**(given or {}), "exit_code": exit_code, "error": told})
     complain(message if where is None else f"{where}: {message}", hint, details)
     return exit_code
 
@@ -279,8 +279,8 @@ def as_error(
     code: str,
     where: str | None = None,
     details: Sequence[str] = (),
-) -> records.Error:
-    """An error as a record has it."""
+) -> answers.Error:
+    """An error as JSON has it."""
     command = None if hint is None or hint.command is None else str(hint.command)
     return {
         "code": code,
@@ -308,7 +308,7 @@ def complain(message: str, told: Hint | None = None, details: Sequence[str] = ()
 
 
 def hint(told: Hint) -> None:
-    """What may help, mostly a command; a record has it with its error."""
+    """What may help, mostly a command; JSON has it with its error."""
     if not is_json():
         _say_hint(told)
 

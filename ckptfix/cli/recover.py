@@ -63,7 +63,7 @@ def command(
 
 
 def _say(source: str, found: Recovered, missing: list[str]) -> None:
-    """Tell people what a record has fields for."""
+    """Tell people what JSON has fields for."""
     if output.is_json():
         return
     for step in found.steps:

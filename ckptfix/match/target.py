@@ -174,7 +174,7 @@ def _listed_keys(place: Place) -> dict[str, Spec] | None:
         source = FileSource(place.name)  # no listing has a journal; the door says what it undid
         if not source.head(64).lstrip().startswith(b"{"):
             return None
-        listings = _records(source.read(0, source.size).decode())
+        listings = _answers(source.read(0, source.size).decode())
         if len(listings) > 1:
             names = listed([str(one["input"]) for one in listings])
             raise TargetError(
@@ -199,8 +199,8 @@ def _listed_keys(place: Place) -> dict[str, Spec] | None:
     return states[0][1]
 
 
-def _records(text: str) -> list[Any]:
-    """The records in a text: one on each line, or one that someone indented."""
+def _answers(text: str) -> list[Any]:
+    """The answers in a text: one on each line, or one that someone indented."""
     try:
         return [json.loads(text)]
     except ValueError:

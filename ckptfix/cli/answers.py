@@ -1,6 +1,6 @@
-"""What each verb answers under `--json`: one record on one line for each file it was given.
+"""What each verb answers under `--json`: one object on one line for each file that it was given.
 
-A record has the fields of `Record` and those of its verb, whatever the exit code: what is not
+An answer has the fields of `Answer` and those of its verb, whatever the exit code: what is not
 known is null, or empty. `docs/json.md` is made of these types, and tests hold every answer to them.
 Verbs know them as types alone, so that nothing of this costs time where nobody asks for JSON.
 """
@@ -47,7 +47,7 @@ class Finding(TypedDict):
     command: Annotated[str | None, "the command that repairs it, as a line of shell"]
 
 
-class Record(TypedDict):
+class Answer(TypedDict):
     """What every verb answers."""
 
     schema: Annotated[Literal[2], "the version of this page"]
@@ -371,7 +371,7 @@ VERBS: Mapping[str, type] = {
     "convert": Convert,
     "diff": Diff,
 }
-"""The fields of each verb, beside those of `Record`."""
+"""The fields of each verb, beside those of `Answer`."""
 
 _OF_ARGUMENTS = {
     "source": "input", "file": "input", "a": "input", "b": "other", "dry_run": "dry_run",
@@ -381,11 +381,11 @@ _OF_ARGUMENTS = {
 
 
 def blank(verb: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a verb that could not answer: what was given, and nothing else."""
-    fields = _fields(Record) | _fields(VERBS.get(verb or ""))
-    record = {name: _nothing(annotation) for name, annotation in fields.items()}
+    """The answer of a verb that could not do its work: what was given, and nothing else."""
+    fields = _fields(Answer) | _fields(VERBS.get(verb or ""))
+    answer = {name: _nothing(annotation) for name, annotation in fields.items()}
     known = {name: given[key] for key, name in _OF_ARGUMENTS.items() if given.get(key)}
-    return record | {name: value for name, value in known.items() if name in fields}
+    return answer | {name: value for name, value in known.items() if name in fields}
 
 
 def _fields(kind: Any) -> dict[str, Any]:
@@ -402,10 +402,10 @@ def _nothing(annotation: Any) -> Any:
 
 
 def as_markdown() -> str:
-    """The types as `docs/json.md` has them: what all records have, each verb, what is in them."""
-    parts = ["## Every record", *_table(Record)]
+    """The types as `docs/json.md` has them: what all answers have, each verb, what is in them."""
+    parts = ["## Every answer", *_table(Answer)]
     inner: dict[str, type] = {}
-    _collect(Record, inner)
+    _collect(Answer, inner)
     told: dict[type, list[str]] = {}
     for verb, kind in VERBS.items():
         told.setdefault(kind, []).append(f"`{verb}`")

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from ckptfix import cli
-from ckptfix.cli import COMMANDS, output, records
+from ckptfix.cli import COMMANDS, answers, output
 from ckptfix.cli.exit_codes import EXIT_CODES, as_markdown
 from tests.conftest import FIXTURES
 from tests.oracles import ckptfix_command
@@ -184,7 +184,7 @@ def test_a_verb_ends_in_the_code_that_is_told(
         assert {path for path in here.rglob("*") if path.is_file()} == before
 
 
-# --- the records
+# --- the fields
 
 
 def misfit(value: Any, kind: Any, where: str = "") -> str | None:
@@ -224,12 +224,12 @@ def refuse(constant: str) -> None:
 
 
 def told(text: str) -> list[dict[str, Any]]:
-    """The records, one on each line."""
+    """The answers, one on each line."""
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
 @pytest.mark.parametrize(("verb", "code", "arguments"), RUNS, ids=named)
-def test_every_answer_is_a_record_of_the_documented_type(
+def test_every_answer_is_of_the_documented_type(
     verb: str,
     code: int,
     arguments: list[str],
@@ -241,7 +241,7 @@ def test_every_answer_is_a_record_of_the_documented_type(
     assert run(monkeypatch, verb, *arguments, "--json") == code
     streams = capsys.readouterr()
     rows = told(streams.out)
-    hints = [get_type_hints(one, include_extras=True) for one in (records.Record, RECORDS[verb])]
+    hints = [get_type_hints(one, include_extras=True) for one in (answers.Answer, FIELDS[verb])]
     for row in rows:
         assert misfit_of_fields(row, {**hints[0], **hints[1]}) is None
         assert (row["schema"], row["command"]) == (2, verb)
@@ -257,11 +257,11 @@ def test_every_answer_is_a_record_of_the_documented_type(
         assert line == f"error: {where}{error['message']}"
 
 
-RECORDS = records.VERBS
+FIELDS = answers.VERBS
 
 
 @pytest.mark.parametrize("verb", ["inspect", "check"])
-def test_each_file_has_a_record_in_order_and_a_bad_one_stops_nothing(
+def test_each_file_has_an_answer_in_order_and_a_bad_one_stops_nothing(
     verb: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = ["cpu.pt", "page.pt", "cut.pt", "none.pt", "tied.pt"]
@@ -280,19 +280,19 @@ def test_each_file_has_a_record_in_order_and_a_bad_one_stops_nothing(
 
 
 def test_the_verbs_are_those_of_the_command_line() -> None:
-    assert list(RECORDS) == list(COMMANDS)
+    assert list(FIELDS) == list(COMMANDS)
 
 
 def test_the_documentation_is_the_types() -> None:
-    assert records.as_markdown() in (DOCS / "json.md").read_text("utf-8")
+    assert answers.as_markdown() in (DOCS / "json.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", ["unknown", "no"])
-def test_a_word_that_is_no_verb_is_a_record_too(name: str) -> None:
+def test_a_word_that_is_no_verb_is_answered_too(name: str) -> None:
     ran = ckptfix_command(name, "x.pt", "--json")
     (row,) = told(ran.stdout)
     assert (ran.returncode, row["command"], row["error"]["code"]) == (2, None, "usage")
-    hints = get_type_hints(records.Record, include_extras=True)
+    hints = get_type_hints(answers.Answer, include_extras=True)
     assert misfit_of_fields(row, hints) is None
 
 
@@ -303,7 +303,7 @@ NOTED = {
 
 
 @pytest.mark.parametrize("name", NOTED)
-def test_notes_are_in_the_record_and_not_on_stderr(
+def test_notes_are_in_the_answer_and_not_on_stderr(
     name: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, words = NOTED[name]
@@ -318,13 +318,13 @@ def test_notes_are_in_the_record_and_not_on_stderr(
 
 
 @pytest.mark.parametrize("arguments", [["inspect", "cpu.pt"], ["diff", "cpu.pt", "ddp.pt"]])
-def test_a_page_and_records_do_not_share_standard_output(
+def test_a_page_and_json_do_not_share_standard_output(
     arguments: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(monkeypatch, *arguments, "--html", "-", "--json") == 2
 
 
-def test_commands_in_a_record_run_as_they_stand(here: Path) -> None:
+def test_commands_in_an_answer_run_as_they_stand(here: Path) -> None:
     ran = ckptfix_command("check", "ddp.pt", "--like", "cpu.pt", "--json", cwd=here)
     (row,) = told(ran.stdout)
     words = row["remedy"]["command"].split()
