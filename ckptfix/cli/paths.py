@@ -64,6 +64,15 @@ class Verb(click.Command):
     Its help ends in its exit codes.
     """
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments; where they are wrong, that is answered in JSON if JSON is among them.
+
+        Once they are read it is certain whether it is: it may be the value of another option.
+        """
+        options = args[: args.index("--")] if "--" in args else args
+        ctx.find_root().ensure_object(output.Form).is_json = "--json" in options
+        return super().parse_args(ctx, args)
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the exit codes."""
         with formatter.section("Exit codes"):

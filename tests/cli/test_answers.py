@@ -40,6 +40,8 @@ RUNS: list[tuple[str, int, list[str]]] = [
     ("inspect", 2, ["page.pt", "tied.pt", "none.pt"]),
     ("inspect", 2, ["cut.pt"]),
     ("inspect", 2, []),
+    ("inspect", 2, ["cpu.pt", "--bogus"]),
+    ("rename", 2, ["cpu.pt", "out.pt"]),
     ("inspect", 2, ["cpu.pt", "--html", "cpu.pt", "-f"]),
     ("check", 0, ["cpu.pt"]),
     ("check", 0, ["cuda.pt", "ddp.pt", TRAINED, "shards", "legacy.pt"]),
@@ -285,6 +287,13 @@ def test_the_verbs_are_those_of_the_command_line() -> None:
 
 def test_the_documentation_is_the_types() -> None:
     assert answers.as_markdown() in (DOCS / "json.md").read_text("utf-8")
+
+
+def test_a_value_that_looks_like_the_option_is_a_value(here: Path) -> None:
+    ran = ckptfix_command("add-prefix", "cpu.pt", "out.pt", "--prefix", "--json", cwd=here)
+    assert ran.stdout == "wrote out.pt: 3 keys renamed (added --json.)\n"
+    ran = ckptfix_command("add-prefix", "none.pt", "out.pt", "--prefix", "--json", cwd=here)
+    assert (ran.returncode, ran.stdout) == (2, "")
 
 
 @pytest.mark.parametrize("name", ["unknown", "no"])
