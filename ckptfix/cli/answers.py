@@ -374,7 +374,7 @@ VERBS: Mapping[str, type] = {
 """The fields of each verb, beside those of `Answer`."""
 
 _OF_ARGUMENTS = {
-    "source": "input", "file": "input", "a": "input", "b": "other", "dry_run": "dry_run",
+    "source": "input", "a": "input", "b": "other", "dry_run": "dry_run",
     "in_place": "in_place", "keys_only": "keys_only",
 }  # fmt: skip
 """Arguments and options of verbs, and the fields that tell of them."""

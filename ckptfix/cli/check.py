@@ -227,7 +227,8 @@ def _draw_sound(console: Console, document: Document, found: list[Finding]) -> N
     where = f"{document.container}, {output.size(document.nbytes)}"
     sound = ("structure is sound", "bold green")
     but = _but(findings.errors(found))
-    console.print(output.text(f"{document.name}: ", sound, *but, f" ({where})"))
+    told = output.text(f"{document.name}: ", sound, *but, f" ({where})")
+    console.print(told, soft_wrap=True)
     findings.draw(console, document, found)
 
 
@@ -284,7 +285,8 @@ def _draw(console: Console, document: Document, compared: _Compared, errors: int
     where = "" if state.path == "/" else f" ({state.path})"
     verdict = ("matches", "bold green") if report.loads else ("does not match", "bold red")
     but = _but(errors) if report.loads else []
-    console.print(output.text(f"{document.name}{where} ", verdict, f" {wanted.name}", *but))
+    whole = output.text(f"{document.name}{where} ", verdict, f" {wanted.name}", *but)
+    console.print(whole, soft_wrap=True)
     for line in counts(report):
         console.print(line)
     kinds = sections(report)
