@@ -185,7 +185,7 @@ def from_records(
     others = {
         record.removeprefix(folder): span
         for record, span in storages.unclaimed.items()
-        if record.removeprefix(folder) not in OWN
+        if record.removeprefix(folder).lower() not in OWN  # torch finds them in any case
     }
     extras = {record: span for record, span in others.items() if not record.startswith("data/")}
     if len(others) > len(extras):
