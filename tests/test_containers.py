@@ -228,3 +228,19 @@ def test_names_in_a_folder_that_torch_does_not_take_cannot_be_changed_in_place(
     done = run("strip-prefix", "--in-place", tmp_path / "deep.pt")
     assert done.returncode == 2, done.stdout
     assert "cannot be changed in place" in done.stderr
+
+
+def test_a_version_in_capitals_is_the_version(tmp_path: Path) -> None:
+    """torch finds it, so there is one of it in what is written, and in what is changed in place."""
+    path, out = tmp_path / "in.pt", tmp_path / "out.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in ZIPS["the version in capitals"](rows(tmp_path)):
+            archive.writestr(name, data)
+    assert torch_takes(path)
+    assert run("convert", path, out).returncode == 0
+    with zipfile.ZipFile(out) as archive:
+        assert [name for name in archive.namelist() if name.lower().endswith("version")] == [
+            "in/.format_version", "in/version",
+        ]  # fmt: skip
+    assert run("add-prefix", path, "--in-place").returncode == 0
+    assert list(torch.load(path)) == [f"module.{key}" for key in WEIGHTS]

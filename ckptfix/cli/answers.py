@@ -51,7 +51,9 @@ class Answer(TypedDict):
     """What every verb answers."""
 
     schema: Annotated[Literal[2], "the version of this page"]
-    command: Annotated[str | None, "the verb; null where the first word is none"]
+    command: Annotated[
+        str | None, "the verb; null where the first word is none, and then no other field is there"
+    ]
     input: Annotated[str | None, "the file or folder that was read, as it was given"]
     output: Annotated[
         str | None, "what was written, or would be (`dry_run`); null where nothing was"
