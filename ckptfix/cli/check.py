@@ -140,7 +140,7 @@ def _check(file: str, wanted: Target | None, given: _Given, *, read_data: bool) 
         _draw_cure(console, compared.cure)
 
     return output.answer(
-        lambda: _fields(document, found, data, compared),
+        lambda: _fields(document, beside, data, compared),
         draw,
         input=file,
         exit_code=0 if loads and not errors else 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -100,3 +101,13 @@ def test_the_model_is_built_once_for_many_files() -> None:
     verdicts = [line.split()[0] for line in ran.stdout.splitlines() if "match" in line]
     assert [name for name in verdicts if name.endswith(".pt")] == ["a.pt", "c.pt", "b.pt"]
     assert ran.stderr.count("building") == 1
+
+
+def test_an_answer_has_an_error_where_and_only_where_it_is_a_no() -> None:
+    """Both names are there; with a model that has both, that is no error."""
+    both = {"module.a.weight": torch.ones(2), "a.weight": torch.zeros(2)}
+    torch.save(both, "in.pt")
+    for arguments, code in ((["in.pt"], 1), (["in.pt", "--like", "in.pt"], 0)):
+        ran = ckptfix_command("check", *arguments, "--json")
+        severities = [row["severity"] for row in json.loads(ran.stdout)["findings"]]
+        assert (ran.returncode, "error" in severities) == (code, bool(code))
