@@ -373,7 +373,7 @@ def test_15_a_flipped_byte_of_a_tensor_is_named_even_where_there_is_nothing_to_m
     ran = ckptfix_command("fix", "in.pt", "out.pt")
     assert (ran.returncode, Path("out.pt").exists()) == (2, False)
     assert "checksum" in ran.stderr
-    assert "hint: save what is whole: ckptfix recover in.pt OUT" in ran.stderr
+    assert "save what is whole: ckptfix recover in.pt in.recovered.pt\n" in ran.stderr
     with pytest.raises(CkptfixError, match="checksum"):
         door.write(door.read("in.pt"), "out.pt")
 
