@@ -34,7 +34,7 @@ _ERROR, _WARNING, _NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
 
 CODES: dict[str, Meaning] = {
     "prefix-wrapper": Meaning(
-        _ERROR, "every key begins with a name that a wrapper added", "`ckptfix strip-prefix`"
+        _WARNING, "every key begins with a name that a wrapper added", "`ckptfix strip-prefix`"
     ),
     "wrapper-inside": Meaning(
         _WARNING, "keys hold a wrapper's name further inside", "`ckptfix strip-prefix`"
@@ -53,7 +53,7 @@ CODES: dict[str, Meaning] = {
         "load them into `AveragedModel`, or `ckptfix fix --model`",
     ),
     "device-tag": Meaning(
-        _ERROR, "storages are tagged with a device other than the CPU", "`ckptfix to-cpu`"
+        _WARNING, "storages are tagged with a device other than the CPU", "`ckptfix to-cpu`"
     ),
     "blocked-globals": Meaning(
         _WARNING,

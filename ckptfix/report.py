@@ -26,11 +26,6 @@ class Spec(NamedTuple):
     """Empty for what torch calls strided, which nearly every tensor is; otherwise what it is:
     `sparse_coo`, `quantized`, `meta`, `numpy array`, the name of a class."""
 
-    def as_dict(self) -> dict[str, object]:
-        """The same for JSON; a kind is said only of what is not dense."""
-        told: dict[str, object] = {"shape": self.shape, "dtype": self.dtype}
-        return {**told, "kind": self.kind} if self.kind else told
-
     @property
     def numel(self) -> int:
         """Number of elements."""

@@ -126,10 +126,14 @@ def test_a_zip_that_torch_refuses_is_found_and_repaired(
     if torch_takes(path, weights_only=True):
         assert codes(path) == []
         done = run("fix", path, tmp_path / "out.pt")
-        assert (done.returncode, "nothing to repair" in done.stdout) == (1, True)
+        assert (done.returncode, "nothing had to be repaired" in done.stdout) == (0, True)
+        assert run("check", path).returncode == 0
     else:
         assert codes(path) == ["container-refused"]
-        assert "container-refused" in run("check", path).stdout
+        checked = run("check", path)
+        assert (checked.returncode, "container-refused" in checked.stdout) == (1, True)
+        held = run("check", path, "--like", tmp_path / "whole.pt")
+        assert (held.returncode, "matches" in held.stdout) == (1, True)
         is_repaired(path, tmp_path / "out.pt")
 
 
@@ -224,3 +228,19 @@ def test_names_in_a_folder_that_torch_does_not_take_cannot_be_changed_in_place(
     done = run("strip-prefix", "--in-place", tmp_path / "deep.pt")
     assert done.returncode == 2, done.stdout
     assert "cannot be changed in place" in done.stderr
+
+
+def test_a_version_in_capitals_is_the_version(tmp_path: Path) -> None:
+    """torch finds it, so there is one of it in what is written, and in what is changed in place."""
+    path, out = tmp_path / "in.pt", tmp_path / "out.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in ZIPS["the version in capitals"](rows(tmp_path)):
+            archive.writestr(name, data)
+    assert torch_takes(path)
+    assert run("convert", path, out).returncode == 0
+    with zipfile.ZipFile(out) as archive:
+        assert [name for name in archive.namelist() if name.lower().endswith("version")] == [
+            "in/.format_version", "in/version",
+        ]  # fmt: skip
+    assert run("add-prefix", path, "--in-place").returncode == 0
+    assert list(torch.load(path)) == [f"module.{key}" for key in WEIGHTS]

@@ -9,12 +9,12 @@ import gc
 import importlib
 import os
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
 from ckptfix.cli import output
-from ckptfix.cli.usage import Misuse, hint_for, see_help
+from ckptfix.cli.usage import Misuse, hint_for
 from ckptfix.errors import CkptfixError
 from ckptfix.hints import Hint, command, shell
 
@@ -63,16 +63,9 @@ class _Verbs(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            ctx.ensure_object(output.Form).is_json = "--json" in args
             raise _no_command(args[0], ctx)
         return super().resolve_command(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except CkptfixError as error:
-            if error.hint is None:
-                error.suggest(see_help(ctx.invoked_subcommand))
-            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -95,6 +88,8 @@ def group() -> None:
       0  done, or the answer is yes
       1  the answer is no, or there was nothing to do
       2  it could not be done, and nothing was written
+
+    Each COMMAND --help says what they mean there; --json answers in JSON.
     """
 
 
@@ -123,10 +118,11 @@ def _run(form: output.Form) -> int:
     try:
         return group.main(prog_name="ckptfix", standalone_mode=False, obj=form) or 0
     except CkptfixError as error:
-        return output.error(form, error.message, error.hint, error.code, details=error.details)
+        return output.refuse(form, error)
     except click.exceptions.NoArgsIsHelpError as error:
         return output.usage(error.format_message())
     except click.UsageError as error:
+        form.note_given(error.ctx)
         return output.error(form, error.format_message().rstrip("."), hint_for(error), "usage")
     except click.exceptions.Exit as stop:
         return stop.exit_code

@@ -29,13 +29,6 @@ def command(
     Examples:
       ckptfix add-prefix plain.pt ddp.pt
       ckptfix add-prefix --in-place plain.pt
-
-    \b
-    Exit codes:
-      0  OUT was written, or IN was changed in place
-      1  there is nothing to add; nothing was written
-      2  IN cannot be read, or holds several state dicts (name one with
-         --select), or OUT cannot be written; nothing was written
     """
     document = job.open()
     state = choose(document, select)

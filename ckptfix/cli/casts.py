@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptfix.cli import output
 from ckptfix.edit import casting
 from ckptfix.words import plural
 
 if TYPE_CHECKING:
+    from ckptfix.cli import answers
     from ckptfix.edit.casting import Cast
     from ckptfix.tree.document import Document
     from ckptfix.tree.dtypes import DType
@@ -26,11 +27,14 @@ def said(document: Document, dtype: DType) -> str:
     return f"{sum(len(cast.keys) for cast in casting.casts(document)):,} of them cast to {dtype}"
 
 
-def report(document: Document, dtype: DType, *, dry_run: bool) -> dict[str, Any]:
+def report(document: Document, dtype: DType, *, dry_run: bool) -> answers.Casts:
     """Say what was lost by casting, and what was not cast; returns the same for JSON."""
     if dry_run:
         casting.measure(document)
     casts = casting.casts(document)
+    if dry_run:
+        names = ((key, cast.before) for cast in casts for key in cast.keys)
+        output.changes([f"{key}: {before} -> {dtype}" for key, before in names], "tensor")
     for loss, what in _LOSSES.items():
         _note_losses(casts, loss, what.format(dtype=dtype))
     others = casting.others(document, dtype)
@@ -50,10 +54,12 @@ def _note_losses(casts: list[Cast], loss: str, what: str) -> None:
         output.note_names(f"{total} {what}", names, _SHOWN)
 
 
-def _row(cast: Cast) -> dict[str, Any]:
+def _row(cast: Cast) -> answers.Cast:
     return {
         "keys": list(cast.keys),
-        "from": cast.before.name,
+        "dtype": cast.before.name,
         "elements": cast.numel,
-        **cast.losses._asdict(),
+        "overflow": cast.losses.overflow,
+        "underflow": cast.losses.underflow,
+        "nan": cast.losses.nan,
     }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
 from ckptfix import door, hints
-from ckptfix.cli import findings, options, output, paths, reading
+from ckptfix.cli import findings, options, output, paths, reading, rows
 from ckptfix.contents.state_dicts import StateDict, choose
 from ckptfix.diagnose import damage
 from ckptfix.diagnose.document import diagnose
@@ -18,32 +18,41 @@ from ckptfix.formats import embedded
 from ckptfix.hints import Hint
 from ckptfix.match import judge, transposes
 from ckptfix.match.choose import look
-from ckptfix.match.remedy import Remedy, remedy
 from ckptfix.report import Difference, Report, counts, sections, without_strict
 from ckptfix.tree.walk import nbytes
-from ckptfix.words import listed
+from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
+    from ckptfix.cli import answers
+    from ckptfix.hints import Command
     from ckptfix.match.choose import Match
     from ckptfix.match.target import Target
     from ckptfix.tree.document import Document
 
-_SHOWN = 12
+_SHOWN, _SCREEN, _AROUND = 12, 24, 3
+"""Keys of one kind that are shown, lines of all kinds, and those around the keys of a kind."""
+
+
+class Remedy(NamedTuple):
+    """What makes a file load into a target: in words, and as a command where there is one."""
+
+    message: str
+    command: Command | None
 
 
 @click.command("check", cls=paths.Verb)
-@click.argument("file", metavar="FILE", type=paths.Read())
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=paths.Read())
 @options.target
 @options.select
 @options.average
 @click.option("--read-data", is_flag=True, help="Read every byte: checksums, NaN and infinities.")
 @options.as_json
 def command(
-    file: str,
+    files: tuple[str, ...],
     model: str | None,
     init: str | None,
     like: str | None,
@@ -53,10 +62,12 @@ def command(
 ) -> int:
     r"""Say whether a checkpoint is sound, and whether it fits a model.
 
-    With a model or another checkpoint to compare with, keys, shapes and dtypes are held against
-    it, as load_state_dict would. The model is built on the meta device and takes no memory; its
-    code is run, the checkpoint's never is. With --read-data every byte is read: checksums where the
-    container keeps them, and how many NaN and infinities each tensor holds.
+    Sound is a file that torch.load takes, that nothing in it keeps from loading rightly, and that
+    calls nothing dangerous. With a model or another checkpoint to compare with, keys, shapes and
+    dtypes are held against it, as load_state_dict would. The model is built on the meta device and
+    takes no memory; its code is run, the checkpoint's never is. With --read-data every byte is
+    read: checksums where the container keeps them, and how many NaN and infinities each tensor
+    holds.
 
     \b
     Examples:
@@ -64,65 +75,94 @@ def command(
       ckptfix check --read-data model.pt
       ckptfix check model.pt --model net.py:Net --init '{"layers": 3}'
       ckptfix check model.pt --like other.safetensors
-
-    \b
-    Exit codes:
-      0  its structure is sound, and it fits
-      1  it does not fit, or is damaged
-      2  it is not a checkpoint, or the model cannot be built
     """
+    given = _Given(model, init, like, select, average)
     wanted = options.wanted(model, init, like)
-    asked = select
-    answer: dict[str, Any] = {"command": "check", "input": file}
+    return output.each(files, lambda file: _check(file, wanted, given, read_data=read_data))
+
+
+class _Given(NamedTuple):
+    """Options that `fix` has as well."""
+
+    model: str | None
+    init: str | None
+    like: str | None
+    select: str | None
+    average: bool
+
+
+def _check(file: str, wanted: Target | None, given: _Given, *, read_data: bool) -> int:
+    """Check one file."""
     try:
         document = reading.read(file)
     except DamagedError as error:
-        return _say_damaged(answer, file, error)
+        return _say_damaged(file, _fields(), error)
     found = diagnose(document)
-    document, select = embedded.taken(document, select)
-    if average:
+    document, select = embedded.taken(document, given.select)
+    if given.average:
         document, select = options.averages(document, select)
+    data: answers.Data | None = None
     if read_data:
         with output.progress(f"reading {file}", lambda: nbytes(document.root)) as advance:
             data_read = damage.read_data(document, advance)
-        answer["data"] = data_read.as_dict()
         found += damage.findings(data_read)
+        data = {
+            "verified": data_read.verified,
+            "unverified": data_read.unverified,
+            "damaged": data_read.damaged,
+            "nan": data_read.nan,
+            "inf": data_read.inf,
+        }
         if not data_read.is_sound:
             first = DamagedError(data_read.damaged[0], hint=_recover(document))
-            return _say_damaged(answer, file, first, data_read.damaged[1:])
-    answer |= {"sound": True, "container": document.container, "findings": findings.rows(found)}
+            fields = _fields(document, found, data)
+            return _say_damaged(file, fields, first, data_read.damaged[1:])
     if wanted is None:
         if select is not None:
             choose(document, select)
-        output.answer(answer, lambda console: _draw_sound(console, document, found))
-        return 0
+        return output.answer(
+            lambda: _fields(document, found, data),
+            lambda console: _draw_sound(console, document, found),
+            input=file,
+            exit_code=1 if findings.errors(found) else 0,
+        )
+    compared = _compared(document, wanted, select, given)
+    square = transposes.unseen(compared.report, wanted.specs)
+    if square:
+        what = f"they may be transposed, which square weights do not tell: {listed(square)}"
+        found.append(Finding("unseen-transpose", what, compared.state.path))
+    beside = [finding for finding in found if finding.code not in _ABOUT_NAMES]
+    loads, errors = compared.report.loads, findings.errors(beside)
+
+    def draw(console: Console) -> None:
+        _draw(console, document, compared, errors)
+        findings.draw(console, document, beside, commands=loads)
+        _draw_cure(console, compared.cure)
+
+    return output.answer(
+        lambda: _fields(document, beside, data, compared),
+        draw,
+        input=file,
+        exit_code=0 if loads and not errors else 1,
+    )
+
+
+class _Compared(NamedTuple):
+    """A state dict, what it was held against, and what came of that."""
+
+    state: StateDict
+    wanted: Target
+    report: Report
+    cure: Remedy | None
+
+
+def _compared(document: Document, wanted: Target, select: str | None, given: _Given) -> _Compared:
     meant, problem = look(document, wanted, select)
     if isinstance(problem, SelectionError):
         raise problem
-    state = meant.state
-    report = judge.as_it_stands(document, state, wanted)
-    given: dict[str, str | bool | None] = {
-        "select": asked,
-        "average": average,
-        "model": model,
-        "init": init,
-        "like": like,
-    }
-    cure = None if report.loads else _cure(document, wanted, meant, problem, given)
-    square = transposes.unseen(report, wanted.specs)
-    if square:
-        what = f"they may be transposed, which square weights do not tell: {listed(square)}"
-        found.append(Finding("unseen-transpose", what, state.path))
-        answer["findings"] = findings.rows(found)
-    beside = [finding for finding in found if finding.code not in _ABOUT_NAMES]
-
-    def draw(console: Console) -> None:
-        _draw(console, document, state, wanted, report)
-        _draw_cure(console, cure)
-        findings.draw(console, document, beside)
-
-    output.answer({**answer, **_data(state, wanted, report, cure)}, draw)
-    return 0 if report.loads else 1
+    report = judge.as_it_stands(document, meant.state, wanted)
+    cure = None if report.loads else _cure(document, wanted, meant, problem, given._asdict())
+    return _Compared(meant.state, wanted, report, cure)
 
 
 def _cure(
@@ -139,12 +179,15 @@ def _cure(
             options = {**given, **problem.options}
             fix = hints.command("fix", document.name, beside(document, "fixed"), **options)
             return Remedy(f"{what}\n{hint.text.partition(':')[0]}:", fix)
+        if hint is not None and hint == Hint(hint.text, hint.command):  # and nothing else
+            return Remedy(f"{what}\n{hint.text}{':' if hint.command else ''}", hint.command)
         return Remedy(what if hint is None else f"{what}\n{hint}", None)
     once = judge.written_once(document, meant.state)
     untie = any(key in once or key in meant.tied for key in wanted.specs) and _is_flat(document)
     fix = hints.command("fix", document.name, beside(document, "fixed"), untie=untie, **given)
-    found = None if given["average"] else remedy(document, meant.state, wanted)
-    return found or Remedy("This makes a file that loads:", fix)
+    if judge.as_it_stands(document, meant.state, wanted, meant.renaming).loads:
+        return Remedy(f"They match once renamed ({meant.renaming.label}):", fix)
+    return Remedy("This makes a file that loads:", fix)
 
 
 def _is_flat(document: Document) -> bool:
@@ -164,17 +207,17 @@ def _recover(document: Document) -> Hint:
 
 
 def _say_damaged(
-    answer: dict[str, Any], file: str, error: DamagedError, more: Sequence[str] = ()
+    file: str, fields: answers.Check, error: DamagedError, more: Sequence[str] = ()
 ) -> int:
-    problem = {"code": error.code, "message": error.message, "hint": output.said(error.hint)}
-
     def draw(console: Console) -> None:
         for message in (error.what, *more[: _SHOWN - 1]):
             console.print(output.text(f"{file}: damaged: {message}"), soft_wrap=True)
         if len(more) >= _SHOWN:
             console.print(output.more(len(more) - _SHOWN + 1, "--json has all"))
 
-    output.answer({**answer, "sound": False, "problem": problem}, draw)
+    problem = output.as_error(error.what, error.hint, error.code, error.where or file)
+    told: answers.Check = {**fields, "sound": False}
+    output.answer(told, draw, input=file, exit_code=1, error=problem)
     if error.hint is not None:
         output.hint(error.hint)
     return 1
@@ -183,58 +226,81 @@ def _say_damaged(
 def _draw_sound(console: Console, document: Document, found: list[Finding]) -> None:
     where = f"{document.container}, {output.size(document.nbytes)}"
     sound = ("structure is sound", "bold green")
-    console.print(output.text(f"{document.name}: ", sound, f" ({where})"))
+    but = _but(findings.errors(found))
+    told = output.text(f"{document.name}: ", sound, *but, f" ({where})")
+    console.print(told, soft_wrap=True)
     findings.draw(console, document, found)
 
 
-def _data(state: StateDict, wanted: Target, report: Report, cure: Remedy | None) -> dict[str, Any]:
-    def rows(differences: list[Difference]) -> list[dict[str, Any]]:
-        return [
-            {"key": row.key, "found": row.found.as_dict(), "wanted": row.wanted.as_dict()}
-            for row in differences
-        ]
+def _but(errors: int) -> list[tuple[str, str]]:
+    return [(f", but it has {plural(errors, 'error')}", "bold red")] if errors else []
 
+
+def _fields(
+    document: Document | None = None,
+    found: Sequence[Finding] = (),
+    data: answers.Data | None = None,
+    compared: _Compared | None = None,
+) -> answers.Check:
+    report = None if compared is None else compared.report
     return {
-        "state_dict": state.path,
-        "target": wanted.name,
-        "loads": report.loads,
-        "share": report.share,
-        "matched": report.matched,
-        "missing": report.missing,
-        "unexpected": report.unexpected,
-        "forgiven": report.forgiven,
-        "missing_buffers": report.buffers,
-        "shape_mismatch": rows(report.shape_mismatch),
-        "kind_mismatch": rows(report.kind_mismatch),
-        "refusals": report.refusals,
-        "dtype_difference": rows(report.dtype_difference),
-        "elements_left_at_random": report.random_numel,
-        "remedy": None if cure is None else _remedy_data(cure),
+        "container": None if document is None else document.container,
+        "sound": True,
+        "findings": findings.rows(found),
+        "data": data,
+        "target": None if compared is None else compared.wanted.name,
+        "state_dict": None if compared is None else compared.state.path,
+        "loads": None if report is None else report.loads,
+        "share": None if report is None else report.share,
+        "matched": [] if report is None else report.matched,
+        "missing": [] if report is None else report.missing,
+        "missing_buffers": [] if report is None else report.buffers,
+        "forgiven": [] if report is None else report.forgiven,
+        "unexpected": [] if report is None else report.unexpected,
+        "shape_mismatch": [] if report is None else _rows(report.shape_mismatch),
+        "kind_mismatch": [] if report is None else _rows(report.kind_mismatch),
+        "dtype_difference": [] if report is None else _rows(report.dtype_difference),
+        "refusals": [] if report is None else report.refusals,
+        "elements_left_at_random": None if report is None else report.random_numel,
+        "remedy": None if compared is None else _remedy(compared.cure),
     }
 
 
-def _draw(
-    console: Console, document: Document, state: StateDict, wanted: Target, report: Report
-) -> None:
+def _rows(differences: list[Difference]) -> list[answers.Difference]:
+    return [
+        {"key": row.key, "found": rows.spec(row.found), "wanted": rows.spec(row.wanted)}
+        for row in differences
+    ]
+
+
+def _remedy(cure: Remedy | None) -> answers.Remedy | None:
+    if cure is None:
+        return None
+    command = None if cure.command is None else str(cure.command)
+    return {"message": cure.message, "command": command}
+
+
+def _draw(console: Console, document: Document, compared: _Compared, errors: int) -> None:
+    state, wanted, report, _ = compared
     where = "" if state.path == "/" else f" ({state.path})"
     verdict = ("matches", "bold green") if report.loads else ("does not match", "bold red")
-    console.print(output.text(f"{document.name}{where} ", verdict, f" {wanted.name}"))
+    but = _but(errors) if report.loads else []
+    whole = output.text(f"{document.name}{where} ", verdict, f" {wanted.name}", *but)
+    console.print(whole, soft_wrap=True)
     for line in counts(report):
         console.print(line)
-    for title, sign, rows in sections(report):
+    kinds = sections(report)
+    shown = max(min(_SHOWN, _SCREEN // max(len(kinds), 1) - _AROUND), 1)
+    for title, sign, lines in kinds:
         console.print()
         console.print(output.text((title, "bold")))
-        for row in rows[:_SHOWN]:
-            console.print(output.text(f"  {sign} {row}"), soft_wrap=True)
-        if len(rows) > _SHOWN:
-            told = output.more(len(rows) - _SHOWN, "--json has all")
+        for line in lines[:shown]:
+            console.print(output.text(f"  {sign} {line}"), soft_wrap=True)
+        if len(lines) > shown:
+            told = output.more(len(lines) - shown, "--json has all")
             console.print(output.text((f"  {told}", "dim")))
     for line in without_strict(report):
         console.print(f"\n{line}", soft_wrap=True)
-
-
-def _remedy_data(cure: Remedy) -> dict[str, str | None]:
-    return {"message": cure.message, "command": output.said(cure.command)}
 
 
 def _draw_cure(console: Console, cure: Remedy | None) -> None:

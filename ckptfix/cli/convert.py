@@ -55,17 +55,11 @@ def command(
       ckptfix convert old_legacy.pt new.pt
       ckptfix convert model.pt folder/ --max-shard-size 2GB
       ckptfix convert training.ckpt weights.pt --weights-only --dtype bfloat16
-
-    \b
-    Exit codes:
-      0  OUT was written
-      2  IN cannot be read, or holds several state dicts (name one with
-         --select), or OUT cannot hold it; nothing was written
     """
     wanted = None if dtype is None else casting.dtype_of(dtype)
     document, select = embedded.taken(job.open(), select)
     container = job.container
-    data: dict[str, Any] = {"from": document.container, "to": container.name}
+    data: dict[str, Any] = {"container": document.container}
     left_out: list[tuple[str, str]] = []
     alone = bare or container.tensors_only
     if average:
@@ -88,16 +82,20 @@ def command(
         )
 
     kept = choose(document, select) if container.tensors_only else None
-    done = _said(document, kept, wanted, data)
+    done = _said(document, kept, wanted, data, container.name)
     return job.finish(document, done, data, select, left_out=left_out, after=after)
 
 
 def _said(
-    document: Document, kept: StateDict | None, dtype: DType | None, data: dict[str, Any]
+    document: Document,
+    kept: StateDict | None,
+    dtype: DType | None,
+    data: dict[str, Any],
+    container: str,
 ) -> str:
     states = of_models(find(document.root)) if kept is None else [kept]
     tensors = sum(len(state.tensors) for state in states)
-    done = f"{data['from']} to {data['to']}, {plural(tensors, 'tensor')}"
+    done = f"{data['container']} to {container}, {plural(tensors, 'tensor')}"
     if "saved_bytes" in data:
         done += f", {output.size(data['saved_bytes'])} of unused storage left out"
     return done if dtype is None else f"{done}, {casts.said(document, dtype)}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from ckptfix.cli import options, output, paths, reading
+from ckptfix.cli import options, output, paths, reading, rows
 from ckptfix.cli.usage import Misuse
 from ckptfix.diffs.documents import diff
 from ckptfix.report import Spec, shape
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ckptfix.cli import answers
     from ckptfix.diffs.documents import Diff, StateDiff, ValueDifference
     from ckptfix.report import Difference
 
@@ -67,12 +68,6 @@ def command(
       ckptfix diff before.pt after.pt
       ckptfix diff --keys-only model.pt model.safetensors
       ckptfix diff --select state_dict --select state_dict_ema run.pt run.pt
-
-    \b
-    Exit codes:
-      0  they are the same
-      1  they differ
-      2  one cannot be read, or there is no such state dict
     """
     selected = _selected(select)
     one, other = reading.read(a), reading.read(b)
@@ -88,14 +83,13 @@ def command(
             output.page(text)
             return 0 if found.same else 1
         page.write(text, html, force=force)
-    data = {"command": "diff", "a": a, "b": b, "same": found.same, "keys_only": keys_only}
-    rows = [_data(state) for state in found.state_dicts]
-    others = [row._asdict() for row in found.others]
-    output.answer(
-        {**data, "state_dicts": rows, "others": others},
+    return output.answer(
+        lambda: _data(found, b, keys_only=keys_only),
         lambda console: _draw(console, found, None if everything else _SHOWN, keys_only),
+        input=a,
+        output=html,
+        exit_code=0 if found.same else 1,
     )
-    return 0 if found.same else 1
 
 
 def _selected(select: Sequence[str]) -> tuple[str, str] | None:
@@ -107,10 +101,20 @@ def _selected(select: Sequence[str]) -> tuple[str, str] | None:
 # --- as JSON
 
 
-def _data(state: StateDiff) -> dict[str, Any]:
+def _data(found: Diff, other: str, *, keys_only: bool) -> answers.Diff:
     return {
-        "a": state.a,
-        "b": state.b,
+        "other": other,
+        "same": found.same,
+        "keys_only": keys_only,
+        "state_dicts": [_state_data(state) for state in found.state_dicts],
+        "others": [{"path": row.path, "input": row.a, "other": row.b} for row in found.others],
+    }
+
+
+def _state_data(state: StateDiff) -> answers.StatesDiffer:
+    return {
+        "input": state.a,
+        "other": state.b,
         "equal": state.equal,
         "removed": _listed(state.removed),
         "added": _listed(state.added),
@@ -121,15 +125,15 @@ def _data(state: StateDiff) -> dict[str, Any]:
     }
 
 
-def _listed(specs: dict[str, Spec]) -> list[dict[str, Any]]:
-    return [{"key": key, **spec.as_dict()} for key, spec in specs.items()]
+def _listed(specs: dict[str, Spec]) -> list[answers.Added]:
+    return [{"key": key, **rows.spec(spec)} for key, spec in specs.items()]
 
 
-def _pair(row: Difference) -> dict[str, Any]:
-    return {"key": row.key, "a": row.found.as_dict(), "b": row.wanted.as_dict()}
+def _pair(row: Difference) -> answers.Pair:
+    return {"key": row.key, "input": rows.spec(row.found), "other": rows.spec(row.wanted)}
 
 
-def _value(row: ValueDifference) -> dict[str, Any]:
+def _value(row: ValueDifference) -> answers.Values:
     """JSON has no infinity: a difference without bound is null, and so is one of no numbers."""
     differing, *sizes = row.distance
     absolute, relative = (None if s in (None, float("inf")) else s for s in sizes)
@@ -173,12 +177,12 @@ def _draw(console: Console, found: Diff, limit: int | None, keys_only: bool) -> 
 def _draw_sections(console: Console, sections: list[_Section], limit: int | None) -> None:
     from rich.text import Text
 
-    for title, sign, rows, style in sections:
-        console.print(Text(f"{title} ({len(rows):,})", "bold"))
-        for row in rows[:limit]:
-            console.print(Text(f"  {sign} {output.printable(row)}", style), soft_wrap=True)
-        if limit is not None and len(rows) > limit:
-            told = output.more(len(rows) - limit, "--all has them")
+    for title, sign, lines, style in sections:
+        console.print(Text(f"{title} ({len(lines):,})", "bold"))
+        for line in lines[:limit]:
+            console.print(Text(f"  {sign} {output.printable(line)}", style), soft_wrap=True)
+        if limit is not None and len(lines) > limit:
+            told = output.more(len(lines) - limit, "--all has them")
             console.print(Text(f"  {told}", "dim"))
 
 

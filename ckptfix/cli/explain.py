@@ -15,6 +15,8 @@ from ckptfix.findings import CODES
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ckptfix.cli import answers
+
 _EXCERPT = 200
 
 
@@ -33,33 +35,29 @@ def command(words: tuple[str, ...]) -> int:
       python train.py 2>&1 | ckptfix explain
       ckptfix explain train.log
       ckptfix explain 'Missing key(s) in state_dict: "conv.weight"'
-
-    \b
-    Exit codes:
-      0  the error is known
-      1  no known error is in the text
-      2  the text cannot be read
     """
     file = _opened(" ".join(words))
     if file.isatty():
         output.note("paste the error, then press Ctrl-D")
     found = explain(file.read())
-    rows = [
+    given = None if isinstance(file, io.StringIO) or words in ((), ("-",)) else " ".join(words)
+    if given is not None:
+        file.close()
+    rows: list[answers.Explained] = [
         {
             "code": row.known.code,
-            "severity": CODES[row.known.code].severity,
+            "severity": CODES[row.known.code].severity.value,
             "excerpt": row.excerpt,
-            "cause": row.known.cause,
+            "message": row.known.cause,
             "command": str(row.command),
         }
         for row in found
     ]
+    fields: answers.Explain = {"found": rows}
     if not found:
         text = "no error that ckptfix knows; see the file itself: ckptfix inspect FILE"
-        output.answer({"command": "explain", "found": []}, text)
-        return 1
-    output.answer({"command": "explain", "found": rows}, lambda console: _draw(console, found))
-    return 0
+        return output.answer(fields, text, input=given, exit_code=1)
+    return output.answer(fields, lambda console: _draw(console, found), input=given)
 
 
 def _opened(words: str) -> IO[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptfix.cli.output import text
 from ckptfix.door import beside
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from ckptfix.cli import answers
     from ckptfix.findings import Finding
     from ckptfix.hints import Command
     from ckptfix.tree.document import Document
@@ -23,27 +24,46 @@ _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE
 _INDENT = " " * 8
 
 
-def rows(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+def rows(findings: Sequence[Finding]) -> list[answers.Finding]:
     """Findings for JSON."""
-    return [finding.as_dict() for finding in findings]
+    return [
+        {
+            "code": finding.code,
+            "severity": finding.severity.value,
+            "where": finding.where,
+            "message": finding.message,
+            "command": None if finding.command is None else str(finding.command),
+        }
+        for finding in findings
+    ]
 
 
-def draw(console: Console, document: Document, findings: Sequence[Finding]) -> None:
+def errors(findings: Sequence[Finding]) -> int:
+    """How many of them are errors."""
+    return sum(finding.severity is Severity.ERROR for finding in findings)
+
+
+def draw(
+    console: Console, document: Document, findings: Sequence[Finding], *, commands: bool = True
+) -> None:
     """Print findings after an empty line, each with the command that repairs it.
 
-    Messages are wrapped; commands never are, so that they can be copied.
+    Messages are wrapped; commands never are, so that they can be copied. Without `commands`, what
+    repairs them all is said elsewhere.
     """
-    commands: list[Command] = []
+    given: list[Command] = []
     for finding in findings:
         if finding is findings[0]:
             console.print()
         console.print(_entry(finding))
-        if finding.command in commands:
+        if finding.command is None or not commands:
+            continue
+        if finding.command in given:
             console.print(text(f"{_INDENT}the same command repairs it"))
-        elif finding.command is not None:
-            commands.append(finding.command)
+        else:
+            given.append(finding.command)
             _draw_command(console, finding.command)
-    if sum(found.verb is not None for found in commands) > 1:
+    if sum(found.verb is not None for found in given) > 1:
         console.print(text("all     at once:"))
         _draw_command(console, command("fix", document.name, beside(document, "fixed")))
 

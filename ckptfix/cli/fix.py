@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix.cli import options, output, paths, writing
+from ckptfix.cli import options, output, paths, rows, writing
 from ckptfix.cli.usage import Misuse
 from ckptfix.contents.state_dicts import find, of_models
-from ckptfix.diagnose import damage
 from ckptfix.diagnose.document import without_weights
 from ckptfix.formats import embedded
 from ckptfix.repair.plan import Plan, plan
@@ -22,7 +21,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ckptfix.cli import answers
     from ckptfix.findings import Finding
+    from ckptfix.repair.plan import Cure, Remaining
     from ckptfix.tree.document import Document
 
 
@@ -62,7 +63,8 @@ def command(
     is a state dict that load_state_dict takes strictly: prefixes are stripped, added or exchanged,
     the part of a larger model that is meant is taken out, and what the model does not want is
     dropped, by name. Averages (EMA, SWA) are taken only where nothing else fits, or by --average.
-    Keys that change what others mean (LoRA, masks, scales) are dropped only by --drop.
+    Keys that change what others mean (LoRA, masks, scales) are dropped only by --drop. Where
+    nothing is wrong, OUT is a copy.
     safetensors holds a tied tensor once, under one of its names; --untie writes it under each.
     What would run commands or code where it is unpickled is left out, by name.
 
@@ -70,14 +72,6 @@ def command(
     Examples:
       ckptfix fix trained.pt fixed.pt
       ckptfix fix trained.pt fixed.pt --model net.py:Net --init '{"layers": 3}'
-
-    \b
-    Exit codes:
-      0  OUT was written
-      1  there is nothing to repair; nothing was written
-      2  IN cannot be read, or cannot be made to fit (a key is missing, a shape
-         differs, two ways fit, or two keys would become one), or OUT cannot be
-         written; nothing was written
     """
     wanted = options.wanted(model, init, like)
     if untie and wanted is None:
@@ -98,38 +92,43 @@ def command(
     for found in _beyond_repair(made.document):
         output.note(f"{found.message}: nothing repairs that")
     _say_written_once(made)
-    if not made.cures and document.container == job.container.name:
-        if not job.dry_run:  # nothing is copied, so nothing else reads it
-            damage.check_sums(document)
-        _say_remaining(document.name, made)
-        return job.nothing("nothing to repair", remaining=_remaining(made))
     if made.cures:
         output.aside(lambda console: _draw(console, made))
+    job.list_renamed(made.renamings)
     _say_keys("dropped", made.dropped)
     _say_keys("of another dtype; torch casts them as it loads", made.of_another_dtype)
     _say_remaining(document.name, made)
     _say_keys("may be transposed, which a square weight does not tell", made.unseen)
     tensors = sum(isinstance(node, Tensor) for _, node in walk(made.document.root))
     data = {**_data(made), "copied": tensors}
-    return job.finish(made.document, _summary(made, tensors), data, left_out=made.left_out)
+    return job.finish(
+        made.document,
+        _summary(made, tensors),
+        data,
+        left_out=made.left_out,
+        exit_code=1 if _errors_left(made) else 0,
+    )
 
 
 def _summary(made: Plan, tensors: int) -> str:
     """What was done, in one line. Nothing is ever cast, which is told with the rest."""
     left = plural(len(made.left_out), "thing") if made.left_out else "nothing"
+    if not made.cures:
+        verb = "could" if _errors_left(made) else "had to"
+        return f"nothing {verb} be repaired; {plural(tensors, 'tensor')} copied, {left} left behind"
     return (
         f"{plural(tensors, 'tensor')} copied, {len(made.renamed) or 'none'} renamed, "
         f"none cast, {len(made.dropped) or 'none'} dropped, {left} left behind"
     )
 
 
-def _remaining(made: Plan) -> list[dict[str, str]]:
-    return [row._asdict() for row in made.remaining]
+def _errors_left(made: Plan) -> bool:
+    return any(row.is_error for row in made.remaining)
 
 
 def _say_remaining(name: str, made: Plan) -> None:
-    """What is left as it is, and why."""
-    for row in made.remaining:
+    """What is left as it is, and why; JSON has a field for it."""
+    for row in () if output.is_json() else made.remaining:
         where = "" if row.where == "/" else f" ({row.where})"
         output.note(f"{name}{where}: left as it is: {row.found}; {row.reason}")
 
@@ -157,14 +156,22 @@ def _say_keys(what: str, keys: list[str]) -> None:
 
 def _data(made: Plan) -> dict[str, Any]:
     return {
-        "plan": [row._asdict() for row in made.cures],
-        "renamed": dict(made.renamed),
+        "plan": [_cure(row) for row in made.cures],
+        "remaining": [_remaining(row) for row in made.remaining],
+        "renamed": [rows.renamed(path, renaming) for path, renaming in made.renamings],
         "dropped": made.dropped,
         "of_another_dtype": made.of_another_dtype,
-        "remaining": _remaining(made),
         "may_be_transposed": made.unseen,
         "written_once": dict(made.written_once),
     }
+
+
+def _cure(row: Cure) -> answers.Cure:
+    return {"code": row.code, "where": row.where, "message": row.found, "cure": row.cure}
+
+
+def _remaining(row: Remaining) -> answers.Remaining:
+    return {"code": row.code, "where": row.where, "message": row.found, "reason": row.reason}
 
 
 def _draw(console: Console, made: Plan) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,13 +11,13 @@ from ckptfix.cli import findings, options, output, paths, reading, tree
 from ckptfix.cli.usage import Misuse
 from ckptfix.contents.state_dicts import StateDict, find
 from ckptfix.diagnose.document import diagnose, globals_of, wasted
-from ckptfix.errors import CkptfixError
 from ckptfix.tree.document import kind
 from ckptfix.tree.walk import storages
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ckptfix.cli import answers
     from ckptfix.findings import Finding
     from ckptfix.tree.document import Document
 
@@ -45,23 +45,10 @@ def command(files: tuple[str, ...], everything: bool, html: str | None, force: b
       ckptfix inspect model.pt
       ckptfix inspect --json model.pt
       ckptfix inspect model.pt --html report.html
-
-    \b
-    Exit codes:
-      0  every file was read
-      2  a file cannot be read
     """
     if html is not None:
         return _write_page(files, html, force=force)
-    if len(files) == 1:
-        document = reading.read(files[0])
-        found = diagnose(document)
-        output.answer(
-            lambda: {"command": "inspect", **_data(document, found)},
-            lambda console: _draw(console, document, found, everything),
-        )
-        return 0
-    return _inspect_all(files, everything=everything)
+    return output.each(files, lambda file: _inspect(file, everything=everything))
 
 
 def _write_page(files: tuple[str, ...], html: str, *, force: bool) -> int:
@@ -71,50 +58,19 @@ def _write_page(files: tuple[str, ...], html: str, *, force: bool) -> int:
         raise Misuse("--html: draws one FILE")
     text = page.of_document(reading.read(files[0]))
     if html == paths.STDOUT:
-        output.page(text)
-        return 0
+        return output.page(text)
     page.write(text, html, force=force)
-    output.answer({"command": "inspect", "file": files[0], "page": html}, f"wrote {html}")
-    return 0
+    return output.answer({}, f"wrote {html}", input=files[0], output=html)
 
 
-def _inspect_all(files: tuple[str, ...], *, everything: bool) -> int:
-    """Inspect several files; one that cannot be read does not hide the others."""
-    read: list[tuple[Document, list[Finding]]] = []
-    unread: list[tuple[str, CkptfixError]] = []
-    for file in files:
-        try:
-            document = reading.read(file)
-            read.append((document, diagnose(document)))
-        except CkptfixError as error:
-            unread.append((file, error))
-
-    def draw(console: Console) -> None:
-        for index, (document, found) in enumerate(read):
-            if index:
-                console.print()
-            _draw(console, document, found, everything)
-
-    errors = [
-        {
-            "file": file,
-            "error": {
-                "code": error.code,
-                "message": error.message,
-                "hint": output.said(error.hint),
-            },
-        }
-        for file, error in unread
-    ]
-
-    def data() -> dict[str, Any]:
-        rows = [_data(*pair) for pair in read]
-        return {"command": "inspect", "files": rows, "unread": errors}
-
-    output.answer(data, draw)
-    for _, problem in unread:
-        output.complain(problem.message, problem.hint)
-    return 2 if unread else 0
+def _inspect(file: str, *, everything: bool) -> int:
+    document = reading.read(file)
+    found = diagnose(document)
+    return output.answer(
+        lambda: _data(document, found),
+        lambda console: _draw(console, document, found, everything),
+        input=file,
+    )
 
 
 def _draw(console: Console, document: Document, found: list[Finding], everything: bool) -> None:
@@ -122,9 +78,8 @@ def _draw(console: Console, document: Document, found: list[Finding], everything
     findings.draw(console, document, found)
 
 
-def _data(document: Document, found: list[Finding]) -> dict[str, Any]:
+def _data(document: Document, found: list[Finding]) -> answers.Inspect:
     return {
-        "file": document.name,
         "container": document.container,
         "bytes": document.nbytes,
         "byteorder": document.byteorder,
@@ -137,7 +92,7 @@ def _data(document: Document, found: list[Finding]) -> dict[str, Any]:
     }
 
 
-def _state_data(state: StateDict) -> dict[str, Any]:
+def _state_data(state: StateDict) -> answers.StateDict:
     return {
         "path": state.path,
         "role": state.role,

@@ -28,7 +28,7 @@ def as_json(function: _Function) -> _Function:
         is_eager=True,  # so that errors in the other options come as JSON
         expose_value=False,
         callback=_answer_in_json,
-        help="Answer in JSON.",
+        help="Answer in JSON, a line for each file: docs/json.md has the fields.",
     )
     return option(function)
 

@@ -14,35 +14,55 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfix.errors import WriteError
+from ckptfix.cli.usage import Misuse, see_help
+from ckptfix.errors import CkptfixError, WriteError
 from ckptfix.hints import Hint
 from ckptfix.words import listed, plural, reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from rich.console import Console
     from rich.text import Text
 
-    from ckptfix.hints import Command
-
-SCHEMA = 1
+    from ckptfix.cli import answers
 
 
 class Form:
-    """The form in which answers and errors are wanted; click's context holds it.
+    """The form in which answers and errors are wanted, and what an answer is to tell.
 
-    The program makes it before click has read a word, so that it is there after click has failed.
+    Click's context holds it. The program makes it before click has read a word, so that it is there
+    after click has failed.
     """
 
     def __init__(self) -> None:
         self.is_json = False
+        self.verb: str | None = None
+        self.given: Mapping[str, Any] = {}
+        """The arguments and options of the verb."""
+        self.notes: list[str] = []
+        """What is to be told in the next answer in JSON."""
+        self.before: str | None = None
+        """What was answered for the file before, as text."""
+
+    def note_given(self, context: click.Context | None) -> None:
+        """Note which verb was called, and with what, as far as that is known."""
+        if context is not None and context.parent is not None:
+            self.verb, self.given = context.info_name, context.params
 
 
-def _wants_json() -> bool:
+class NoAnswerError(WriteError):
+    """The answer cannot be written, nor any other."""
+
+
+def _form() -> Form:
     context = click.get_current_context(silent=True)
-    form = None if context is None else context.find_object(Form)
-    return form is not None and form.is_json
+    return Form() if context is None else context.find_root().ensure_object(Form)
+
+
+def is_json() -> bool:
+    """Whether answers are in JSON, which has fields for what notes tell people."""
+    return _form().is_json
 
 
 def start() -> None:
@@ -71,31 +91,80 @@ def text(*parts: str | tuple[str, str]) -> Text:
 
 
 def answer(
-    data: dict[str, Any] | Callable[[], dict[str, Any]], text: str | Callable[[Console], None]
-) -> None:
-    """Print the answer: `data` under `--json`, otherwise text or what `text` draws.
+    fields: Mapping[str, object] | Callable[[], Mapping[str, object]],
+    text: str | Callable[[Console], None],
+    *,
+    input: str | None,  # noqa: A002 - the name of the field
+    output: str | None = None,
+    exit_code: int = 0,
+    error: answers.Error | None = None,
+) -> int:
+    """Print the answer, and return the exit code.
 
-    Data that takes long to gather is given as what gathers it.
+    Under `--json` that is an object with the `fields` of the verb; otherwise text, or what `text`
+    draws. Fields that take long to gather are given as what gathers them.
     """
-    if _wants_json():
-        gathered = data() if callable(data) else data
-        _write(_as_json(gathered))
-    elif callable(text):
-        _write(_drawn(text))
+    form = _form()
+    if form.is_json:
+        common = {"input": input, "output": output, "exit_code": exit_code, "error": error}
+        _print_json(form, {**common, **(fields() if callable(fields) else fields)})
     else:
-        _write(printable(text) + "\n")
+        _answer(form, _drawn(text) if callable(text) else f"{printable(text)}\n")
+    return exit_code
 
 
-def _as_json(data: dict[str, Any]) -> str:
+def _answer(form: Form, told: str) -> None:
+    """Print an answer; an empty line sets it apart from the one before, where one is long."""
+    if form.before is not None and max(told.count("\n"), form.before.count("\n")) > 1:
+        told = f"\n{told}"
+    form.before = told
+    _write(told)
+
+
+def _print_json(form: Form, told: Mapping[str, object]) -> None:
+    """Print an answer on a line of its own, with what was noted since the one before."""
     import json
 
-    return json.dumps({"schema": SCHEMA, **data}, indent=2) + "\n"
+    from ckptfix.cli import answers
+
+    common = {"schema": answers.SCHEMA, "command": form.verb}
+    blank = answers.blank(form.verb, form.given)
+    answer = {**blank, **common, "notes": form.notes, **told}
+    form.notes = []
+    _write(json.dumps(answer) + "\n")
+
+
+def each(files: Iterable[str], one: Callable[[str], int]) -> int:
+    """Answer for each of several files; returns the worst exit code.
+
+    A file that cannot be read is told, and stops nothing else.
+    """
+    worst = 0
+    for file in files:
+        try:
+            code = one(file)
+        except NoAnswerError:
+            raise
+        except CkptfixError as error:
+            code = refuse(_form(), error, input=file)
+        worst = max(worst, code)
+    return worst
 
 
 def aside(draw: Callable[[Console], None]) -> None:
     """Draw what is told before the answer, for people only."""
-    if not _wants_json():
+    if not is_json():
         _write(_drawn(draw))
+
+
+def changes(rows: Sequence[str], noun: str, where: str = "", most: int = 20) -> None:
+    """List for people what a dry run would change; JSON has all of it."""
+    if is_json() or not rows:
+        return
+    lines = [f"  {printable(row)}" for row in rows[:most]]
+    if len(rows) > most:
+        lines.append(f"  {more(len(rows) - most, '--json has all', noun)}")
+    _write("".join(f"{line}\n" for line in ([printable(where)] if where else []) + lines))
 
 
 def _drawn(draw: Callable[[Console], None]) -> str:
@@ -118,7 +187,7 @@ def _write(answer: str) -> None:
         if isinstance(error, BrokenPipeError):
             raise click.exceptions.Exit(_NO_READER) from None
         hint = "make room, or send the answer elsewhere"
-        raise WriteError(f"the answer cannot be written: {reason(error)}", hint=hint) from None
+        raise NoAnswerError(f"the answer cannot be written: {reason(error)}", hint=hint) from None
 
 
 _PIECE = 16_384
@@ -149,20 +218,23 @@ _UNBROKEN = 1_000_000
 """Columns of a pipe."""
 
 
-def said(part: Hint | Command | None) -> str | None:
-    """A hint or a command as a line of shell; None where there is none."""
-    return None if part is None else str(part)
-
-
 def note(text: str) -> None:
-    """Say something that is not the answer."""
-    _say(f"note: {printable(text)}")
+    """Say something that is not the answer; JSON has it among its notes."""
+    form = _form()
+    if form.is_json:
+        form.notes.append(text)
+    else:
+        _say(f"note: {printable(text)}")
 
 
 def note_names(what: str, names: Sequence[str], most: int = 10) -> None:
-    """Say what happened to many things, and the names of the first few; JSON has all of them."""
-    rest = " (--json has all)" if len(names) > most else ""
-    note(f"{what}: {listed(names, most)}{rest}")
+    """Say what happened to many things, and the names of the first few.
+
+    JSON has all of them in a field of their own.
+    """
+    if not is_json():
+        rest = " (--json has all)" if len(names) > most else ""
+        note(f"{what}: {listed(names, most)}{rest}")
 
 
 def more(hidden: int, where: str, noun: str = "") -> str:
@@ -171,22 +243,53 @@ def more(hidden: int, where: str, noun: str = "") -> str:
     return f"… and {counted} ({where})"
 
 
+def refuse(form: Form, problem: CkptfixError, **given: str) -> int:
+    """Say why a file, or all of it, could not be done; returns the exit code."""
+    told = problem.hint or see_help(form.verb)
+    where, details = problem.where, problem.details
+    return error(form, problem.what, told, problem.code, where=where, details=details, given=given)
+
+
 def error(
     form: Form,
     message: str,
     hint: Hint | None,
     code: str,
     *,
+    where: str | None = None,
     details: Sequence[str] = (),
+    given: Mapping[str, str] | None = None,
     exit_code: int = 2,
 ) -> int:
-    """Say what went wrong and what to do about it; returns the exit code."""
+    """Say what went wrong and what to do about it; returns the exit code.
+
+    `given` has fields of the answer, such as the file that it is about.
+    """
     if form.is_json:
-        told = {"code": code, "message": message, "hint": said(hint), "details": list(details)}
+        told = as_error(message, hint, code, where, details)
         with suppress(WriteError, click.exceptions.Exit):
-            _write(_as_json({"error": told}))
-    complain(message, hint, details)
+            _print_json(form, {**(given or {}), "exit_code": exit_code, "error": told})
+    complain(message if where is None else f"{where}: {message}", hint, details)
     return exit_code
+
+
+def as_error(
+    message: str,
+    hint: Hint | None,
+    code: str,
+    where: str | None = None,
+    details: Sequence[str] = (),
+) -> answers.Error:
+    """An error as JSON has it."""
+    command = None if hint is None or hint.command is None else str(hint.command)
+    return {
+        "code": code,
+        "message": message,
+        "where": where,
+        "details": list(details),
+        "hint": None if hint is None else str(hint),
+        "command": command,
+    }
 
 
 def usage(text: str) -> int:
@@ -201,11 +304,16 @@ def complain(message: str, told: Hint | None = None, details: Sequence[str] = ()
     for line in details:
         _say(f"  {printable(line)}")
     if told is not None:
-        hint(told)
+        _say_hint(told)
 
 
 def hint(told: Hint) -> None:
-    """What may help, mostly a command."""
+    """What may help, mostly a command; JSON has it with its error."""
+    if not is_json():
+        _say_hint(told)
+
+
+def _say_hint(told: Hint) -> None:
     _say(f"{click.style('hint:', fg='cyan', bold=True)} {printable(told)}")
 
 
@@ -225,9 +333,12 @@ def bug(form: Form, problem: Exception) -> int:
     return error(form, f"internal error: {kind}: {problem}", hint, "internal")
 
 
-def page(text: str) -> None:
-    """Print a web page."""
+def page(text: str) -> int:
+    """Print a web page instead of an answer; returns the exit code."""
+    if is_json():
+        raise Misuse("--json and --html -: one of them goes to standard output")
     _write(text)
+    return 0
 
 
 @contextmanager

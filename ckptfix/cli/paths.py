@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptfix.bytes.place import Place
+from ckptfix.cli import output
+from ckptfix.cli.exit_codes import EXIT_CODES
 from ckptfix.errors import WriteError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 STDOUT = "-"
 """What stands for the standard output where a page is written."""
@@ -57,10 +59,32 @@ class Out(Written):
 
 
 class Verb(click.Command):
-    """A command that is not begun where it would write over what it reads."""
+    """A command that is not begun where it would write over what it reads.
+
+    Its help ends in its exit codes.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments; where they are wrong, that is answered in JSON if JSON is among them.
+
+        Once they are read it is certain whether it is: it may be the value of another option.
+        """
+        options = args[: args.index("--")] if "--" in args else args
+        ctx.find_root().ensure_object(output.Form).is_json = "--json" in options
+        return super().parse_args(ctx, args)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the exit codes."""
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), text) for code, text in self._codes.items()])
+
+    @property
+    def _codes(self) -> Mapping[int, str]:
+        return EXIT_CODES[self.name or ""]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Call the command, once that is sure."""
+        ctx.find_root().ensure_object(output.Form).note_given(ctx)
         check_apart(ctx)
         return super().invoke(ctx)
 

@@ -42,13 +42,6 @@ def command(
     Examples:
       ckptfix recover broken.pt saved.pt
       ckptfix recover two-saves.pt second.pt --archive 2
-
-    \b
-    Exit codes:
-      0  every tensor was saved
-      1  OUT was written, and some tensors are lost
-      2  nothing could be saved, IN holds several saves, or OUT cannot be written;
-         nothing was written
     """
     wanted = options.wanted(model, init, like)
     job.check()
@@ -66,11 +59,13 @@ def command(
         "steps": found.steps,
     }
     done = f"{plural(found.saved, 'tensor')} saved, {len(found.lost):,} lost"
-    job.finish(found.document, done, data)
-    return 1 if found.lost or missing else 0
+    return job.finish(found.document, done, data, exit_code=1 if found.lost or missing else 0)
 
 
 def _say(source: str, found: Recovered, missing: list[str]) -> None:
+    """Tell people what JSON has fields for."""
+    if output.is_json():
+        return
     for step in found.steps:
         output.note(f"{source}: {step}")
     for label, names in (("lost", found.lost), ("missing", missing)):

@@ -45,13 +45,6 @@ def command(
       ckptfix rename old.pt new.pt --sub '^backbone\.' 'encoder.'
       ckptfix rename old.pt new.pt --sub 'gamma$' weight --sub 'beta$' bias
       ckptfix rename --in-place model.pt --sub '^net\.' ''
-
-    \b
-    Exit codes:
-      0  OUT was written, or IN was changed in place
-      1  no key matches; nothing was written
-      2  RE is not valid, or IN cannot be read, or two keys would become
-         one, or OUT cannot be written; nothing was written
     """
     document = job.open()
     states = choose_all(document, select)

@@ -56,13 +56,6 @@ def command(
       ckptfix strip-prefix ddp.pt plain.pt
       ckptfix strip-prefix ddp.pt plain.pt --model net.py:Net
       ckptfix strip-prefix --in-place ddp.pt
-
-    \b
-    Exit codes:
-      0  OUT was written, or IN was changed in place
-      1  there is nothing to strip; nothing was written
-      2  IN cannot be read, or only some keys carry the prefix, or two keys
-         would become one, or OUT cannot be written; nothing was written
     """
     wanted = options.wanted(model, init, like)
     if wanted is not None and (prefix is not None or partial or len(select) > 1):
@@ -86,10 +79,9 @@ def command(
     if not changes:
         what = f"no key begins with {prefix!r}" if prefix else "no key has a wrapper's prefix"
         return job.nothing(what)
-    code = job.finish_renamed(edits.rename(document, changes), changes)
     if prefix is None and not partial:
         _say_kept(found)
-    return code
+    return job.finish_renamed(edits.rename(document, changes), changes)
 
 
 def _for_target(

@@ -22,12 +22,6 @@ def command(job: writing.Job) -> int:
     Examples:
       ckptfix to-cpu gpu.pt cpu.pt
       ckptfix to-cpu --in-place gpu.pt
-
-    \b
-    Exit codes:
-      0  OUT was written, or IN was changed in place
-      1  every storage is on the CPU already; nothing was written
-      2  IN cannot be read, or OUT cannot be written; nothing was written
     """
     document, tags = edits.to_cpu(job.open())
     if not tags:

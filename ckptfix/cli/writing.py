@@ -10,7 +10,7 @@ import click
 
 from ckptfix import door
 from ckptfix.bytes.place import Place
-from ckptfix.cli import options, output, paths, reading
+from ckptfix.cli import options, output, paths, reading, rows
 from ckptfix.cli.usage import Misuse
 from ckptfix.edit import reduce
 from ckptfix.errors import InPlaceError, RenameError, WriteError
@@ -96,16 +96,9 @@ class Job:
 
     def nothing(self, why: str, **more: Any) -> int:
         """Say that there was nothing to do; returns the exit code for it."""
-        data = {
-            "command": self.verb,
-            "input": self.source,
-            "output": None,
-            "dry_run": self.dry_run,
-            "done": why,
-            **more,
-        }
-        output.answer(data, f"{self.source}: {why}; nothing written")
-        return 1
+        data = {"in_place": self.output is None, "dry_run": self.dry_run, "done": why, **more}
+        told = f"{self.source}: {why}; nothing written"
+        return output.answer(data, told, input=self.source, exit_code=1)
 
     def finish(
         self,
@@ -116,6 +109,7 @@ class Job:
         *,
         left_out: Sequence[tuple[str, str]] = (),
         after: Callable[[], dict[str, Any]] = dict,
+        exit_code: int = 0,
     ) -> int:
         """Make the output of a document and say so; returns the exit code.
 
@@ -123,7 +117,7 @@ class Job:
         was left out before; `after` is called once everything is written, and adds to `data`.
         """
         if self.output is None:
-            return self._edit(document, done, {**data, **after()})
+            return self._edit(document, done, {**data, **after()}, exit_code)
         fitted = reduce.fit(document, self.output.container, select)
         left = [*left_out, *fitted.left_out]
         known = self._write(self.output, fitted.document)
@@ -132,7 +126,8 @@ class Job:
             output.note_names(f"{plural(len(left), 'thing')} left out of it", names)
         verb = "would write" if self.dry_run else "wrote"
         told = f"{verb} {self.output.path}: {done}{_SAID.get(known, '')}"
-        return self._answer(told, done, {"bytes": known, **data, **after()}, left)
+        data = {"container": document.container, "bytes": known, **data, **after()}
+        return self._answer(told, done, data, left, exit_code)
 
     def finish_renamed(
         self, document: Document, changes: list[tuple[StateDict, Renaming]], label: str = ""
@@ -145,16 +140,15 @@ class Job:
         labels = label or ", ".join(dict.fromkeys(renaming.label for _, renaming in changes))
         where = ", ".join(state.path for state, _ in changes if state.selection)
         done = f"{plural(total, 'key')} renamed ({labels})" + (f" in {where}" if where else "")
-        rows = [
-            {
-                "path": state.path,
-                "removed": renaming.removed,
-                "added": renaming.added,
-                "keys": renaming.changes,
-            }
-            for state, renaming in changes
-        ]
-        return self.finish(document, done, {"renamed": rows})
+        self.list_renamed([(state.path, renaming) for state, renaming in changes])
+        renamed = [rows.renamed(state.path, renaming) for state, renaming in changes]
+        return self.finish(document, done, {"renamed": renamed})
+
+    def list_renamed(self, found: Sequence[tuple[str, Renaming]]) -> None:
+        """List every key that a dry run would rename."""
+        for path, renaming in found if self.dry_run else ():
+            lines = [f"{old} -> {new}" for old, new in renaming.changes.items()]
+            output.changes(lines, "key", "" if path == "/" else path)
 
     def _write(self, to: Output, document: Document) -> Checked | None:
         if self.dry_run:
@@ -174,7 +168,7 @@ class Job:
                 share=self.verb != "fix",  # what is called repaired was read
             )
 
-    def _edit(self, document: Document, done: str, data: dict[str, Any]) -> int:
+    def _edit(self, document: Document, done: str, data: dict[str, Any], exit_code: int) -> int:
         """Change the source itself and say so; returns the exit code."""
         from ckptfix.edit import inplace
 
@@ -183,35 +177,48 @@ class Job:
             if not self.dry_run:
                 inplace.apply(edit)
         except InPlaceError as error:
-            raise error.suggest(Hint("write a copy", self._copy())) from None
+            raise error.suggest(Hint("write a copy", _copying(self.source))) from None
         verb = "would change" if self.dry_run else "changed"
         size = output.size(edit.nbytes)
         told = f"{verb} {self.source} in place: {done}; {size} of it rewritten"
-        return self._answer(told, done, {"bytes": None, **data}, [])
+        data = {"container": document.container, **data}
+        return self._answer(told, done, data, [], exit_code)
 
     def _answer(
-        self, told: str, done: str, data: dict[str, Any], left_out: Sequence[tuple[str, str]]
+        self,
+        told: str,
+        done: str,
+        data: dict[str, Any],
+        left_out: Sequence[tuple[str, str]],
+        exit_code: int,
     ) -> int:
-        answer = {
-            "command": self.verb,
-            "input": self.source,
-            "output": self.source if self.output is None else self.output.path,
+        container = data["container"] if self.output is None else self.container.name
+        fields = {
             "in_place": self.output is None,
             "dry_run": self.dry_run,
             "done": done,
+            "output_container": container,
             "left_out": [{"path": path, "kind": kind} for path, kind in left_out],
             **data,
         }
-        output.answer(answer, told)
-        return 0
+        path = self.source if self.output is None else self.output.path
+        return output.answer(fields, told, input=self.source, output=path, exit_code=exit_code)
 
-    def _copy(self) -> Command:
-        """The command that was given, with an output instead of `--in-place`."""
-        stem, extension = split_extension(self.source)
-        known = extension.lower() in EXTENSIONS
-        out = f"{stem}.fixed{extension}" if known else f"{self.source}.fixed.pt"
-        given = tuple(_given(click.get_current_context()))
-        return Command("ckptfix", (self.source, out), self.verb, given)
+
+def _copying(source: str) -> Command:
+    """The command that was given, with an output beside its source."""
+    context = click.get_current_context()
+    stem, extension = split_extension(source)
+    known = extension.lower() in EXTENSIONS
+    out = f"{stem}.fixed{extension}" if known else f"{source}.fixed.pt"
+    return Command("ckptfix", (source, out), context.info_name, tuple(_given(context)))
+
+
+def _no_output(source: str) -> Misuse:
+    """The refusal where OUT is not given, with a command that has one."""
+    in_place = any(param.name == "in_place" for param in click.get_current_context().command.params)
+    what = "OUT is missing" + ("; to change IN itself, add --in-place" if in_place else "")
+    return Misuse(what, Hint("write a copy", _copying(source)) if Place(source).exists else None)
 
 
 def _given(context: click.Context) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -254,7 +261,7 @@ _VERIFY = click.option(
 
 def writes(function: _Function) -> _Function:
     """`IN OUT --to --force --dry-run --json`, which a command gets as its `job`."""
-    out = click.argument("out", metavar="OUT", type=paths.Out())
+    out = click.argument("out", metavar="OUT", required=False, type=paths.Out())
     decorators = (options.as_json, _DRY_RUN, _VERIFY, _FORCE, _TO, out, _IN)
     return _decorated(_with_job(function), decorators)
 
@@ -315,7 +322,7 @@ def _with_job(function: _Function) -> _Function:
 def _resolved(source: str, out: str | None, to: str | None, max_shard_size: int | None) -> Output:
     """What OUT and `--to` mean together. Raises a usage error, or `UnsupportedError`."""
     if out is None:
-        raise Misuse("OUT is missing; to change IN itself, add --in-place")
+        raise _no_output(source)
     if max_shard_size is not None and to not in (None, "shards"):
         raise Misuse(f"--max-shard-size is for shards, and --to {to} writes one file")
     if max_shard_size is None or to is not None or out.endswith("/"):

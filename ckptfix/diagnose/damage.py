@@ -6,8 +6,8 @@ again, to say how many. torch is not imported.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from isal import isal_zlib
 
@@ -45,10 +45,6 @@ class Reading:
     """Path of each tensor that holds NaN, and how many."""
     inf: dict[str, int]
     """Path of each tensor that holds infinities, and how many."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same for JSON."""
-        return asdict(self)
 
     @property
     def is_sound(self) -> bool:
@@ -98,13 +94,6 @@ def _check_unchanged(held: Iterable[Storage]) -> None:
     for one in files.values():
         if isinstance(one, FileSource):
             one.check()
-
-
-def check_sums(document: Document) -> None:
-    """Raise `DamagedError` where the bytes that a document is made of have a wrong checksum."""
-    for error in _wrong_records(document):
-        raise error
-    check_tensors(document, document.root)
 
 
 def check_tensors(document: Document, node: Node) -> None:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.engine import blocks, in_order, look
 from ckptfix.bytes.span import MadeSource, Span, cut
+from ckptfix.edit import edits
 from ckptfix.edit.compacting import checked, gathered, is_sparse, segments
 from ckptfix.errors import UnsupportedError
 from ckptfix.tree import floats
 from ckptfix.tree.document import Global, Inert, OrderedMap, Storage, Tensor, contiguous_stride
 from ckptfix.tree.dtypes import BY_NAME, DType
 from ckptfix.tree.floats import Losses
-from ckptfix.tree.rebuild import rebuild
 from ckptfix.tree.walk import storages, walk
 
 if TYPE_CHECKING:
@@ -185,7 +185,8 @@ class _User(NamedTuple):
 def cast(document: Document, states: Iterable[StateDict], dtype: DType) -> Document:
     """The document with the floating-point tensors of some of its state dicts cast to `dtype`.
 
-    Nothing is decoded yet: `casts` says what was lost, once the document is written.
+    Nothing is decoded yet: `casts` says what was lost, once the document is written. Raises
+    `SelectionError` where one of them is not its own.
     """
     import numpy as np  # noqa: F401 - now, and not while an output is half written
 
@@ -201,7 +202,7 @@ def cast(document: Document, states: Iterable[StateDict], dtype: DType) -> Docum
     changed: dict[int, Node] = {}
     for state in states:
         changed.update(_replaced(state, new))
-    return replace(document, root=rebuild(document.root, lambda node: changed.get(id(node), node)))
+    return edits.exchanged(document, states, changed)
 
 
 def _replaced(state: StateDict, new: dict[int, Node]) -> dict[int, Node]:

@@ -10,7 +10,7 @@ from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.state_dicts import StateDict, optimizers
 from ckptfix.contents.tensors import DEVICE_TENSORS, as_tensor, disguise
 from ckptfix.door import beside, taking
-from ckptfix.errors import UnsupportedError
+from ckptfix.errors import SelectionError, UnsupportedError
 from ckptfix.hints import Hint, command
 from ckptfix.tree.document import (
     Document,
@@ -22,7 +22,7 @@ from ckptfix.tree.document import (
     kind,
 )
 from ckptfix.tree.rebuild import rebuild
-from ckptfix.tree.walk import packed_bytes, script_constants, storages
+from ckptfix.tree.walk import packed_bytes, script_constants, storages, walk
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -35,30 +35,71 @@ def rename(document: Document, renamings: Iterable[tuple[StateDict, Renaming]]) 
 
     Order stays. `_metadata` is renamed with the keys. So is an optimizer that is keyed by the
     names of the parameters (FSDP, `param_names`); one that is keyed by position needs nothing.
+    Raises `SelectionError` where one of the state dicts is not its own.
     """
     renamed: dict[int, Node] = {}
     names: dict[str, str] = {}
+    states = []
     for state, renaming in renamings:
         if state.origin is not None:
             raise has_no_keys(document, state)
+        states.append(state)
         renamed[id(state.mapping)] = renamed_mapping(state.mapping, renaming)
         names.update(renaming.changes)
     for optimizer in optimizers(document.root):
         if _is_keyed_by_name(optimizer, names):
             renamed[id(optimizer)] = _renamed_optimizer(optimizer, names)
-    root = rebuild(document.root, lambda node: renamed.get(id(node), node), tensors=False)
+    return exchanged(document, states, renamed, tensors=False)
+
+
+def exchanged(
+    document: Document,
+    states: Iterable[StateDict],
+    new: Mapping[int, Node],
+    *,
+    tensors: bool = True,
+) -> Document:
+    """The document with other nodes in the place of some of its own, by their ids.
+
+    `states` are those whose mappings, or tensors, they are. Raises `SelectionError` where one of
+    them is of another document: nothing would come of that, and nobody would know. `tensors` is
+    that of `rebuild`.
+    """
+    met: set[int] = set()
+
+    def change(node: Node) -> Node:
+        other = new.get(id(node))
+        if other is None:
+            return node
+        met.add(id(node))
+        return other
+
+    root = rebuild(document.root, change, tensors=tensors)
+    strange = new.keys() - met
+    if strange:  # what is not met may be a part of what was replaced
+        strange = strange.difference(id(node) for _, node in walk(document.root))
+    for state in states if strange else ():
+        if not strange.isdisjoint(map(id, (state.mapping, *state.mapping.values()))):
+            raise SelectionError(
+                f"{state.path!r} is a state dict of another checkpoint, or of an earlier edit",
+                where=document.name,
+                hint="take it from the checkpoint that is edited",
+            )
     return replace(document, root=root)
 
 
 def without(document: Document, states: Iterable[StateDict], gone: Collection[str]) -> Document:
-    """The document without some keys of some of its state dicts. Versions of modules stay."""
+    """The document without some keys of some of its state dicts. Versions of modules stay.
+
+    Raises `SelectionError` where one of them is not its own.
+    """
     smaller: dict[int, Node] = {}
+    states = list(states)
     for state in states:
         if state.origin is not None:
             raise has_no_keys(document, state)
         smaller[id(state.mapping)] = mapping_without(state.mapping, gone)
-    root = rebuild(document.root, lambda node: smaller.get(id(node), node), tensors=False)
-    return replace(document, root=root)
+    return exchanged(document, states, smaller, tensors=False)
 
 
 def mapping_without(mapping: dict[str, Node], gone: Collection[str]) -> dict[str, Node]:

@@ -85,7 +85,8 @@ def _check_records(
     document: Document, archive: Archive, folder: str, storages: Iterable[Storage]
 ) -> None:
     """Every storage is a record of this very archive, and every record is what it was."""
-    unclaimed = {name.removeprefix(folder) for name in archive.spans} - torch_zip.OWN
+    names = (name.removeprefix(folder) for name in archive.spans)
+    unclaimed = {name for name in names if not torch_zip.is_own(name)}
     for storage in storages:
         record = archive.spans.get(f"{folder}data/{storage.key}")
         if record is None or not _is_record(storage, record):

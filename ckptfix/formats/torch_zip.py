@@ -61,10 +61,15 @@ if TYPE_CHECKING:
 NAME = TORCH_ZIP.name
 
 _PICKLE = "data.pkl"
-OWN = {
+_OWN = {
     "data.pkl", "byteorder", "version", ".format_version", ".storage_alignment",
     ".data/serialization_id",
 }  # fmt: skip
+
+
+def is_own(record: str) -> bool:
+    """Whether a record is one that `write` writes anew; torch finds them whatever their case."""
+    return record.lower() in _OWN
 
 
 def recognises(source: Source) -> bool:
@@ -185,7 +190,7 @@ def from_records(
     others = {
         record.removeprefix(folder): span
         for record, span in storages.unclaimed.items()
-        if record.removeprefix(folder) not in OWN
+        if not is_own(record.removeprefix(folder))
     }
     extras = {record: span for record, span in others.items() if not record.startswith("data/")}
     if len(others) > len(extras):

@@ -18,6 +18,7 @@ from ckptfix.errors import CkptfixError, ReadError, SelectionError, TargetError
 from ckptfix.hints import Hint, command
 from ckptfix.match import building
 from ckptfix.report import ANYTHING, LAZY, META, Spec
+from ckptfix.words import listed
 
 if TYPE_CHECKING:
     import os
@@ -140,9 +141,9 @@ _COMPUTED = (
 
 def of_file(path: str | os.PathLike[str]) -> Target:
     """The target in a file: a checkpoint, or the JSON of `ckptfix inspect --json`."""
-    listed = _listed_keys(Place(path))
-    if listed is not None:
-        return Target(str(path), listed, buffers=frozenset(filter(_is_computed, listed)))
+    keys = _listed_keys(Place(path))
+    if keys is not None:
+        return Target(str(path), keys, buffers=frozenset(filter(_is_computed, keys)))
     try:
         return of_document(door.read(path))
     except SelectionError as error:
@@ -166,14 +167,22 @@ def _listed_keys(place: Place) -> dict[str, Spec] | None:
         source = FileSource(place.name)  # no listing has a journal; the door says what it undid
         if not source.head(64).lstrip().startswith(b"{"):
             return None
-        listing = json.loads(source.read(0, source.size))
+        listings = _answers(source.read(0, source.size).decode())
+        if len(listings) > 1:
+            names = listed([str(one["input"]) for one in listings])
+            raise TargetError(
+                f"lists {len(listings)} files: {names}",
+                where=place,
+                hint=Hint("inspect the one that is meant", command("inspect", "FILE", json=True)),
+            )
+        listing = listings[0]
         states = [(state["path"], _listed_specs(state)) for state in _plain(listing["state_dicts"])]
     except (ReadError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if len(states) != 1:
-        listed = ", ".join(str(where) for where, _ in states)
+        paths = listed([str(where) for where, _ in states])
         raise TargetError(
-            f"lists {len(states)} state dicts: {listed or 'none'}",
+            f"lists {len(states)} state dicts: {paths or 'none'}",
             where=place,
             hint=Hint(
                 "inspect a file that holds the one that is meant",
@@ -181,6 +190,14 @@ def _listed_keys(place: Place) -> dict[str, Spec] | None:
             ),
         )
     return states[0][1]
+
+
+def _answers(text: str) -> list[Any]:
+    """The answers in a text: one on each line, or one that someone indented."""
+    try:
+        return [json.loads(text)]
+    except ValueError:
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
 def _listed_specs(state: dict[str, Any]) -> dict[str, Spec]:

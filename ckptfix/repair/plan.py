@@ -24,7 +24,7 @@ from ckptfix.errors import KeyCollisionError
 from ckptfix.findings import CODES, Severity
 from ckptfix.hints import Hint, command
 from ckptfix.keys import globs, wrappers
-from ckptfix.keys.renaming import joined, shared_prefix
+from ckptfix.keys.renaming import Renaming, joined, shared_prefix
 from ckptfix.match import transposes
 from ckptfix.match.choose import match
 from ckptfix.tree.document import Inert, kind
@@ -36,10 +36,12 @@ if TYPE_CHECKING:
 
     from ckptfix.edit.masks import Applied
     from ckptfix.findings import Finding
-    from ckptfix.keys.renaming import Renaming
     from ckptfix.match.choose import Match
     from ckptfix.match.target import Target
     from ckptfix.tree.document import Document, Node, OrderedMap
+
+
+_WRAPPER = "prefix-wrapper"
 
 
 class Cure(NamedTuple):
@@ -59,6 +61,12 @@ class Remaining(NamedTuple):
     found: str
     reason: str
 
+    @property
+    def is_error(self) -> bool:
+        """Whether what is written does not load, or not rightly, and nobody asked for that."""
+        asked = self.code == "dangerous-globals"  # they are left out unless they are to be kept
+        return not asked and self.code in CODES and CODES[self.code].severity is Severity.ERROR
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -66,7 +74,8 @@ class Plan:
 
     document: Document
     cures: list[Cure] = field(default_factory=list)
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    renamings: list[tuple[str, Renaming]] = field(default_factory=list)
+    """Paths of state dicts, and what becomes of their keys."""
     dropped: list[str] = field(default_factory=list)
     """Keys of the state dict that the target does not want."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
@@ -81,6 +90,11 @@ class Plan:
     """What is still wrong, or may be, and why it is left as it is."""
     unseen: list[str] = field(default_factory=list)
     """Square weights that may be transposed, which does not show."""
+
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        """Keys that get another name, and that name."""
+        return {old: new for _, way in self.renamings for old, new in way.changes.items()}
 
 
 def plan(
@@ -204,14 +218,14 @@ def _finished(made: Plan, wanted: Target | None) -> Plan:
     """With every storage on the CPU, and what is still wrong named."""
     made = _on_cpu(made)
     found = diagnose(replace(made.document, notes=()))  # those are about the container that was
-    errors = [finding for finding in found if finding.severity is Severity.ERROR]
-    rows = [Remaining(row.code, row.where, row.message, _reason(row, wanted)) for row in errors]
+    still = [row for row in found if row.severity is Severity.ERROR or row.code == _WRAPPER]
+    rows = [Remaining(row.code, row.where, row.message, _reason(row, wanted)) for row in still]
     return replace(made, remaining=[*made.remaining, *rows])
 
 
 def _reason(finding: Finding, wanted: Target | None) -> str:
     """Why an error is left as it is."""
-    if finding.code == "prefix-wrapper":
+    if finding.code == _WRAPPER:
         if wanted is None:
             return "these are not keys that could be renamed where they are: convert takes them out"
         return f"only what {wanted.name} wants is repaired"
@@ -252,7 +266,7 @@ def _certain(
     found = [(state, wrappers.strip(state.mapping)) for state in states]
     changes = [(state, renaming) for state, renaming in found if renaming.changed]
     cures += [_renaming_cure(state, renaming) for state, renaming in changes]
-    renamed = _changed(renaming for _, renaming in changes)
+    renamed = [(state.path, renaming) for state, renaming in changes]
     kept = [row for state, renaming in changes for row in _kept(state, renaming)]
     return Plan(edits.rename(document, changes), cures, renamed, remaining=kept)
 
@@ -268,14 +282,15 @@ def _alone_and_certain(document: Document, state: StateDict) -> Plan:
     kept = list(_kept(state, renaming)) if renaming.changed else []
     if root is not document.root:
         document = replace(document, root=root, extras={})
-    return Plan(document, cures, dict(renaming.changes), left_out=left_out, remaining=kept)
+    renamed = [(state.path, renaming)] if renaming.changed else []
+    return Plan(document, cures, renamed, left_out=left_out, remaining=kept)
 
 
 def _unwrapping(states: Iterable[StateDict]) -> Iterable[Cure]:
     for state in states:
         if isinstance(state.origin, Inert) and unwrapped(state.origin) is not state.origin:
             what = f"a model pickled in {state.origin.cls}"
-            yield Cure("prefix-wrapper", state.path, what, "taken out of it")
+            yield Cure(_WRAPPER, state.path, what, "taken out of it")
 
 
 def _unwrapped(document: Document, states: Iterable[StateDict]) -> Document:
@@ -344,11 +359,7 @@ def _check_collisions(document: Document, states: Iterable[StateDict]) -> None:
 def _renaming_cure(state: StateDict, renaming: Renaming) -> Cure:
     what = f"carry {renaming.removed}" if renaming.removed else f"lack {renaming.added}"
     found = f"{renaming.changed} of {len(renaming.keys)} keys {what}"
-    return Cure("prefix-wrapper", state.path, found, renaming.label)
-
-
-def _changed(renamings: Iterable[Renaming]) -> dict[str, str]:
-    return {old: new for way in renamings for old, new in way.changes.items()}
+    return Cure(_WRAPPER, state.path, found, renaming.label)
 
 
 def _on_cpu(made: Plan) -> Plan:
@@ -384,12 +395,13 @@ def _fitting(
     document: Document, wanted: Target, found: Match, mapping: OrderedMap, untied: list[str]
 ) -> Plan:
     path, dropped = found.state.path, found.dropped
-    renamed = _changed([found.renaming])
+    kept = {old: new for old, new in found.renaming.keys.items() if new in wanted.specs}
+    renaming = Renaming(kept, found.renaming.rule)
     own = [Cure("tied-tensors", path, f"{key} is tied", "untied") for key in untied]
     return Plan(
         _replaced(document, found.state, mapping),
         [*_cures(document, found, wanted), *own],
-        {old: new for old, new in renamed.items() if new in wanted.specs},
+        [(path, renaming)] if renaming.changed else [],
         dropped,
         of_another_dtype=[row.key for row in found.report.dtype_difference],
         unseen=transposes.unseen(found.report, wanted.specs),

@@ -63,7 +63,7 @@ def test_all_lists_everything_with_whole_keys(pair: Path) -> None:
 def test_json_has_everything(pair: Path) -> None:
     ran = ckptfix_command("diff", "a.pt", "b.pt", "--json", cwd=pair)
     found = json.loads(ran.stdout)
-    assert (found["schema"], found["same"], ran.returncode) == (1, False, 1)
+    assert (found["schema"], found["same"], ran.returncode) == (2, False, 1)
     (state,) = found["state_dicts"]
     assert len(state["values"]) == 31
     assert state["values"][1] == {
@@ -77,11 +77,11 @@ def test_json_has_everything(pair: Path) -> None:
     assert state["shapes"] == [
         {
             "key": "bias",
-            "a": {"shape": [2], "dtype": "float32"},
-            "b": {"shape": [3], "dtype": "float32"},
+            "input": {"shape": [2], "dtype": "float32", "kind": ""},
+            "other": {"shape": [3], "dtype": "float32", "kind": ""},
         }
     ]
-    assert found["others"] == [{"path": "epoch", "a": "3", "b": "4"}]
+    assert found["others"] == [{"path": "epoch", "input": "3", "other": "4"}]
 
 
 def test_infinite_differences_are_valid_json(tmp_path: Path) -> None:

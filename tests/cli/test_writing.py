@@ -61,7 +61,7 @@ def test_to_and_in_place_do_not_go_together(verb: str, tmp_path: Path) -> None:
 
 def test_a_dry_run_and_json_say_what_to_means(tmp_path: Path) -> None:
     told = json.loads(done("convert", DDP, tmp_path / "out", "--to", "safetensors", "-n", "--json"))
-    assert (told["to"], told["output"]) == ("safetensors", str(tmp_path / "out"))
+    assert (told["output_container"], told["output"]) == ("safetensors", str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
 
@@ -222,3 +222,48 @@ def test_the_library_verifies_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(VerifyError, match="reads back other bytes"):
         ckptfix.save(checkpoint, tmp_path / "out.safetensors", verify=True)
     assert not list(tmp_path.iterdir())
+
+
+# --- what a dry run shows
+
+EVERY = ("resnet18_dataparallel_cuda.pt", "dataparallel_cuda_training.pt")
+SHOWING: dict[str, list[str]] = {
+    "strip-prefix": [], "add-prefix": [], "rename": ["--sub", "weight$", "w"], "fix": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", SHOWING)
+@pytest.mark.parametrize("name", EVERY)
+def test_a_dry_run_lists_every_renamed_key_or_says_how_to_see_all(
+    name: str, verb: str, tmp_path: Path
+) -> None:
+    source, out = FIXTURES / name, tmp_path / "out.pt"
+    shown = done(verb, source, out, *SHOWING[verb], "--dry-run")
+    (row,) = json.loads(done(verb, source, out, *SHOWING[verb], "--dry-run", "--json"))["renamed"]
+    assert not out.exists()
+    done(verb, source, out, *SHOWING[verb])
+    before, after = (ckptfix.open(path).state_dicts[0].mapping for path in (source, out))
+    changes = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert list(row["keys"].items()) == changes
+    listed = [f"  {old} -> {new}" for old, new in changes]
+    lines = shown.splitlines()
+    if len(changes) <= 20:
+        assert [line for line in lines[:-1] if " -> " in line] == listed
+    else:
+        assert [line for line in lines[:-1] if " -> " in line] == listed[:20]
+        assert f"  … and {len(changes) - 20} more keys (--json has all)" in lines
+    assert lines[-1].startswith(f"would write {out}: ")
+
+
+def test_a_dry_run_says_in_which_state_dict_a_key_is_renamed(tmp_path: Path) -> None:
+    both = {"gen": {"module.w": torch.ones(1)}, "disc": {"module.v": torch.ones(1)}}
+    torch.save(both, tmp_path / "in.pt")
+    shown = done("strip-prefix", "in.pt", "--in-place", "-n", cwd=tmp_path)
+    assert shown.splitlines()[:-1] == ["gen", "  module.w -> w", "disc", "  module.v -> v"]
+
+
+def test_a_dry_run_lists_what_would_be_cast(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1), "b": torch.ones(1), "n": torch.tensor(1)}, tmp_path / "in.pt")
+    shown = done("convert", "in.pt", "out.pt", "--dtype", "bf16", "-n", cwd=tmp_path)
+    assert shown.splitlines()[:-1] == ["  w: float32 -> bfloat16", "  b: float32 -> bfloat16"]
+    assert done("convert", "in.pt", "out.pt", "--dtype", "bf16", cwd=tmp_path).count("\n") == 1

@@ -19,17 +19,15 @@ from torch._weights_only_unpickler import _get_allowed_globals
 
 import ckptfix
 from ckptfix import door
-from ckptfix.contents.state_dicts import choose, find
+from ckptfix.contents.state_dicts import find
 from ckptfix.diagnose.document import diagnose, wasted
-from ckptfix.findings import CODES, Finding, Severity
+from ckptfix.findings import CODES, Finding
 from ckptfix.known_errors import KNOWN
-from ckptfix.match import target as targets
-from ckptfix.match.remedy import remedy
 from ckptfix.pickles.allowed import is_allowed
 from ckptfix.tree.document import Global
 from fixtures.foonet import FooNet
 from tests.conftest import FIXTURES
-from tests.oracles import ckptfix_command, done, unlike
+from tests.oracles import ckptfix_command, done
 
 if TYPE_CHECKING:
     from ckptfix.hints import Command
@@ -159,9 +157,9 @@ def test_no_error_is_left_once_the_commands_were_run(checkpoint: Path):
 def test_the_commands_may_be_run_one_upon_another():
     shutil.copy(FIXTURES / "dataparallel_cuda_training.pt", "in.pt")
     path, repaired = "in.pt", []
-    while errors := [f for f in findings(path).values() if f.severity is Severity.ERROR]:
-        repaired.append(errors[0].code)
-        path = run_as_it_stands(errors[0].command)
+    while found := [f for f in findings(path).values() if f.command is not None]:
+        repaired.append(found[0].code)
+        path = run_as_it_stands(found[0].command)
     assert repaired == ["device-tag", "prefix-wrapper"]
     FooNet(4, 3).load_state_dict(torch.load(path)["model_state_dict"])
 
@@ -253,43 +251,7 @@ def test_a_class_is_blocked_exactly_where_torch_refuses_it(checkpoint: Path):
 # Remedies
 
 
-@pytest.mark.parametrize(
-    ("wrap", "wanted_wrap", "verb"),
-    [
-        (nn.DataParallel, None, "strip-prefix"),
-        (None, nn.DataParallel, "add-prefix"),
-        (lambda net: nn.ModuleDict({"model": net}), None, "strip-prefix"),
-        (None, lambda net: nn.ModuleDict({"model": net}), "add-prefix"),
-    ],
-)
-def test_the_remedy_is_a_command_that_makes_the_keys_fit(wrap: Any, wanted_wrap: Any, verb: str):
-    model = wrap(FooNet(2, 2)) if wrap else FooNet(2, 2)
-    wanted_model = wanted_wrap(FooNet(2, 2)) if wanted_wrap else FooNet(2, 2)
-    torch.save({"net": model.state_dict(), "epoch": 1}, "in.pt")
-    document = door.read("in.pt")
-    cure = remedy(document, choose(document), targets.of_module(wanted_model))
-    assert cure is not None
-    assert cure.command is not None
-    assert cure.command.verb == verb
-    loaded = torch.load(run_as_it_stands(cure.command))
-    wanted_model.load_state_dict(loaded["net"])
-    assert unlike([*loaded["net"].values()], [*model.state_dict().values()]) is None
-
-
-def test_there_is_no_remedy_where_no_renaming_helps():
-    document = door.read(FIXTURES / "cpu.pt")
-    assert remedy(document, choose(document), targets.of_module(nn.Linear(2, 2))) is None
-
-
-def test_two_remedies_are_listed_and_none_is_chosen():
-    state = {f"{who}.{key}": torch.ones(1) for who in ("a", "b") for key in ("weight", "bias")}
-    torch.save(state, "in.pt")
-    document = door.read("in.pt")
-    cure = remedy(document, choose(document), targets.of_module(nn.Linear(1, 1)))
-    assert cure is None or cure.command is None
-
-
-def test_the_remedy_for_a_file_from_before_torch_0_4_1_is_found():
+def test_the_cure_of_a_file_from_before_torch_0_4_1_makes_it_load():
     net = nn.DataParallel(nn.Sequential(nn.BatchNorm1d(2)))
     old = {key: value for key, value in net.state_dict().items() if "num_batches" not in key}
     torch.save(old, "in.pt")
@@ -298,10 +260,10 @@ def test_the_remedy_for_a_file_from_before_torch_0_4_1_is_found():
     )
     ran = ckptfix_command("check", "in.pt", "--model", "net.py:net")
     assert ran.returncode == 1
-    assert "ckptfix strip-prefix in.pt in.stripped.pt" in ran.stdout
-    done("strip-prefix", "in.pt", "in.stripped.pt")
-    done("check", "in.stripped.pt", "--model", "net.py:net")
-    net.module.load_state_dict(torch.load("in.stripped.pt"))
+    assert ran.stdout.splitlines()[-1] == "  ckptfix fix in.pt in.fixed.pt --model net.py:net"
+    done("fix", "in.pt", "in.fixed.pt", "--model", "net.py:net")
+    done("check", "in.fixed.pt", "--model", "net.py:net")
+    net.module.load_state_dict(torch.load("in.fixed.pt"))
 
 
 def test_diagnosing_does_not_depend_on_what_is_found_first():

@@ -434,7 +434,8 @@ def test_the_text_may_be_given_as_it_is(tmp_path: Path):
     piped, given = run("--json", text=text), run("--json", text)
     assert (given.returncode, given.stdout) == (0, piped.stdout)
     (tmp_path / "a log.txt").write_text(text)
-    assert run("--json", str(tmp_path / "a log.txt")).stdout == piped.stdout
+    in_a_file = json.loads(run("--json", str(tmp_path / "a log.txt")).stdout)
+    assert in_a_file == {**json.loads(piped.stdout), "input": str(tmp_path / "a log.txt")}
     gone = run(str(tmp_path / "gone.log"))
     assert gone.returncode == 2
     assert "No such file" in gone.stderr

@@ -279,7 +279,14 @@ def test_a_dry_run_counts_too_and_json_has_every_tensor(tmp_path: Path) -> None:
     torch.save({"a": torch.tensor([1e9]), "n": torch.tensor([1])}, tmp_path / "in.pt")
     arguments = ("convert", "in.pt", "out.safetensors", "--dtype", "half", "--json", "--dry-run")
     answer = json.loads(done(*arguments, cwd=tmp_path))
-    row = {"keys": ["a"], "from": "float32", "elements": 1, "overflow": 1, "underflow": 0, "nan": 0}
+    row = {
+        "keys": ["a"],
+        "dtype": "float32",
+        "elements": 1,
+        "overflow": 1,
+        "underflow": 0,
+        "nan": 0,
+    }
     assert answer["cast"] == {"dtype": "float16", "tensors": [row], "not_cast": []}
     assert list(tmp_path.iterdir()) == [tmp_path / "in.pt"]
 

@@ -117,4 +117,4 @@ def test_data_that_weights_only_refuses_is_no_danger() -> None:
     codes = [found.code for found in ckptfix.open("in.pt").findings]
     assert "blocked-globals" in codes
     assert "dangerous-globals" not in codes
-    assert ckptfix_command("fix", "in.pt", "out.pt").returncode == 1
+    assert ckptfix_command("fix", "in.pt", "out.pt").returncode == 0

@@ -11,8 +11,8 @@ from torch import nn
 
 from ckptfix import door
 from ckptfix.contents.state_dicts import choose, choose_all
-from ckptfix.edit import edits, reduce
-from ckptfix.errors import UnsupportedError
+from ckptfix.edit import casting, edits, reduce
+from ckptfix.errors import SelectionError, UnsupportedError
 from ckptfix.keys import wrappers
 from ckptfix.tree import compare, walk
 from ckptfix.tree.document import Document, Tensor, kind
@@ -20,7 +20,10 @@ from tests.conftest import FIXTURES
 from tests.oracles import unlike
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from ckptfix.contents.state_dicts import StateDict
 
 
 def saved(value: Any, tmp_path: Path) -> Document:
@@ -166,3 +169,40 @@ def test_the_container_is_chosen_by_the_name_of_the_output():
 )
 def test_things_are_called_what_a_person_would(node: Any, name: str):
     assert kind(node) == name
+
+
+def foreign(tmp_path: Path) -> tuple[Document, list[StateDict]]:
+    """A checkpoint, and the state dicts of another one, which holds the same."""
+    wrapped = nn.DataParallel(nn.Linear(2, 2)).state_dict()
+    (tmp_path / "other").mkdir()
+    other = saved({"net": wrapped}, tmp_path / "other")
+    return saved({"net": wrapped}, tmp_path), choose_all(other)
+
+
+EDITS: dict[str, Callable[[Document, list[StateDict]], Document]] = {
+    "rename": lambda document, states: edits.rename(
+        document, [(state, wrappers.strip(state.mapping)) for state in states]
+    ),
+    "without": lambda document, states: edits.without(document, states, {"module.bias"}),
+    "cast": lambda document, states: casting.cast(document, states, casting.dtype_of("bf16")),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_of_a_state_dict_of_another_document_is_refused(edit: str, tmp_path: Path) -> None:
+    document, others = foreign(tmp_path)
+    with pytest.raises(SelectionError, match="'net' is a state dict of another checkpoint"):
+        EDITS[edit](document, others)
+    with pytest.raises(SelectionError):
+        EDITS[edit](document, [*choose_all(document), *others])
+    made = EDITS[edit](document, choose_all(document))
+    assert compare.difference(made.root, document.root) is not None
+
+
+def test_a_cast_of_a_pickled_model_of_another_document_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    document, other = (saved(nn.Linear(2, 2), folder) for folder in (tmp_path, tmp_path / "other"))
+    with pytest.raises(SelectionError, match="'/' is a state dict of another checkpoint"):
+        EDITS["cast"](document, choose_all(other))
+    made = EDITS["cast"](document, choose_all(document))
+    assert written(made, tmp_path).weight.dtype is torch.bfloat16

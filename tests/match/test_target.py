@@ -269,7 +269,17 @@ def test_the_json_of_inspect_is_a_target(tmp_path: Path):
     assert done("check", FIXTURES / "cuda.pt", "--like", report)
     ran = ckptfix_command("check", FIXTURES / "ddp.pt", "--like", report)
     assert ran.returncode == 1
-    assert "strip-prefix" in ran.stdout
+    assert "They match once renamed (removed module.):\n  ckptfix fix " in ran.stdout
+
+
+def test_records_of_several_files_are_no_target(tmp_path: Path):
+    report = tmp_path / "keys.json"
+    report.write_text(done("inspect", "--json", FIXTURES / "cpu.pt", FIXTURES / "ddp.pt"))
+    with pytest.raises(TargetError, match=r"lists 2 files: .*cpu\.pt, .*ddp\.pt"):
+        targets.of_file(report)
+    indented = json.dumps(json.loads(report.read_text().splitlines()[1]), indent=2)
+    report.write_text(indented)
+    assert targets.of_file(report).specs == targets.of_file(FIXTURES / "ddp.pt").specs
 
 
 def test_a_report_lists_what_is_no_tensor_too(tmp_path: Path):

@@ -88,10 +88,8 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
 @pytest.mark.parametrize("name", FOONETS)
 def test_every_foonet_loads_strictly_afterwards(tmp_path: Path, name: str) -> None:
     out = tmp_path / "out.pt"
-    done = run(FIXTURES / name, out, *MODEL)
-    source = out if done.returncode == 0 else FIXTURES / name
-    assert done.returncode == 0 or "nothing to repair" in done.stdout
-    FooNet(4, 3).load_state_dict(torch.load(source, weights_only=True), strict=True)
+    assert run(FIXTURES / name, out, *MODEL).returncode == 0
+    FooNet(4, 3).load_state_dict(torch.load(out, weights_only=True), strict=True)
 
 
 def test_without_a_target_everything_else_stays(tmp_path: Path) -> None:
@@ -124,10 +122,17 @@ def test_json_has_the_plan(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_to_mend_is_said_with_exit_code_1(tmp_path: Path) -> None:
-    done = run(FIXTURES / "cpu.pt", tmp_path / "out.pt", *MODEL)
-    assert (done.returncode, list(tmp_path.iterdir())) == (1, [])
-    assert "nothing to repair" in done.stdout
+@pytest.mark.parametrize("options", [[], MODEL])
+@pytest.mark.parametrize("name", ["cpu.pt", "plain.safetensors", "legacy.pt"])
+def test_of_what_is_sound_a_copy_is_written(tmp_path: Path, name: str, options: list) -> None:
+    out = tmp_path / f"out{Path(name).suffix}"
+    done = run(FIXTURES / name, out, *options)
+    assert done.returncode == 0
+    assert "nothing had to be repaired; 3 tensors copied, nothing left behind" in done.stdout
+    assert same(ckptfix.load(out), ckptfix.load(FIXTURES / name))
+    assert run(FIXTURES / name, out, *options).returncode == 2  # it is there
+    dry = run(FIXTURES / name, tmp_path / "dry.pt", *options, "--dry-run")
+    assert (dry.returncode, (tmp_path / "dry.pt").exists()) == (0, False)
 
 
 @pytest.mark.parametrize("name", ["whole_module.pt", "mixed_prefix.pt", "fsdp_names.pt"])
@@ -363,7 +368,7 @@ def _errors_are_named(source: Path, out: Path, *options: str) -> None:
     left = {
         (row["code"], row["where"]) for row in json.loads(ran.stdout)["remaining"] if row["reason"]
     }
-    found = ckptfix.open(out if out.exists() else source).findings
+    found = ckptfix.open(out).findings
     assert {(row.code, row.where) for row in found if row.severity == "error"} <= left
 
 
@@ -396,10 +401,8 @@ def test_a_model_that_was_pickled_in_a_wrapper_is_taken_out_of_it(tmp_path: Path
     assert same(loaded["model"].state_dict(), net.state_dict())
     assert run(tmp_path / "in.pt", tmp_path / "out.safetensors").returncode == 0
     assert same(safetensors.torch.load_file(tmp_path / "out.safetensors"), net.state_dict())
-    [finding] = [
-        row for row in ckptfix.open(tmp_path / "in.pt").findings if row.severity == "error"
-    ]
-    assert finding.code == "prefix-wrapper"
+    codes = {row.code: row for row in ckptfix.open(tmp_path / "in.pt").findings}
+    finding = codes["prefix-wrapper"]
     assert finding.command is not None
     assert run(*finding.command.arguments, "--force").returncode == 0
 
@@ -425,3 +428,22 @@ def test_the_state_dict_that_is_selected_is_the_one_that_is_written(tmp_path: Pa
     assert run(tmp_path / "in.pt", out, "--select", "b").returncode == 0
     assert same(safetensors.torch.load_file(out), second.state_dict())
     assert run(tmp_path / "in.pt", tmp_path / "other.safetensors").returncode == 2
+
+
+def _checked(path: Path) -> int:
+    command = [sys.executable, "-m", "ckptfix", "check", str(path)]
+    return subprocess.run(command, capture_output=True).returncode
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", SAVED.values(), ids=SAVED)
+def test_fix_says_yes_where_check_says_yes_of_what_it_wrote(tmp_path: Path, make) -> None:
+    torch.save(make(), tmp_path / "in.pt")
+    done = run(tmp_path / "in.pt", tmp_path / "out.pt")
+    assert done.returncode == (_checked(tmp_path / "out.pt") if done.returncode < 2 else 2)
+    assert ("nothing had to be repaired" in done.stdout) <= (done.returncode == 0)
+
+
+def test_fix_says_yes_of_a_fixture_where_check_does(checkpoint: Path, tmp_path: Path) -> None:
+    done = run(checkpoint, tmp_path / "out.pt")
+    assert done.returncode == (_checked(tmp_path / "out.pt") if done.returncode < 2 else 2)
