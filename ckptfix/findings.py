@@ -166,7 +166,9 @@ CODES: dict[str, Meaning] = {
         _WARNING, "the name says another container than the bytes do", "rename the file"
     ),
     "no-state-dict": Meaning(
-        _ERROR, "nothing in the file maps names to tensors", "look for another file"
+        _WARNING,
+        "nothing in the file maps names to tensors, as in that of an optimizer",
+        "none; look for another file if weights should be there",
     ),
     "checkpoint-in-bytes": Meaning(
         _WARNING,
