@@ -13,8 +13,6 @@ from ckptfix.diagnose import damage
 from ckptfix.diagnose.document import without_weights
 from ckptfix.formats import embedded
 from ckptfix.repair.plan import Plan, plan
-from ckptfix.tree.document import Tensor
-from ckptfix.tree.walk import walk
 from ckptfix.words import plural
 
 if TYPE_CHECKING:
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ckptfix.edit.counting import Held
     from ckptfix.findings import Finding
     from ckptfix.tree.document import Document
 
@@ -109,18 +108,24 @@ def command(
     _say_keys("of another dtype; torch casts them as it loads", made.of_another_dtype)
     _say_remaining(document.name, made)
     _say_keys("may be transposed, which a square weight does not tell", made.unseen)
-    tensors = sum(isinstance(node, Tensor) for _, node in walk(made.document.root))
-    data = {**_data(made), "copied": tensors}
-    return job.finish(made.document, _summary(made, tensors), data, left_out=made.left_out)
+
+    def done(held: Held) -> str:
+        return _summary(made, held)
+
+    return job.finish(made.document, done, _data(made), left_out=made.left_out, count="copied")
 
 
-def _summary(made: Plan, tensors: int) -> str:
+def _summary(made: Plan, held: Held) -> str:
     """What was done, in one line. Nothing is ever cast, which is told with the rest."""
     left = plural(len(made.left_out), "thing") if made.left_out else "nothing"
     return (
-        f"{plural(tensors, 'tensor')} copied, {len(made.renamed) or 'none'} renamed, "
-        f"none cast, {len(made.dropped) or 'none'} dropped, {left} left behind"
+        f"{plural(held.tensors, 'tensor')} copied, {_keys(made.keys_renamed)} renamed, none cast, "
+        f"{_keys(len(made.dropped))} dropped, {left} left behind"
     )
+
+
+def _keys(count: int) -> str:
+    return plural(count, "key") if count else "no key"
 
 
 def _remaining(made: Plan) -> list[dict[str, str]]:
@@ -141,8 +146,6 @@ def _beyond_repair(document: Document) -> Iterator[Finding]:
 
 def _say_written_once(made: Plan) -> None:
     if made.written_once:
-        keys = [f"{key} (as {other})" for key, other in made.written_once.items()]
-        output.note_names(f"{plural(len(keys), 'tied key')} written once", keys)
         size = output.size(made.untying)
         output.note(
             "safetensors.torch.load_model(model, OUT) loads that, load_state_dict(load_file(OUT)) "
@@ -163,7 +166,6 @@ def _data(made: Plan) -> dict[str, Any]:
         "of_another_dtype": made.of_another_dtype,
         "remaining": _remaining(made),
         "may_be_transposed": made.unseen,
-        "written_once": dict(made.written_once),
     }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import click
 
 from ckptfix.cli import options, output, paths, reading, writing
@@ -9,6 +12,9 @@ from ckptfix.contents.state_dicts import choose
 from ckptfix.match import judge
 from ckptfix.repair.recover import Recovered, recover
 from ckptfix.words import plural
+
+if TYPE_CHECKING:
+    from ckptfix.edit.counting import Held
 
 _SHOWN = 20
 
@@ -57,16 +63,20 @@ def command(
     missing: list[str] = []
     if wanted is not None:
         missing = judge.as_it_stands(found.document, choose(found.document, select), wanted).missing
+    document, left_out = job.reduced(found.document, select)
+    found = replace(found, document=document)
     _say(job.source, found, missing)
     data = {
-        "saved": found.saved,
         "unchecked": found.unchecked,
         "lost": found.lost,
         "missing": missing,
         "steps": found.steps,
     }
-    done = f"{plural(found.saved, 'tensor')} saved, {len(found.lost):,} lost"
-    job.finish(found.document, done, data)
+
+    def done(held: Held) -> str:
+        return f"{plural(held.tensors, 'tensor')} saved, {len(found.lost):,} lost"
+
+    job.finish(document, done, data, left_out=left_out, count="saved")
     return 1 if found.lost or missing else 0
 
 

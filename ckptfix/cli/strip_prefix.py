@@ -9,7 +9,6 @@ import click
 from ckptfix import hints
 from ckptfix.cli import options, output, paths, writing
 from ckptfix.cli.usage import Misuse
-from ckptfix.contents.state_dicts import choose_all
 from ckptfix.door import beside
 from ckptfix.edit import edits
 from ckptfix.errors import KeyCollisionError, KeyMismatchError, PartialPrefixError
@@ -74,7 +73,7 @@ def command(
     if wanted is not None:
         given = {"model": model, "init": init, "like": like}
         return _for_target(job, document, wanted, next(iter(select), None), given)
-    states = choose_all(document, select)
+    states = job.states(document, select)
     with job.naming_the_source():
         found = [
             (state, wrappers.strip(state.mapping, prefix=prefix, partial=partial))

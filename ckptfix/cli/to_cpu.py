@@ -29,9 +29,10 @@ def command(job: writing.Job) -> int:
       1  every storage is on the CPU already; nothing was written
       2  IN cannot be read, or OUT cannot be written; nothing was written
     """
-    document, tags = edits.to_cpu(job.open())
+    document, left_out = job.reduced(job.open())
+    document, tags = edits.to_cpu(document)
     if not tags:
         return job.nothing("every storage is on the CPU already")
     moved = ", ".join(f"{count} from {tag}" for tag, count in tags.items())
     done = f"{plural(tags.total(), 'storage')} tagged cpu ({moved})"
-    return job.finish(document, done, {"retagged": dict(tags)})
+    return job.finish(document, done, {"retagged": dict(tags)}, left_out=left_out)

@@ -12,12 +12,14 @@ from ckptfix import door
 from ckptfix.bytes.place import Place
 from ckptfix.cli import options, output, paths, reading
 from ckptfix.cli.usage import Misuse
-from ckptfix.edit import reduce
-from ckptfix.errors import InPlaceError, RenameError, WriteError
+from ckptfix.contents.state_dicts import choose, choose_all
+from ckptfix.edit import counting, reduce
+from ckptfix.edit.reduce import Fitted
+from ckptfix.errors import InPlaceError, RenameError, SelectionError, WriteError
 from ckptfix.formats.table import EXTENSIONS, split_extension
 from ckptfix.hints import Command, Hint, command
 from ckptfix.tree.walk import nbytes
-from ckptfix.words import plural
+from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from ckptfix.bytes.copy import Checked
     from ckptfix.contents.state_dicts import StateDict
     from ckptfix.door import Output
+    from ckptfix.edit.counting import Held
     from ckptfix.formats.table import Writable
     from ckptfix.keys.renaming import Renaming
     from ckptfix.tree.document import Document
@@ -84,6 +87,33 @@ class Job:
         self.check()
         return reading.read(self.source)
 
+    @property
+    def holds_one(self) -> bool:
+        """Whether the output holds one state dict and nothing else."""
+        return self.output is not None and self.container.tensors_only
+
+    def states(self, document: Document, select: Sequence[str] = ()) -> list[StateDict]:
+        """The state dicts to edit: those that are selected, or all that the output holds.
+
+        Raises `SelectionError`.
+        """
+        if not self.holds_one:
+            return choose_all(document, select)
+        if len(select) > 1:
+            raise SelectionError(
+                f"several are selected ({listed(select)}), and {self.container.name} holds one",
+                where=document.name,
+                hint="give one --select, or OUT the extension .pt",
+                code="ambiguous-state-dict",
+            )
+        return [choose(document, next(iter(select), None))]
+
+    def reduced(self, document: Document, select: str | None = None) -> Fitted:
+        """The document without what the output has no room for beside a state dict."""
+        if not self.holds_one:
+            return Fitted(document, [])
+        return reduce.only(document, choose(document, select))
+
     @contextmanager
     def naming_the_source(self) -> Iterator[None]:
         """Have errors about keys say the name of the file, as all others do."""
@@ -110,38 +140,59 @@ class Job:
     def finish(
         self,
         document: Document,
-        done: str,
+        done: str | Callable[[Held], str],
         data: dict[str, Any],
         select: str | None = None,
         *,
         left_out: Sequence[tuple[str, str]] = (),
         after: Callable[[], dict[str, Any]] = dict,
+        count: str | None = None,
     ) -> int:
         """Make the output of a document and say so; returns the exit code.
 
-        `done` says what was changed, `data` the same for JSON. `left_out` has path and kind of what
-        was left out before; `after` is called once everything is written, and adds to `data`.
+        `done` says what was changed, perhaps of what is counted in what is written, and `data` the
+        same for JSON, where `count` names the number of tensors. `left_out` has path and kind of
+        what was left out before; `after` is called once all is written, and adds to `data`.
         """
         if self.output is None:
+            assert isinstance(done, str)
             return self._edit(document, done, {**data, **after()})
         fitted = reduce.fit(document, self.output.container, select)
         left = [*left_out, *fitted.left_out]
+        held = counting.held(fitted.document, self.output.container)
+        if not isinstance(done, str):
+            done = done(held)
+        if count is not None:
+            data = {**data, count: held.tensors}
         known = self._write(self.output, fitted.document)
+        if held.written_once:
+            keys = [f"{key} (as {other})" for key, other in held.written_once.items()]
+            output.note_names(f"{plural(len(keys), 'tied key')} written once", keys)
         if left:
             names = [f"{path} ({kind})" for path, kind in left]
             output.note_names(f"{plural(len(left), 'thing')} left out of it", names)
         verb = "would write" if self.dry_run else "wrote"
         told = f"{verb} {self.output.path}: {done}{_SAID.get(known, '')}"
-        return self._answer(told, done, {"bytes": known, **data, **after()}, left)
+        data = {"bytes": known, "written_once": dict(held.written_once), **data, **after()}
+        return self._answer(told, done, data, left)
 
     def finish_renamed(
         self, document: Document, changes: list[tuple[StateDict, Renaming]], label: str = ""
     ) -> int:
         """Make the output of a document with renamed keys, and say which were renamed.
 
-        `label` says it for people; without one the prefixes are named.
+        `changes` are those of `states`. `label` says it for people; without one the prefixes are
+        named.
         """
-        total = sum(renaming.changed for _, renaming in changes)
+        keys = [
+            {
+                old: new
+                for old, new in renaming.changes.items()
+                if not self.holds_one or old in state.tensors  # the others are left out
+            }
+            for state, renaming in changes
+        ]
+        total = sum(map(len, keys))
         labels = label or ", ".join(dict.fromkeys(renaming.label for _, renaming in changes))
         where = ", ".join(state.path for state, _ in changes if state.selection)
         done = f"{plural(total, 'key')} renamed ({labels})" + (f" in {where}" if where else "")
@@ -150,11 +201,12 @@ class Job:
                 "path": state.path,
                 "removed": renaming.removed,
                 "added": renaming.added,
-                "keys": renaming.changes,
+                "keys": renamed,
             }
-            for state, renaming in changes
+            for (state, renaming), renamed in zip(changes, keys, strict=True)
         ]
-        return self.finish(document, done, {"renamed": rows})
+        select = changes[0][0].path if self.holds_one else None
+        return self.finish(document, done, {"renamed": rows}, select)
 
     def _write(self, to: Output, document: Document) -> Checked | None:
         if self.dry_run:

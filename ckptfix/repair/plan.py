@@ -81,6 +81,8 @@ class Plan:
     """What is still wrong, or may be, and why it is left as it is."""
     unseen: list[str] = field(default_factory=list)
     """Square weights that may be transposed, which does not show."""
+    keys_renamed: int = 0
+    """How many keys are renamed: one that several state dicts have counts in each of them."""
 
 
 def plan(
@@ -254,7 +256,9 @@ def _certain(
     cures += [_renaming_cure(state, renaming) for state, renaming in changes]
     renamed = _changed(renaming for _, renaming in changes)
     kept = [row for state, renaming in changes for row in _kept(state, renaming)]
-    return Plan(edits.rename(document, changes), cures, renamed, remaining=kept)
+    count = sum(renaming.changed for _, renaming in changes)
+    renamed_document = edits.rename(document, changes)
+    return Plan(renamed_document, cures, renamed, remaining=kept, keys_renamed=count)
 
 
 def _alone_and_certain(document: Document, state: StateDict) -> Plan:
@@ -266,9 +270,17 @@ def _alone_and_certain(document: Document, state: StateDict) -> Plan:
     root = mapping if renaming.changed or state.mapping is not document.root else document.root
     cures = [_renaming_cure(state, renaming)] if renaming.changed else []
     kept = list(_kept(state, renaming)) if renaming.changed else []
+    renamed = {old: new for old, new in renaming.changes.items() if old in state.tensors}
     if root is not document.root:
         document = replace(document, root=root, extras={})
-    return Plan(document, cures, dict(renaming.changes), left_out=left_out, remaining=kept)
+    return Plan(
+        document,
+        cures,
+        renamed,
+        left_out=left_out,
+        remaining=kept,
+        keys_renamed=len(renamed),
+    )
 
 
 def _unwrapping(states: Iterable[StateDict]) -> Iterable[Cure]:
@@ -384,13 +396,14 @@ def _fitting(
     document: Document, wanted: Target, found: Match, mapping: OrderedMap, untied: list[str]
 ) -> Plan:
     path, dropped = found.state.path, found.dropped
-    renamed = _changed([found.renaming])
+    renamed = {old: new for old, new in found.renaming.changes.items() if new in wanted.specs}
     own = [Cure("tied-tensors", path, f"{key} is tied", "untied") for key in untied]
     return Plan(
         _replaced(document, found.state, mapping),
         [*_cures(document, found, wanted), *own],
-        {old: new for old, new in renamed.items() if new in wanted.specs},
+        renamed,
         dropped,
+        keys_renamed=len(renamed),
         of_another_dtype=[row.key for row in found.report.dtype_difference],
         unseen=transposes.unseen(found.report, wanted.specs),
     )
