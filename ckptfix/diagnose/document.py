@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ckptfix.contents.foreign import framework_of
 from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.packed import packed_weights, placeholders, without_bytes
-from ckptfix.contents.state_dicts import StateDict, find, of_models
+from ckptfix.contents.state_dicts import StateDict, find, instead, of_models
 from ckptfix.door import beside, is_sharded, taking
 from ckptfix.edit.compacting import compact
 from ckptfix.findings import Finding
@@ -41,7 +41,9 @@ def diagnose(document: Document) -> list[Finding]:
     findings += [*_globals(document), *_bloat(document), *_constants(document)]
     findings += _embedded(document)
     if not states:
-        findings.append(Finding("no-state-dict", "nothing in the file maps names to tensors"))
+        other = instead(document)
+        message = f"it holds {other}" if other else "nothing in the file maps names to tensors"
+        findings.append(Finding("no-state-dict", message))
     return findings
 
 

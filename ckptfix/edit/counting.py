@@ -18,6 +18,7 @@ from ckptfix.words import plural
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ckptfix.contents.state_dicts import StateDict
     from ckptfix.formats.table import Writable
     from ckptfix.tree.document import Document, Node
 
@@ -56,6 +57,14 @@ def held(document: Document, container: Writable | None = None) -> Held:
     states = (state for state in of_models(find(document.root)) if state.role != "loose")
     ties = sum(len(keys) - 1 for state in states for keys in state.ties)
     return Held(len(found), arrays, ties, {})
+
+
+def held_by(state: StateDict) -> Held:
+    """What a state dict holds. Those of its values that are no tensors are not counted."""
+    arrays = sum(is_array(state.mapping[key]) for key in state.tensors)
+    ties = sum(len(keys) - 1 for keys in state.ties)
+    special = sum(is_special_tensor(node) for node in state.others.values())
+    return Held(len(state.tensors) + special - ties - arrays, arrays, ties, {})
 
 
 def distinct(root: Node) -> list[Tensor]:
