@@ -59,6 +59,11 @@ class Place:
         return os.path.exists(self.name)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the file that is there. Raises `OSError` where there is none."""
+        return os.path.getsize(self.name)
+
+    @property
     def base(self) -> str:
         """The last component of its name."""
         return os.path.basename(self.name)

@@ -59,7 +59,7 @@ def command(
     wanted = options.wanted(model, init, like)
     job.check()
     found = recover(job.source, archive)
-    reading.say_notes(found.document.notes)
+    reading.say_notes(job.given(found.document).notes)
     missing: list[str] = []
     if wanted is not None:
         missing = judge.as_it_stands(found.document, choose(found.document, select), wanted).missing

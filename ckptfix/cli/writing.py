@@ -13,6 +13,7 @@ from ckptfix.bytes.place import Place
 from ckptfix.cli import options, output, paths, reading
 from ckptfix.cli.usage import Misuse
 from ckptfix.contents.state_dicts import choose, choose_all
+from ckptfix.door import Around
 from ckptfix.edit import counting, reduce
 from ckptfix.edit.reduce import Fitted
 from ckptfix.errors import InPlaceError, RenameError, SelectionError, WriteError
@@ -60,6 +61,7 @@ class Job:
         self.dry_run = dry_run
         self.max_shard_size = max_shard_size
         self.verify = verify
+        self._around = Around([], [], [])
 
     @property
     def container(self) -> Writable:
@@ -85,7 +87,13 @@ class Job:
     def open(self) -> Document:
         """Read the source, once it is sure that the output could be written."""
         self.check()
-        return reading.read(self.source)
+        return self.given(reading.read(self.source))
+
+    def given(self, document: Document) -> Document:
+        """Keep what lies around the source, for what is said in the end; returns the document."""
+        if self.output is not None:
+            self._around = self.output.around(document, self.source)
+        return document
 
     @property
     def holds_one(self) -> bool:
@@ -158,7 +166,7 @@ class Job:
             assert isinstance(done, str)
             return self._edit(document, done, {**data, **after()})
         fitted = reduce.fit(document, self.output.container, select)
-        left = [*left_out, *fitted.left_out]
+        left = [*left_out, *fitted.left_out, *self._around.left_out]
         held = counting.held(fitted.document, self.output.container)
         if not isinstance(done, str):
             done = done(held)
@@ -171,10 +179,23 @@ class Job:
         if left:
             names = [f"{path} ({kind})" for path, kind in left]
             output.note_names(f"{plural(len(left), 'thing')} left out of it", names)
+        around = self._say_around()
         verb = "would write" if self.dry_run else "wrote"
         told = f"{verb} {self.output.path}: {done}{_SAID.get(known, '')}"
-        data = {"bytes": known, "written_once": dict(held.written_once), **data, **after()}
+        once = {"written_once": dict(held.written_once)}
+        data = {"bytes": known, **once, **around, **data, **after()}
         return self._answer(told, done, data, left)
+
+    def _say_around(self) -> dict[str, list[str]]:
+        """Name the files that go into a folder, and out of it; returns the same for JSON."""
+        carried, removed = [one.base for one in self._around.carried], self._around.removed
+        would = "would be " if self.dry_run else ""
+        if carried:
+            output.note_names(f"{plural(len(carried), 'file')} {would}carried along", carried)
+        if removed:
+            what = f"{plural(len(removed), 'file')} of the checkpoint that was there"
+            output.note_names(f"{what} {would}replaced or removed", removed)
+        return {"carried": carried, "removed": removed}
 
     def finish_renamed(
         self, document: Document, changes: list[tuple[StateDict, Renaming]], label: str = ""
@@ -224,6 +245,7 @@ class Job:
                 max_shard_size=self.max_shard_size,
                 verify=self.verify,
                 share=self.verb != "fix",  # what is called repaired was read
+                texts=self._around.carried,
             )
 
     def _edit(self, document: Document, done: str, data: dict[str, Any]) -> int:
