@@ -139,9 +139,14 @@ def locate(folder: Place) -> Place | None:
 
 
 def _wholes(names: Collection[str]) -> list[str]:
-    """The file of each whole model among some: of a model in two containers, the first."""
-    found = ([name for name in files if name in names] for files in _MODELS.values())
-    return [files[0] for files in found if files]
+    """The file of each whole model among some: of a model in two containers, the first.
+
+    An adapter beside a model is no second one.
+    """
+    found = {stem: [n for n in files if n in names] for stem, files in _MODELS.items()}
+    if found[STEM]:
+        return found[STEM][:1]
+    return [files[0] for files in found.values() if files]
 
 
 def stem_of(place: Place) -> str:

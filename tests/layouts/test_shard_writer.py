@@ -406,7 +406,7 @@ def test_a_folder_that_does_not_read_back_keeps_its_old_checkpoint(
 @pytest.mark.parametrize("size", [250, 10_000])
 def test_shards_are_called_as_the_input_is(name: str, stem: str, size: int, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    state = {key: value.clone() for key, value in weights().items()}
+    state = {key: value.clone().contiguous() for key, value in weights().items()}
     (save_file if name.endswith("s") else torch.save)(state, tmp_path / "in" / name)
     out = tmp_path / "out"
     done("convert", tmp_path / "in" / name, f"{out}/", "--max-shard-size", str(size))
@@ -414,7 +414,7 @@ def test_shards_are_called_as_the_input_is(name: str, stem: str, size: int, tmp_
     assert (out / f"{stem}.safetensors").exists() == (size > 250)
     assert (out / f"{stem}.safetensors.index.json").exists() == (size == 250)
     again = tmp_path / "again"
-    done("strip-prefix", out, f"{again}/", "--prefix", "layers.0", "--partial")
+    done("strip-prefix", out, f"{again}/")
     assert list(contents(again)) == [f"{stem}.safetensors"]
     assert len(ckptfix.load_state_dict(again)) == len(state)
 
