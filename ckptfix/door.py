@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.bytes.place import Place
+from ckptfix.bytes.place import Place, unused
 from ckptfix.errors import DamagedError, UnsupportedError
 from ckptfix.formats.reading import Reading, Salvage
 from ckptfix.formats.table import (
@@ -55,7 +55,8 @@ def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
 
 def _recovery(path: str | os.PathLike[str], hint: Hint | None) -> Hint:
     """The hint of an error, and that what is whole of a damaged file can be saved."""
-    saved = f"{os.path.splitext(os.fspath(path).rstrip('/'))[0]}.recovered.pt"
+    stem, _ = split_extension(os.fspath(path).rstrip("/"))
+    saved = unused(f"{stem}.recovered", ".pt")
     save = Hint("save what is whole", command("recover", os.fspath(path), saved))
     return save if hint is None else hint.otherwise_do(save)
 
@@ -127,6 +128,8 @@ class Output(NamedTuple):
 
         Raises `WriteError` where it is not to be written there.
         """
+        if not (self.is_folder or source.endswith(".index.json") or Place(source).is_folder):
+            return Around([], [], [])
         from ckptfix.layouts import companions
 
         found = companions.of(document, Place(source))
@@ -262,7 +265,7 @@ def taking(document: Document, path: str) -> Command:
 
 
 def beside(document: Document, suffix: str) -> str:
-    """A name for what is made of a document: beside it, and where it is sharded a folder."""
+    """A free name for what is made of a document: beside it, and where it is sharded a folder."""
     from pathlib import PurePath  # which takes 3 ms, and most commands need no other name
 
     source = PurePath(document.name)
@@ -271,16 +274,16 @@ def beside(document: Document, suffix: str) -> str:
         folder = source.parent if source.name.endswith(".index.json") else source
         plain = folder.name.strip(".") != ""
         named = folder.with_name(f"{folder.name}.{suffix}") if plain else folder / ".." / suffix
-        return f"{named}/"
+        return unused(str(named), "/")
     if extension.lower() not in EXTENSIONS:
         extension = ".pt"
     if document.container == SAFETENSORS.name:
         extension = SAFETENSORS.extensions[0]
     if not source.name.strip("."):  # `.` has no name, `..` none that another could begin with
-        return str(source / ".." / f"{suffix}{extension}")
+        return unused(str(source / ".." / suffix), extension)
     if Place(document.name).is_folder:
         stem = source.name
-    return str(source.with_name(f"{stem}.{suffix}{extension}"))
+    return unused(str(source.with_name(f"{stem}.{suffix}")), extension)
 
 
 def is_sharded(document: Document) -> bool:

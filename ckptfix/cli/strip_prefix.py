@@ -108,7 +108,8 @@ def _for_target(
         if once:
             what += f": OUT would hold {listed(once)} once, under one name of each"
         out = beside(document, "fixed") if job.output is None else job.output.path
-        fix = hints.command("fix", job.source, out, select=select, untie=bool(once), **given)
+        more = {"select": select, "untie": bool(once), "force": job.force}
+        fix = hints.command("fix", job.source, out, **more, **given)
         details = describe(report)
         raise KeyMismatchError(
             report, what, where=document.name, hint=Hint("this does", fix), details=details

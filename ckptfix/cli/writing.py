@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from ckptfix import door
-from ckptfix.bytes.place import Place
+from ckptfix.bytes.place import Place, unused
 from ckptfix.cli import options, output, paths, reading
 from ckptfix.cli.usage import Misuse
 from ckptfix.contents.state_dicts import choose, choose_all
@@ -282,8 +282,9 @@ class Job:
     def _copy(self) -> Command:
         """The command that was given, with an output instead of `--in-place`."""
         stem, extension = split_extension(self.source)
-        known = extension.lower() in EXTENSIONS
-        out = f"{stem}.fixed{extension}" if known else f"{self.source}.fixed.pt"
+        if extension.lower() not in EXTENSIONS:
+            stem, extension = self.source, ".pt"
+        out = unused(f"{stem}.fixed", extension)
         given = tuple(_given(click.get_current_context()))
         return Command("ckptfix", (self.source, out), self.verb, given)
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.contents.state_dicts import find, of_models
 from ckptfix.contents.tensors import as_tensor, is_array, is_special_tensor
-from ckptfix.formats import safetensors
 from ckptfix.tree.document import Inert, Tensor
 from ckptfix.tree.walk import script_constants, walk
 from ckptfix.words import plural
@@ -45,6 +44,8 @@ class Held(NamedTuple):
 def held(document: Document, container: Writable | None = None) -> Held:
     """What a document holds; or, where it fits a container of tensors, what is written of it."""
     if container is not None and container.tensors_only:
+        from ckptfix.formats import safetensors  # which most outputs are not
+
         tensors, aliases = safetensors.without_ties(document.root)
         return Held(len(tensors), 0, len(aliases), aliases)
     found, arrays = set[object](), 0
