@@ -336,3 +336,31 @@ def test_two_state_dicts_do_not_fit_where_one_does(
     code, _, error = told(capsys, *command)
     assert (code, "several are selected (model, ema)" in error) == (2, True)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+# --- of how many keys
+
+
+NET = """
+import torch
+def Net(): return torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
+"""
+
+
+@pytest.mark.parametrize("prefix", ["", "other."])
+def test_a_verdict_is_about_all_keys_of_the_model(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
+    weights = {f"{prefix}{key}": value for key, value in net.state_dict().items()}
+    old = {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+    for name, state in (("new.pt", weights), ("old.pt", old)):
+        torch.save(state, tmp_path / name)
+        said = told(capsys, "check", tmp_path / name, "--model", f"{tmp_path}/net.py:Net")[1]
+        found = re.search(r"(\d+) of (\d+) keys match", said)
+        matching = sum(key in net.state_dict() for key in state)
+        assert found is not None
+        assert list(map(int, found.groups())) == [matching, len(net.state_dict())]
+        filled = "1 missing and filled by the model itself" in said
+        assert filled == (name == "old.pt" or prefix != "")
