@@ -40,7 +40,8 @@ def command(
     A .pt file keeps everything, or only --select. A .safetensors file holds one state dict and
     nothing else: what is left out (optimizer, epoch, values that are not tensors) is named. With
     --weights-only a .pt file holds as much, for torch.load(weights_only=True). An OUT that ends in
-    / becomes a folder of .safetensors files and their index, as Hugging Face's libraries load it.
+    / becomes a folder of .safetensors files and their index, as Hugging Face's libraries load it;
+    from a folder, config, tokenizer and other texts go along. What -f removes there is named.
 
     --dtype casts the floating-point tensors of state dicts, nothing else: integers, complex and
     quantized tensors and an optimizer stay. Values that overflow, underflow or are NaN are counted.
