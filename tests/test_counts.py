@@ -364,3 +364,35 @@ def test_a_verdict_is_about_all_keys_of_the_model(
         assert list(map(int, found.groups())) == [matching, len(net.state_dict())]
         filled = "1 missing and filled by the model itself" in said
         assert filled == (name == "old.pt" or prefix != "")
+
+
+@pytest.mark.parametrize("out", ["out.pt", "out.safetensors", "out/"])
+def test_a_repair_for_a_model_says_what_it_did(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = {key.removeprefix("module."): value for key, value in _gpt2().items()}
+    torch.save(wanted, tmp_path / "like.pt")
+    given = {**_gpt2(), "module.head.weight": torch.ones(3), "module.head.bias": torch.ones(3)}
+    torch.save({"model": given, "optimizer": {"t": torch.ones(9)}, "epoch": 1}, tmp_path / "in.pt")
+    like = ["--like", str(tmp_path / "like.pt"), "--select", "model"]
+    command = ["fix", str(tmp_path / "in.pt"), f"{tmp_path}/{out}", *like]
+    line = told(capsys, *command)[1].splitlines()[-1]
+    after = Found(tmp_path / out.rstrip("/"))
+    assert set(after.mappings[0]) == set(wanted)
+    counts = [number(what, line) for what in ("tensors? copied", "keys? renamed", "keys? dropped")]
+    assert counts == [len(after.views), 3, 2] == [2, 3, 2]
+    answer = json.loads(told(capsys, *command, "--force", "--json")[1])
+    assert (answer["copied"], len(answer["dropped"])) == (2, 2)
+    assert len(answer["written_once"]) == (0 if out == "out.pt" else 1)
+
+
+@pytest.mark.parametrize("verb", ["strip-prefix", "add-prefix", "rename"])
+def test_an_edit_in_place_says_the_keys_that_torch_finds(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(_several(), tmp_path / "in.pt")
+    before = Found(tmp_path / "in.pt")
+    select = ["--select", "ema"] if verb == "add-prefix" else []
+    line = told(capsys, verb, tmp_path / "in.pt", "--in-place", *VERBS[verb], *select)[1]
+    assert number("keys? renamed", line) == renamed(before, Found(tmp_path / "in.pt"))
+    assert number("keys? renamed", line)
