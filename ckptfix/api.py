@@ -195,9 +195,11 @@ class Checkpoint:
         """
         source = self.document.name if Place(self.document.name).exists else ""
         output = door.resolve(path, to, source)
+        output.check(force=force)
         fitted = reduce.fit(self.document, output.container, select)
-        output.write(fitted.document, force=force, verify=verify)
-        return fitted.left_out
+        around = output.around(self.document, self.document.name)
+        output.write(fitted.document, force=force, verify=verify, texts=around.carried)
+        return [*fitted.left_out, *around.left_out]
 
     def save_in_place(self) -> None:
         """Make the file that it was opened from this checkpoint: only names and tags are rewritten.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.bytes.place import Place
+from ckptfix.bytes.place import Place, unused
 from ckptfix.errors import DamagedError, UnsupportedError
 from ckptfix.formats.reading import Reading, Salvage
 from ckptfix.formats.table import (
@@ -28,6 +28,8 @@ from ckptfix.layouts import table
 from ckptfix.limits import DEFAULT, Limits
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ckptfix.bytes.copy import Checked
     from ckptfix.bytes.place import Progress
     from ckptfix.tree.document import Document
@@ -53,7 +55,8 @@ def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
 
 def _recovery(path: str | os.PathLike[str], hint: Hint | None) -> Hint:
     """The hint of an error, and that what is whole of a damaged file can be saved."""
-    saved = f"{os.path.splitext(os.fspath(path).rstrip('/'))[0]}.recovered.pt"
+    stem, _ = split_extension(os.fspath(path).rstrip("/"))
+    saved = unused(f"{stem}.recovered", ".pt")
     save = Hint("save what is whole", command("recover", os.fspath(path), saved))
     return save if hint is None else hint.otherwise_do(save)
 
@@ -89,6 +92,17 @@ def _read(place: Place, reading: Reading) -> Document:
 # --- out
 
 
+class Around(NamedTuple):
+    """What becomes of the files around a document that is written."""
+
+    carried: list[Place]
+    """Texts that go with it into a folder."""
+    left_out: list[tuple[str, str]]
+    """Name and kind of what stays where it is."""
+    removed: list[str]
+    """Files of the checkpoint that is replaced in a folder."""
+
+
 class Output(NamedTuple):
     """Where a document is to be written, and in which container."""
 
@@ -109,6 +123,28 @@ class Output(NamedTuple):
 
         shard_writer.check_free(Place(self.path), force=force)
 
+    def around(self, document: Document, source: str) -> Around:
+        """What becomes of the files around a document, read from `source`, that is written here.
+
+        Raises `WriteError` where it is not to be written there.
+        """
+        if not (self.is_folder or source.endswith(".index.json") or Place(source).is_folder):
+            return Around([], [], [])
+        from ckptfix.layouts import companions
+
+        found = companions.of(document, Place(source))
+        left_out = [(one.base, "folder" if one.is_folder else "file") for one in found.others]
+        if not self.is_folder:
+            left_out += [(one.base, "file") for one in found.texts]
+            return Around([], sorted(left_out), [])
+        from ckptfix.layouts import shard_writer
+
+        place = Place(self.path)
+        other = [one for one in found.texts if companions.is_there(one, place)]
+        left_out += [(one.base, "file: OUT has another one") for one in other]
+        texts = [one for one in found.texts if not place.below(one.base).exists]
+        return Around(texts, sorted(left_out), shard_writer.replaced(document, place))
+
     def write(
         self,
         document: Document,
@@ -118,12 +154,13 @@ class Output(NamedTuple):
         max_shard_size: int | None = None,
         verify: bool = False,
         share: bool = True,
+        texts: Iterable[Place] = (),
     ) -> Checked:
         """Write a document, whole or not at all; its names are read back before it gets its own.
 
         A folder is written in files of at most `max_shard_size` bytes of tensors each (5 GB if that
         is not given). With `verify` every byte is read back; without `share` the input's blocks are
-        never shared. Returns what is known of the bytes.
+        never shared. `texts` go into a folder too. Returns what is known of the bytes.
         Raises `DamagedError` where the input is damaged, `WriteError` and its kin,
         `UnsupportedError` for what the container cannot hold.
         """
@@ -149,6 +186,7 @@ class Output(NamedTuple):
                 progress=progress,
                 max_shard_size=size,
                 verify=verify,
+                texts=texts,
             )
         except DamagedError as error:
             raise error.suggest(_recovery(document.name, error.hint)) from None
@@ -227,7 +265,7 @@ def taking(document: Document, path: str) -> Command:
 
 
 def beside(document: Document, suffix: str) -> str:
-    """A name for what is made of a document: beside it, and where it is sharded a folder."""
+    """A free name for what is made of a document: beside it, and where it is sharded a folder."""
     from pathlib import PurePath  # which takes 3 ms, and most commands need no other name
 
     source = PurePath(document.name)
@@ -236,16 +274,16 @@ def beside(document: Document, suffix: str) -> str:
         folder = source.parent if source.name.endswith(".index.json") else source
         plain = folder.name.strip(".") != ""
         named = folder.with_name(f"{folder.name}.{suffix}") if plain else folder / ".." / suffix
-        return f"{named}/"
+        return unused(str(named), "/")
     if extension.lower() not in EXTENSIONS:
         extension = ".pt"
     if document.container == SAFETENSORS.name:
         extension = SAFETENSORS.extensions[0]
     if not source.name.strip("."):  # `.` has no name, `..` none that another could begin with
-        return str(source / ".." / f"{suffix}{extension}")
+        return unused(str(source / ".." / suffix), extension)
     if Place(document.name).is_folder:
         stem = source.name
-    return str(source.with_name(f"{stem}.{suffix}{extension}"))
+    return unused(str(source.with_name(f"{stem}.{suffix}")), extension)
 
 
 def is_sharded(document: Document) -> bool:

@@ -7,21 +7,23 @@ so they only ever become text nodes there, and `<` never appears in the JSON.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from ckptfix.bytes.place import Place
-from ckptfix.contents.state_dicts import choose, find, of_models
+from ckptfix.contents.state_dicts import choose_all, find, of_models
+from ckptfix.contents.tensors import as_tensor
 from ckptfix.diagnose.document import diagnose
+from ckptfix.edit.counting import held
 from ckptfix.report import shape
+from ckptfix.tree.document import kind
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
 
     from ckptfix.diffs.documents import Diff, StateDiff
-    from ckptfix.tree.document import Document, Tensor
+    from ckptfix.tree.document import Document, Node
 
 COLUMNS = ("key", "shape", "dtype", "bytes", "device")
 
@@ -36,11 +38,14 @@ def of_document(document: Document) -> str:
         for key, tensor in state.tensors.items()
     ]
     findings = [found.as_dict() for found in diagnose(document)]
-    facts = (document.container, f"{document.nbytes:,} bytes", f"{len(tensors):,} tensors")
+    facts = (document.container, f"{document.nbytes:,} bytes", str(held(document)))
     return page(document.name, facts, tensors, findings, COLUMNS)
 
 
-def _row(key: str, tensor: Tensor) -> dict[str, Any]:
+def _row(key: str, node: Node) -> dict[str, Any]:
+    tensor = as_tensor(node)
+    if tensor is None:
+        return {"key": key, "shape": "", "dtype": kind(node), "bytes": 0, "device": ""}
     return {
         "key": key,
         "shape": str(list(tensor.shape)),
@@ -53,31 +58,33 @@ def _row(key: str, tensor: Tensor) -> dict[str, Any]:
 def of_diff(diff: Diff, a: Document, b: Document) -> str:
     """The page of two checkpoints: what changed, how much, tensor by tensor."""
     rows = [row for state in diff.state_dicts for row in _changes(state, a, b)]
-    counts = Counter(row["change"] for row in rows)
-    facts = [f"{count:,} {what}" for what, count in counts.items()]
-    return page(f"{diff.a} → {diff.b}", facts, rows, [], (*COLUMNS[:4], "change", "by"))
+    return page(f"{diff.a} → {diff.b}", diff.summary, rows, [], (*COLUMNS[:4], "change", "by"))
 
 
 def _changes(state: StateDiff, a: Document, b: Document) -> Iterator[dict[str, Any]]:
-    """One row for each tensor of either side, named as the first has it."""
-    ours, theirs = choose(a, state.a).tensors, choose(b, state.b).tensors
-    added = {key: tensor for key, tensor in theirs.items() if key in state.added}
+    """One row for each key of either side, named as the first has it."""
+    ours, theirs = choose_all(a, [state.a])[0].mapping, choose_all(b, [state.b])[0].mapping
     changes = _what_changed(state)
-    for key, tensor in (*ours.items(), *added.items()):
-        change, by = changes.get(key, ("same", ""))
-        yield {**_row(key, tensor), "change": change, "by": by, "changed": change != "same"}
+    for key, node in ours.items():
+        found = changes.get(key, [("same", "")])
+        change, by = (", ".join(filter(None, parts)) for parts in zip(*found, strict=True))
+        yield {**_row(key, node), "change": change, "by": by, "changed": key in changes}
+    for key in state.added:
+        yield {**_row(key, theirs[key]), "change": "added", "by": "", "changed": True}
 
 
-def _what_changed(state: StateDiff) -> dict[str, tuple[str, str]]:
-    """What became of each key that is not the same on both sides, and by how much."""
-    return {
-        **{key: ("renamed", other) for key, other in state.renamed.items()},
-        **{row.key: ("values", _by(row.distance.max_abs)) for row in state.values},
-        **{row.key: ("dtype", f"to {row.wanted.dtype}") for row in state.dtypes},
-        **{row.key: ("shape", f"to {shape(row.wanted)}") for row in state.shapes},
-        **dict.fromkeys(state.removed, ("removed", "")),
-        **dict.fromkeys(state.added, ("added", "")),
-    }
+def _what_changed(state: StateDiff) -> dict[str, list[tuple[str, str]]]:
+    """What became of each key of the first that is not the same in the second, and by how much."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for key, change, by in (
+        *((key, "removed", "") for key in state.removed),
+        *((key, "renamed", other) for key, other in state.renamed.items()),
+        *((row.key, "shape", f"to {shape(row.wanted)}") for row in state.shapes),
+        *((row.key, "dtype", f"to {row.wanted.dtype}") for row in state.dtypes),
+        *((row.key, "values", _by(row.distance.max_abs)) for row in state.values),
+    ):
+        found.setdefault(key, []).append((change, by))
+    return found
 
 
 def _by(distance: float | None) -> str:

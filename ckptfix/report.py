@@ -74,6 +74,9 @@ class Report:
     """Keys of `missing` that are buffers: they keep what the model computed for them."""
     forgiven: list[str] = field(default_factory=list)
     """Keys that are not there, and that the model's own `load_state_dict` passes over."""
+    filled: list[str] = field(default_factory=list)
+    """Keys that are not there, and that the model itself fills: counters of BatchNorm, which torch
+    has since 0.4.1."""
     refusals: list[str] = field(default_factory=list)
     """Why it does not load besides: what the model's own loader says, or two tensors that differ
     and are one in the target."""
@@ -136,10 +139,14 @@ def describe(report: Report, limit: int = 12) -> list[str]:
 def counts(report: Report) -> list[str]:
     """How many keys match, and in a second line how many do not."""
     unlike = len(report.shape_mismatch) + len(report.kind_mismatch)
-    total = len(report.matched) + len(report.missing) + unlike
+    total = sum(
+        map(len, (report.matched, report.missing, report.forgiven, report.filled)), start=unlike
+    )
     share = math.floor(report.share * 1000) / 10  # 100 % is said only of all
     found = {
         "missing": len(report.missing),
+        "missing and passed over": len(report.forgiven),
+        "missing and filled by the model itself": len(report.filled),
         "unexpected": len(report.unexpected),
         "of another shape": len(report.shape_mismatch),
         "of another kind": len(report.kind_mismatch),

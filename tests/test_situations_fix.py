@@ -757,7 +757,8 @@ def test_what_was_done_is_counted_and_what_was_dropped_is_named() -> None:
     torch.save({k: v.half() for k, v in net.state_dict().items()}, "like.pt")
     ran = ckptfix_command("fix", "in.pt", "out.pt", "--like", "like.pt")
     assert ran.stdout.splitlines()[-1] == (
-        "wrote out.pt: 7 tensors copied, 7 renamed, none cast, 1 dropped, 1 thing left behind"
+        "wrote out.pt: 7 tensors copied, 7 keys renamed, none cast, 1 key dropped, "
+        "1 thing left behind"
     )
     assert "note: 1 key dropped: module.queue\n" in ran.stderr
     assert "of another dtype; torch casts them as it loads: conv.weight, " in ran.stderr

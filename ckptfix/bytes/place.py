@@ -59,6 +59,11 @@ class Place:
         return os.path.exists(self.name)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the file that is there. Raises `OSError` where there is none."""
+        return os.path.getsize(self.name)
+
+    @property
     def base(self) -> str:
         """The last component of its name."""
         return os.path.basename(self.name)
@@ -100,15 +105,25 @@ class Place:
             return False
 
     @property
+    def is_link(self) -> bool:
+        """Whether this is a symbolic link."""
+        return os.path.islink(_without_slash(self.name))
+
+    @property
     def leads_elsewhere(self) -> bool:
         """Whether this is a symbolic link to a file in another folder, as in the Hub's cache."""
-        if not os.path.islink(_without_slash(self.name)):
+        if not self.is_link:
             return False
         return Place(self.resolved).folder.resolved != self.folder.resolved
 
     def is_below(self, folder: Place) -> bool:
         """Whether this lies in a folder, or in one below it, wherever links lead."""
         return self.resolved.startswith(os.path.join(folder.resolved, ""))
+
+    def twins(self) -> list[str]:
+        """The other names in its folder that this file has."""
+        beside = (self.folder.below(name) for name in self.folder.names() if name != self.base)
+        return [other.base for other in beside if other.is_same(self) and not other.is_link]
 
     def open(self) -> FileSource:
         """The bytes of this file. Where an edit of it was interrupted, that is undone before.
@@ -131,7 +146,7 @@ class Place:
                 code="link",
             )
         if final.is_folder or self.name.endswith(("/", os.sep)):
-            hint = f"give the name of a file: {os.path.join(self.name, 'out.pt')}"
+            hint = f"give the name of a file: {unused(os.path.join(self.name, 'out'), '.pt')}"
             raise WriteError("is a folder", where=self.name, hint=hint)
         self.check_folder(final.folder)
         if final.exists and not final.is_file:
@@ -266,6 +281,21 @@ class Place:
         if error.errno == errno.EROFS:
             hint = Hint("give OUT in another place: this file system cannot be written to")
         return WriteError(f"cannot be written: {reason(error)}", where=self.name, hint=hint)
+
+
+def unused(stem: str, extension: str) -> str:
+    """A name for an output that a hint tells: the stem, or `stem-2`, …, where nothing is yet.
+
+    In the current folder, where that of the stem cannot be written to.
+    """
+    folder, base = os.path.split(stem)
+    if os.path.isdir(folder) and not os.access(folder, os.W_OK):
+        stem = base
+    number, name = 1, stem + extension
+    while os.path.lexists(_without_slash(name)):
+        number += 1
+        name = f"{stem}-{number}{extension}"
+    return name
 
 
 def _removal(path: str) -> Command:

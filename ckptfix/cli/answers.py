@@ -81,7 +81,7 @@ class StateDict(TypedDict):
 
     path: Annotated[str, "where it is: what `--select` takes; `/` is the checkpoint itself"]
     role: Annotated[
-        Literal["model", "ema", "swa", "optimizer", "loose"],
+        Literal["model", "ema", "swa", "optimizer", "generators", "loose"],
         "`loose`: tensors that stand in no state dict",
     ]
     prefix: Annotated[str, "what a wrapper put before every key, such as `module.`"]
@@ -189,6 +189,10 @@ class Written(TypedDict):
     ]
     left_out: Annotated[list[LeftOut], "what the output does not have"]
     written_once: Annotated[dict[str, str], "tied keys that safetensors holds as another one"]
+    carried: Annotated[
+        list[str], "files beside the input that go into an output folder as they are"
+    ]
+    removed: Annotated[list[str], "files of the checkpoint that was there, replaced or removed"]
 
 
 class Renamed(TypedDict):

@@ -10,6 +10,7 @@ from ckptfix.words import plural
 
 if TYPE_CHECKING:
     from ckptfix.cli import answers
+    from ckptfix.contents.state_dicts import StateDict
     from ckptfix.edit.casting import Cast
     from ckptfix.tree.document import Document
     from ckptfix.tree.dtypes import DType
@@ -22,9 +23,9 @@ _LOSSES = {
 }
 
 
-def said(document: Document, dtype: DType) -> str:
-    """How many tensors of a document are cast."""
-    return f"{sum(len(cast.keys) for cast in casting.casts(document)):,} of them cast to {dtype}"
+def said(states: list[StateDict], dtype: DType) -> str:
+    """How many tensors of state dicts are cast."""
+    return f"{casting.count(states, dtype):,} of them cast to {dtype}"
 
 
 def report(document: Document, dtype: DType, *, dry_run: bool) -> answers.Casts:

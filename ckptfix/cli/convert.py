@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptfix.cli import casts, options, output, paths, writing
-from ckptfix.contents.state_dicts import choose, choose_all, find, of_models
+from ckptfix.contents.state_dicts import choose, choose_all
 from ckptfix.edit import casting, compacting, reduce
 from ckptfix.edit.weights_only import weights_only
 from ckptfix.formats import embedded
-from ckptfix.words import plural
 
 if TYPE_CHECKING:
-    from ckptfix.contents.state_dicts import StateDict
-    from ckptfix.tree.document import Document
-    from ckptfix.tree.dtypes import DType
+    from ckptfix.edit.counting import Held
 
 
 @click.command("convert", cls=paths.Verb)
@@ -43,7 +40,8 @@ def command(
     A .pt file keeps everything, or only --select. A .safetensors file holds one state dict and
     nothing else: what is left out (optimizer, epoch, values that are not tensors) is named. With
     --weights-only a .pt file holds as much, for torch.load(weights_only=True). An OUT that ends in
-    / becomes a folder of .safetensors files and their index, as Hugging Face's libraries load it.
+    / becomes a folder of .safetensors files and their index, as Hugging Face's libraries load it;
+    from a folder, config, tokenizer and other texts go along. What -f removes there is named.
 
     --dtype casts the floating-point tensors of state dicts, nothing else: integers, complex and
     quantized tensors and an optimizer stay. Values that overflow, underflow or are NaN are counted.
@@ -61,6 +59,7 @@ def command(
     container = job.container
     data: dict[str, Any] = {"container": document.container}
     left_out: list[tuple[str, str]] = []
+    said = ""
     alone = bare or container.tensors_only
     if average:
         document, select = options.averages(document, select)
@@ -72,30 +71,25 @@ def command(
         document, left_out, select = fitted.document, fitted.left_out, None
     if wanted is not None:
         states = [choose(document, select)] if container.tensors_only else choose_all(document)
+        said = casts.said(states, wanted)
         document = casting.cast(document, states, wanted)
     if compact and not container.tensors_only:
         document, data["saved_bytes"] = compacting.compact(document)
 
     def after() -> dict[str, Any]:
-        return (
-            {} if wanted is None else {"cast": casts.report(document, wanted, dry_run=job.dry_run)}
-        )
+        if wanted is None:
+            return {}
+        written = job.reduced(document, select).document
+        return {"cast": casts.report(written, wanted, dry_run=job.dry_run)}
 
-    kept = choose(document, select) if container.tensors_only else None
-    done = _said(document, kept, wanted, data, container.name)
+    def done(held: Held) -> str:
+        return _said(held, said, data, container.name)
+
     return job.finish(document, done, data, select, left_out=left_out, after=after)
 
 
-def _said(
-    document: Document,
-    kept: StateDict | None,
-    dtype: DType | None,
-    data: dict[str, Any],
-    container: str,
-) -> str:
-    states = of_models(find(document.root)) if kept is None else [kept]
-    tensors = sum(len(state.tensors) for state in states)
-    done = f"{data['container']} to {container}, {plural(tensors, 'tensor')}"
+def _said(held: Held, cast: str, data: dict[str, Any], container: str) -> str:
+    done = f"{data['container']} to {container}, {held}"
     if "saved_bytes" in data:
         done += f", {output.size(data['saved_bytes'])} of unused storage left out"
-    return done if dtype is None else f"{done}, {casts.said(document, dtype)}"
+    return f"{done}, {cast}" if cast else done

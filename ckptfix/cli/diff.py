@@ -11,7 +11,6 @@ from ckptfix.cli.usage import Misuse
 from ckptfix.diffs.documents import diff
 from ckptfix.report import Spec, shape
 from ckptfix.tree.walk import nbytes
-from ckptfix.words import plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -85,7 +84,7 @@ def command(
         page.write(text, html, force=force)
     return output.answer(
         lambda: _data(found, b, keys_only=keys_only),
-        lambda console: _draw(console, found, None if everything else _SHOWN, keys_only),
+        lambda console: _draw(console, found, None if everything else _SHOWN),
         input=a,
         output=html,
         exit_code=0 if found.same else 1,
@@ -157,7 +156,7 @@ class _Section(NamedTuple):
     style: str
 
 
-def _draw(console: Console, found: Diff, limit: int | None, keys_only: bool) -> None:
+def _draw(console: Console, found: Diff, limit: int | None) -> None:
     from rich.text import Text
 
     for state in found.state_dicts:
@@ -168,10 +167,8 @@ def _draw(console: Console, found: Diff, limit: int | None, keys_only: bool) -> 
     verdict, style = ("the same", "bold green") if found.same else ("different", "bold red")
     names = (output.printable(name) for name in (found.a, found.b))
     console.print(Text.assemble(" and ".join(names), ": ", (verdict, style)), soft_wrap=True)
-    for state in found.state_dicts:
-        console.print(Text(output.printable(_summary(state, keys_only))))
-    if found.others:
-        console.print(plural(len(found.others), "other difference"))
+    for line in found.summary:
+        console.print(Text(output.printable(line)))
 
 
 def _draw_sections(console: Console, sections: list[_Section], limit: int | None) -> None:
@@ -236,18 +233,3 @@ def _change(a: str | None, b: str | None) -> str:
     if a is None or b is None:
         return f"only in {'A' if b is None else 'B'} ({b if a is None else a})"
     return f"{a} -> {b}" if a != b else f"{a}, of another value"
-
-
-def _summary(state: StateDiff, keys_only: bool) -> str:
-    counts = (
-        (len(state.removed), "only in A"),
-        (len(state.added), "only in B"),
-        (len(state.renamed), "renamed"),
-        (len(state.shapes), "of another shape"),
-        (len(state.dtypes), "of another dtype"),
-        (len(state.values), "of other values"),
-    )
-    path = "" if state.a == state.b == "/" else f"{state.a}: "
-    alike = "alike, values not compared" if keys_only else "equal"
-    equal = f"{plural(state.equal, 'tensor')} {alike}"
-    return path + ", ".join([equal, *(f"{count:,} {what}" for count, what in counts if count)])

@@ -61,8 +61,9 @@ def command(words: tuple[str, ...]) -> int:
 
 
 def _opened(words: str) -> IO[Any]:
-    """A file; or an error text as it is, which is words with spaces that name no file."""
-    if " " in words and not os.path.exists(words):
+    """A file; or an error text as it is, which is words, or one that no file is called like."""
+    is_word = words.isalpha() or " " in words
+    if is_word and not os.path.exists(words):
         return io.StringIO(words)
     file: IO[Any] = click.File(errors="replace").convert(words or "-", _argument(), None)
     return file

@@ -12,8 +12,6 @@ from ckptfix.contents.state_dicts import find, of_models
 from ckptfix.diagnose.document import without_weights
 from ckptfix.formats import embedded
 from ckptfix.repair.plan import Plan, plan
-from ckptfix.tree.document import Tensor
-from ckptfix.tree.walk import walk
 from ckptfix.words import plural
 
 if TYPE_CHECKING:
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ckptfix.cli import answers
+    from ckptfix.edit.counting import Held
     from ckptfix.findings import Finding
     from ckptfix.repair.plan import Cure, Remaining
     from ckptfix.tree.document import Document
@@ -94,36 +93,44 @@ def command(
     _say_written_once(made)
     if made.cures:
         output.aside(lambda console: _draw(console, made))
-    job.list_renamed(made.renamings)
+    job.list_renamed([(path, renaming.changes) for path, renaming in made.renamings])
     _say_keys("dropped", made.dropped)
     _say_keys("of another dtype; torch casts them as it loads", made.of_another_dtype)
     _say_remaining(document.name, made)
     _say_keys("may be transposed, which a square weight does not tell", made.unseen)
-    tensors = sum(isinstance(node, Tensor) for _, node in walk(made.document.root))
-    data = {**_data(made), "copied": tensors}
+
+    def done(held: Held) -> str:
+        return _summary(made, held)
+
     return job.finish(
         made.document,
-        _summary(made, tensors),
-        data,
+        done,
+        _data(made),
         left_out=made.left_out,
+        count="copied",
         exit_code=1 if _errors_left(made) else 0,
     )
 
 
-def _summary(made: Plan, tensors: int) -> str:
+def _summary(made: Plan, held: Held) -> str:
     """What was done, in one line. Nothing is ever cast, which is told with the rest."""
     left = plural(len(made.left_out), "thing") if made.left_out else "nothing"
     if not made.cures:
         verb = "could" if _errors_left(made) else "had to"
-        return f"nothing {verb} be repaired; {plural(tensors, 'tensor')} copied, {left} left behind"
+        copied = plural(held.tensors, "tensor")
+        return f"nothing {verb} be repaired; {copied} copied, {left} left behind"
     return (
-        f"{plural(tensors, 'tensor')} copied, {len(made.renamed) or 'none'} renamed, "
-        f"none cast, {len(made.dropped) or 'none'} dropped, {left} left behind"
+        f"{plural(held.tensors, 'tensor')} copied, {_keys(made.keys_renamed)} renamed, none cast, "
+        f"{_keys(len(made.dropped))} dropped, {left} left behind"
     )
 
 
 def _errors_left(made: Plan) -> bool:
     return any(row.is_error for row in made.remaining)
+
+
+def _keys(count: int) -> str:
+    return plural(count, "key") if count else "no key"
 
 
 def _say_remaining(name: str, made: Plan) -> None:
@@ -140,8 +147,6 @@ def _beyond_repair(document: Document) -> Iterator[Finding]:
 
 def _say_written_once(made: Plan) -> None:
     if made.written_once:
-        keys = [f"{key} (as {other})" for key, other in made.written_once.items()]
-        output.note_names(f"{plural(len(keys), 'tied key')} written once", keys)
         size = output.size(made.untying)
         output.note(
             "safetensors.torch.load_model(model, OUT) loads that, load_state_dict(load_file(OUT)) "
@@ -158,11 +163,10 @@ def _data(made: Plan) -> dict[str, Any]:
     return {
         "plan": [_cure(row) for row in made.cures],
         "remaining": [_remaining(row) for row in made.remaining],
-        "renamed": [rows.renamed(path, renaming) for path, renaming in made.renamings],
+        "renamed": [rows.renamed(path, way, way.changes) for path, way in made.renamings],
         "dropped": made.dropped,
         "of_another_dtype": made.of_another_dtype,
         "may_be_transposed": made.unseen,
-        "written_once": dict(made.written_once),
     }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import click
 
 from ckptfix.cli import options, output, paths, reading, writing
@@ -9,6 +12,9 @@ from ckptfix.contents.state_dicts import choose
 from ckptfix.match import judge
 from ckptfix.repair.recover import Recovered, recover
 from ckptfix.words import plural
+
+if TYPE_CHECKING:
+    from ckptfix.edit.counting import Held
 
 _SHOWN = 20
 
@@ -46,20 +52,31 @@ def command(
     wanted = options.wanted(model, init, like)
     job.check()
     found = recover(job.source, archive)
-    reading.say_notes(found.document.notes)
+    reading.say_notes(job.given(found.document).notes)
     missing: list[str] = []
     if wanted is not None:
         missing = judge.as_it_stands(found.document, choose(found.document, select), wanted).missing
+    document, left_out = job.reduced(found.document, select)
+    found = replace(found, document=document)
     _say(job.source, found, missing)
     data = {
-        "saved": found.saved,
         "unchecked": found.unchecked,
         "lost": found.lost,
         "missing": missing,
         "steps": found.steps,
     }
-    done = f"{plural(found.saved, 'tensor')} saved, {len(found.lost):,} lost"
-    return job.finish(found.document, done, data, exit_code=1 if found.lost or missing else 0)
+
+    def done(held: Held) -> str:
+        return f"{plural(held.tensors, 'tensor')} saved, {len(found.lost):,} lost"
+
+    return job.finish(
+        document,
+        done,
+        data,
+        left_out=left_out,
+        count="saved",
+        exit_code=1 if found.lost or missing else 0,
+    )
 
 
 def _say(source: str, found: Recovered, missing: list[str]) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptfix.cli import options, paths, writing
-from ckptfix.contents.state_dicts import choose_all
 from ckptfix.edit import edits
 from ckptfix.keys import wrappers
 
@@ -47,7 +46,7 @@ def command(
       ckptfix rename --in-place model.pt --sub '^net\.' ''
     """
     document = job.open()
-    states = choose_all(document, select)
+    states = job.states(document, select)
     with job.naming_the_source():
         found = [(state, wrappers.substitute_in_turn(state.mapping, pairs)) for state in states]
     changes = [(state, renaming) for state, renaming in found if renaming.changed]

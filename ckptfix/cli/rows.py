@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ckptfix.cli import answers
     from ckptfix.keys.renaming import Renaming
     from ckptfix.report import Spec
@@ -16,11 +18,11 @@ def spec(found: Spec) -> answers.Spec:
     return {"shape": shape, "dtype": found.dtype, "kind": found.kind}
 
 
-def renamed(path: str, renaming: Renaming) -> answers.Renamed:
-    """What became of the keys of the state dict at a path."""
+def renamed(path: str, renaming: Renaming, keys: Mapping[str, str]) -> answers.Renamed:
+    """What became of keys of the state dict at a path: all that are renamed, or some of them."""
     return {
         "path": path,
         "removed": renaming.removed,
         "added": renaming.added,
-        "keys": dict(renaming.changes),
+        "keys": dict(keys),
     }

@@ -9,7 +9,6 @@ import click
 from ckptfix import hints
 from ckptfix.cli import options, output, paths, writing
 from ckptfix.cli.usage import Misuse
-from ckptfix.contents.state_dicts import choose_all
 from ckptfix.door import beside
 from ckptfix.edit import edits
 from ckptfix.errors import KeyCollisionError, KeyMismatchError, PartialPrefixError
@@ -67,7 +66,7 @@ def command(
     if wanted is not None:
         given = {"model": model, "init": init, "like": like}
         return _for_target(job, document, wanted, next(iter(select), None), given)
-    states = choose_all(document, select)
+    states = job.states(document, select)
     with job.naming_the_source():
         found = [
             (state, wrappers.strip(state.mapping, prefix=prefix, partial=partial))
@@ -101,7 +100,8 @@ def _for_target(
         if once:
             what += f": OUT would hold {listed(once)} once, under one name of each"
         out = beside(document, "fixed") if job.output is None else job.output.path
-        fix = hints.command("fix", job.source, out, select=select, untie=bool(once), **given)
+        more = {"select": select, "untie": bool(once), "force": job.force}
+        fix = hints.command("fix", job.source, out, **more, **given)
         details = describe(report)
         raise KeyMismatchError(
             report, what, where=document.name, hint=Hint("this does", fix), details=details

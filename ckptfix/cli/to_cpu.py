@@ -23,9 +23,10 @@ def command(job: writing.Job) -> int:
       ckptfix to-cpu gpu.pt cpu.pt
       ckptfix to-cpu --in-place gpu.pt
     """
-    document, tags = edits.to_cpu(job.open())
+    document, left_out = job.reduced(job.open())
+    document, tags = edits.to_cpu(document)
     if not tags:
         return job.nothing("every storage is on the CPU already")
     moved = ", ".join(f"{count} from {tag}" for tag, count in tags.items())
     done = f"{plural(tags.total(), 'storage')} tagged cpu ({moved})"
-    return job.finish(document, done, {"retagged": dict(tags)})
+    return job.finish(document, done, {"retagged": dict(tags)}, left_out=left_out)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ckptfix.cli.output import more, size, text
 from ckptfix.contents.state_dicts import StateDict, find
 from ckptfix.contents.tensors import as_tensor
+from ckptfix.edit.counting import held_by
 from ckptfix.keys import wrappers
 from ckptfix.tree.document import Global, Inert, Node, Storage, Tensor, kind
 from ckptfix.tree.walk import children, storages
@@ -82,7 +83,7 @@ class _Drawing:
         one_device = len({tensor.storage.device for tensor in state.tensors.values()}) == 1
         for row in _tensor_rows(shown, self._width - depth * _INDENT, devices=not one_device):
             branch.add(row)
-        _add_more(branch, len(tensors) - len(shown), "tensor")
+        _add_more(branch, len(tensors) - len(shown), "key")
         self._add_values(branch, list(state.others.items()), depth)
 
     def _add_values(self, branch: Tree, values: list[tuple[str, Node]], depth: int) -> None:
@@ -128,7 +129,7 @@ def _describe_state(state: StateDict) -> str:
         held, groups = len(state.mapping["state"]), len(state.mapping["param_groups"])
         parts = ["optimizer", plural(held, "parameter"), plural(groups, "group")]
     else:
-        parts = [_ROLES[state.role], plural(len(state.tensors), "tensor")]
+        parts = [_ROLES[state.role], str(held_by(state))]
         if isinstance(state.origin, Inert):
             parts.insert(0, state.origin.cls)
     prefix = prefix_of(state)
@@ -145,6 +146,7 @@ _ROLES = {
     "ema": "state dict (EMA)",
     "swa": "state dict (SWA)",
     "loose": "no state dict",
+    "generators": "states of random number generators",
 }
 
 

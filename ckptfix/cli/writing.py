@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from ckptfix import door
-from ckptfix.bytes.place import Place
+from ckptfix.bytes.place import Place, unused
 from ckptfix.cli import options, output, paths, reading, rows
 from ckptfix.cli.usage import Misuse
-from ckptfix.edit import reduce
-from ckptfix.errors import InPlaceError, RenameError, WriteError
+from ckptfix.contents.state_dicts import choose, choose_all
+from ckptfix.door import Around
+from ckptfix.edit import counting, reduce
+from ckptfix.edit.reduce import Fitted
+from ckptfix.errors import InPlaceError, RenameError, SelectionError, WriteError
 from ckptfix.formats.table import EXTENSIONS, split_extension
 from ckptfix.hints import Command, Hint, command
 from ckptfix.tree.walk import nbytes
-from ckptfix.words import plural
+from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from ckptfix.bytes.copy import Checked
     from ckptfix.contents.state_dicts import StateDict
     from ckptfix.door import Output
+    from ckptfix.edit.counting import Held
     from ckptfix.formats.table import Writable
     from ckptfix.keys.renaming import Renaming
     from ckptfix.tree.document import Document
@@ -57,6 +61,7 @@ class Job:
         self.dry_run = dry_run
         self.max_shard_size = max_shard_size
         self.verify = verify
+        self._around = Around([], [], [])
 
     @property
     def container(self) -> Writable:
@@ -82,7 +87,40 @@ class Job:
     def open(self) -> Document:
         """Read the source, once it is sure that the output could be written."""
         self.check()
-        return reading.read(self.source)
+        return self.given(reading.read(self.source))
+
+    def given(self, document: Document) -> Document:
+        """Keep what lies around the source, for what is said in the end; returns the document."""
+        if self.output is not None:
+            self._around = self.output.around(document, self.source)
+        return document
+
+    @property
+    def holds_one(self) -> bool:
+        """Whether the output holds one state dict and nothing else."""
+        return self.output is not None and self.container.tensors_only
+
+    def states(self, document: Document, select: Sequence[str] = ()) -> list[StateDict]:
+        """The state dicts to edit: those that are selected, or all that the output holds.
+
+        Raises `SelectionError`.
+        """
+        if not self.holds_one:
+            return choose_all(document, select)
+        if len(select) > 1:
+            raise SelectionError(
+                f"several are selected ({listed(select)}), and {self.container.name} holds one",
+                where=document.name,
+                hint="give one --select, or OUT the extension .pt",
+                code="ambiguous-state-dict",
+            )
+        return [choose(document, next(iter(select), None))]
+
+    def reduced(self, document: Document, select: str | None = None) -> Fitted:
+        """The document without what the output has no room for beside a state dict."""
+        if not self.holds_one:
+            return Fitted(document, [])
+        return reduce.only(document, choose(document, select))
 
     @contextmanager
     def naming_the_source(self) -> Iterator[None]:
@@ -103,51 +141,90 @@ class Job:
     def finish(
         self,
         document: Document,
-        done: str,
+        done: str | Callable[[Held], str],
         data: dict[str, Any],
         select: str | None = None,
         *,
         left_out: Sequence[tuple[str, str]] = (),
         after: Callable[[], dict[str, Any]] = dict,
         exit_code: int = 0,
+        count: str | None = None,
     ) -> int:
         """Make the output of a document and say so; returns the exit code.
 
-        `done` says what was changed, `data` the same for JSON. `left_out` has path and kind of what
-        was left out before; `after` is called once everything is written, and adds to `data`.
+        `done` says what was changed, perhaps of what is counted in what is written, and `data` the
+        same for JSON, where `count` names the number of tensors. `left_out` has path and kind of
+        what was left out before; `after` is called once all is written, and adds to `data`.
         """
         if self.output is None:
+            assert isinstance(done, str)
             return self._edit(document, done, {**data, **after()}, exit_code)
         fitted = reduce.fit(document, self.output.container, select)
-        left = [*left_out, *fitted.left_out]
+        left = [*left_out, *fitted.left_out, *self._around.left_out]
+        held = counting.held(fitted.document, self.output.container)
+        if not isinstance(done, str):
+            done = done(held)
+        if count is not None:
+            data = {**data, count: held.tensors}
         known = self._write(self.output, fitted.document)
+        if held.written_once:
+            keys = [f"{key} (as {other})" for key, other in held.written_once.items()]
+            output.note_names(f"{plural(len(keys), 'tied key')} written once", keys)
         if left:
             names = [f"{path} ({kind})" for path, kind in left]
             output.note_names(f"{plural(len(left), 'thing')} left out of it", names)
+        around = self._say_around()
         verb = "would write" if self.dry_run else "wrote"
         told = f"{verb} {self.output.path}: {done}{_SAID.get(known, '')}"
-        data = {"container": document.container, "bytes": known, **data, **after()}
-        return self._answer(told, done, data, left, exit_code)
+        once = {"written_once": dict(held.written_once)}
+        data = {"container": document.container, "bytes": known, **once, **around, **data}
+        return self._answer(told, done, {**data, **after()}, left, exit_code)
+
+    def _say_around(self) -> dict[str, list[str]]:
+        """Name the files that go into a folder, and out of it; returns the same for JSON."""
+        carried, removed = [one.base for one in self._around.carried], self._around.removed
+        would = "would be " if self.dry_run else ""
+        if carried:
+            output.note_names(f"{plural(len(carried), 'file')} {would}carried along", carried)
+        if removed:
+            what = f"{plural(len(removed), 'file')} of the checkpoint that was there"
+            output.note_names(f"{what} {would}replaced or removed", removed)
+        return {"carried": carried, "removed": removed}
 
     def finish_renamed(
         self, document: Document, changes: list[tuple[StateDict, Renaming]], label: str = ""
     ) -> int:
         """Make the output of a document with renamed keys, and say which were renamed.
 
-        `label` says it for people; without one the prefixes are named.
+        `changes` are those of `states`. `label` says it for people; without one the prefixes are
+        named.
         """
-        total = sum(renaming.changed for _, renaming in changes)
+        keys = [
+            {
+                old: new
+                for old, new in renaming.changes.items()
+                if not self.holds_one or old in state.tensors  # the others are left out
+            }
+            for state, renaming in changes
+        ]
+        total = sum(map(len, keys))
         labels = label or ", ".join(dict.fromkeys(renaming.label for _, renaming in changes))
         where = ", ".join(state.path for state, _ in changes if state.selection)
         done = f"{plural(total, 'key')} renamed ({labels})" + (f" in {where}" if where else "")
-        self.list_renamed([(state.path, renaming) for state, renaming in changes])
-        renamed = [rows.renamed(state.path, renaming) for state, renaming in changes]
-        return self.finish(document, done, {"renamed": renamed})
+        found = [
+            (state.path, renaming, renamed)
+            for (state, renaming), renamed in zip(changes, keys, strict=True)
+        ]
+        self.list_renamed([(path, renamed) for path, _, renamed in found])
+        select = changes[0][0].path if self.holds_one else None
+        return self.finish(
+            document, done, {"renamed": [rows.renamed(*row) for row in found]}, select
+        )
 
-    def list_renamed(self, found: Sequence[tuple[str, Renaming]]) -> None:
+    def list_renamed(self, found: Sequence[tuple[str, Mapping[str, str]]]) -> None:
         """List every key that a dry run would rename."""
-        for path, renaming in found if self.dry_run else ():
-            lines = [f"{old} -> {new}" for old, new in renaming.changes.items()]
+        for path, keys in found if self.dry_run else ():
+            lines = [f"{old} -> {new}" for old, new in keys.items()]
             output.changes(lines, "key", "" if path == "/" else path)
 
     def _write(self, to: Output, document: Document) -> Checked | None:
@@ -166,6 +243,7 @@ class Job:
                 max_shard_size=self.max_shard_size,
                 verify=self.verify,
                 share=self.verb != "fix",  # what is called repaired was read
+                texts=self._around.carried,
             )
 
     def _edit(self, document: Document, done: str, data: dict[str, Any], exit_code: int) -> int:
@@ -209,8 +287,9 @@ def _copying(source: str) -> Command:
     """The command that was given, with an output beside its source."""
     context = click.get_current_context()
     stem, extension = split_extension(source)
-    known = extension.lower() in EXTENSIONS
-    out = f"{stem}.fixed{extension}" if known else f"{source}.fixed.pt"
+    if extension.lower() not in EXTENSIONS:
+        stem, extension = source, ".pt"
+    out = unused(f"{stem}.fixed", extension)
     return Command("ckptfix", (source, out), context.info_name, tuple(_given(context)))
 
 

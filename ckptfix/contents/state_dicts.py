@@ -19,7 +19,7 @@ from ckptfix.contents.modules import is_module, take
 from ckptfix.contents.tensors import as_tensor, is_array, is_packed, is_special_tensor
 from ckptfix.errors import SelectionError, UnsupportedError
 from ckptfix.hints import Hint, adding, command, naming
-from ckptfix.tree.document import Inert, Node, OrderedMap, Tensor
+from ckptfix.tree.document import Inert, Node, OrderedMap, Tensor, kind
 from ckptfix.tree.walk import LEAVES, PATH_DEPTH, Path, children, has_names, script_constants, walk
 from ckptfix.words import listed
 
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
     from ckptfix.tree.document import Document
 
-Role = Literal["model", "ema", "swa", "optimizer", "loose"]
-"""`loose`: tensors that stand in no state dict, by their paths, where there is no state dict."""
+Role = Literal["model", "ema", "swa", "optimizer", "generators", "loose"]
+"""`generators`: states of random number generators. `loose`: tensors that stand in no state dict,
+by their paths, where there is no state dict."""
 
 _AVERAGES = re.compile(
     r"(?i)(?:^|[_-])(?:ema|swa|shadow|averaged?|polyak)(?:[_-]|$)|^avg(?:_model|$)|_avg$|"
@@ -174,8 +175,15 @@ def find(root: Node) -> list[StateDict]:
         for path, state in found
         if state.role == "optimizer" or path in whole or path not in holders
     ]
-    chosen = _with_swapped_averages(states)
-    return chosen if of_models(chosen) else [*chosen, *_loose(root)]
+    return _or_loose(_with_swapped_averages(states), root)
+
+
+def _or_loose(states: list[StateDict], root: Node) -> list[StateDict]:
+    """The state dicts; where none is of a model, what else there is of tensors."""
+    if of_models(states):
+        return states
+    known = {state.role for state in states}
+    return [*states, *(state for state in _loose(root) if state.role not in known)]
 
 
 def as_mapping(node: Inert) -> dict[str, Node] | None:
@@ -226,7 +234,59 @@ def _loose(root: Node) -> list[StateDict]:
                 if type(child) not in LEAVES
             ]
             pending.extend(reversed(below))
-    return [StateDict("/", tensors, "loose", root)] if tensors else []
+    role: Role = "generators" if _are_generators((), tensors) else "loose"
+    return [StateDict("/", tensors, role, root)] if tensors else []
+
+
+def beside_loose(root: Node) -> list[tuple[str, str]]:
+    """Path and kind of what `_loose` has no name for, as a whole where no tensor is in it."""
+    holding = _holding(root)
+    left: list[tuple[str, str]] = []
+    first: dict[int, str] = {}
+    pending: list[tuple[Path, Node]] = [((), root)]
+    while pending:
+        path, node = pending.pop()
+        place = _join(path)
+        if _is_tensor(node):
+            continue
+        if id(node) not in holding:
+            left.append((place, kind(node)))
+        elif id(node) in first:
+            left.append((place, f"{kind(node)}, the same as {first[id(node)]}"))
+        else:
+            first[id(node)] = place
+            below = list(children(node))
+            if isinstance(node, Inert):
+                left.append((place, f"{node.cls}, apart from its tensors"))
+                below = [row for row in below if id(row[1]) in holding]
+            deep = len(path) >= PATH_DEPTH
+            pending += [(path if deep else (*path, name), child) for name, child in below[::-1]]
+    return left
+
+
+def _holding(root: Node) -> set[int]:
+    """What holds a tensor that `_loose` names, by id."""
+    above: dict[int, list[int]] = {}
+    seen: set[int] = set()
+    pending, holding = [root], list[int]()
+    while pending:
+        node = pending.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if _is_tensor(node):
+            holding.append(id(node))
+        elif type(node) not in LEAVES and _may_hold_some(node):
+            for _, child in children(node):
+                above.setdefault(id(child), []).append(id(node))
+                pending.append(child)
+    found: set[int] = set()
+    while holding:
+        one = holding.pop()
+        if one not in found:
+            found.add(one)
+            holding += above.get(one, ())
+    return found
 
 
 def _may_hold_some(node: Node) -> bool:
@@ -288,7 +348,25 @@ def _within(path: Path, whole: set[Path]) -> bool:
     return any(path[:depth] in whole for depth in range(len(path)))
 
 
+def _are_generators(path: Path, mapping: dict[str, Node]) -> bool:
+    """Whether a mapping holds states of random number generators: rows of bytes, called so."""
+    tensors = [tensor for node in mapping.values() if (tensor := as_tensor(node)) is not None]
+    if not tensors or any(t.dtype.name != "uint8" or len(t.shape) != 1 for t in tensors):
+        return False
+    if any(tensor.numel == _MERSENNE_TWISTER for tensor in tensors):
+        return True
+    names = " ".join((*path, *map(str, mapping)))
+    return _GENERATOR.search(names) is not None
+
+
+_MERSENNE_TWISTER = 5056
+"""Bytes of what `torch.get_rng_state()` gives."""
+_GENERATOR = re.compile(r"(?i)(?:^|[^a-z])(?:rng|seed|random|generator)s?(?![a-z])")
+
+
 def _role(path: Path, mapping: dict[str, Node]) -> Role:
+    if _are_generators(path, mapping):
+        return "generators"
     if (
         len(mapping) > 1
         and "n_averaged" in mapping
@@ -307,7 +385,7 @@ def _join(path: Path) -> str:
 
 def of_models(states: Iterable[StateDict]) -> list[StateDict]:
     """Those that hold a model's weights."""
-    return [state for state in states if state.role != "optimizer"]
+    return [state for state in states if state.role not in ("optimizer", "generators")]
 
 
 def choose(document: Document, path: str | None = None) -> StateDict:
@@ -423,13 +501,32 @@ def _listed(states: Sequence[StateDict]) -> str:
     return listed((state.path for state in states), 20)
 
 
+def instead(document: Document) -> str | None:
+    """What a document without weights is known to hold, as the end of `it holds …`."""
+    roles = {state.role for state in find(document.root)}
+    nodes = [node for _, node in _candidates(document.root)]
+    told = []
+    if "optimizer" in roles or any(map(_is_optimizer_object, nodes)):
+        told.append("the state of an optimizer")
+    if "generators" in roles:
+        told.append("states of random number generators")
+    names = set(document.root) if isinstance(document.root, dict) else set()
+    if names >= {"last_epoch", "_step_count"} or names >= {"last_epoch", "base_lrs"}:
+        told.append("the state of a learning rate scheduler")
+    if names >= {"scale", "growth_factor", "backoff_factor"}:
+        told.append("the state of a gradient scaler")
+    return f"{' and '.join(told)}, and no weights" if told else None
+
+
 def _none(document: Document) -> SelectionError:
     frozen = len(script_constants(document))
+    other = instead(document)
+    what = f"holds {other}" if other else "holds no state dict (nothing maps names to tensors)"
     return SelectionError(
         f"holds no state dict: its {frozen} tensors are constants of a frozen TorchScript program, "
         "and have no names"
         if frozen
-        else "holds no state dict (nothing maps names to tensors)",
+        else what,
         where=document.name,
         hint=Hint("see what it holds", command("inspect", document.name)),
         code="no-state-dict",

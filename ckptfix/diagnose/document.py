@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from ckptfix.bytes.place import unused
 from ckptfix.contents.foreign import framework_of
 from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.packed import packed_weights, placeholders, without_bytes
-from ckptfix.contents.state_dicts import StateDict, find, of_models
+from ckptfix.contents.state_dicts import StateDict, find, instead, of_models
 from ckptfix.door import beside, is_sharded, taking
 from ckptfix.edit.compacting import compact
 from ckptfix.findings import Finding
 from ckptfix.formats import embedded
-from ckptfix.formats.table import EXTENSIONS
+from ckptfix.formats.table import EXTENSIONS, split_extension
 from ckptfix.hints import command, shell
 from ckptfix.keys import wrappers
 from ckptfix.pickles.allowed import is_allowed
@@ -41,7 +41,9 @@ def diagnose(document: Document) -> list[Finding]:
     findings += [*_globals(document), *_bloat(document), *_constants(document)]
     findings += _embedded(document)
     if not states:
-        findings.append(Finding("no-state-dict", "nothing in the file maps names to tensors"))
+        other = instead(document)
+        message = f"it holds {other}" if other else "nothing in the file maps names to tensors"
+        findings.append(Finding("no-state-dict", message))
     return findings
 
 
@@ -58,16 +60,17 @@ _ANEW = frozenset({"container-refused", "old-container", "hidden-call", "left-on
 def _containers(document: Document) -> Iterator[Finding]:
     if any(note.code == "container-refused" for note in document.notes):
         return  # its name is that of what lies around it
-    extension = PurePath(document.name).suffix.lower()
+    stem, extension = split_extension(document.name)
     is_safetensors = document.container == "safetensors"
     if is_sharded(document):
         return
+    extension = extension.lower()
     if extension in EXTENSIONS and is_safetensors != (extension == ".safetensors"):
-        right = PurePath(document.name).with_suffix(".safetensors" if is_safetensors else ".pt")
+        right = unused(stem, ".safetensors" if is_safetensors else ".pt")
         yield Finding(
             "wrong-extension",
             f"named {extension}, but the bytes are {document.container}",
-            command=shell("mv", files=[document.name, str(right)]),
+            command=shell("mv", files=[document.name, right]),
         )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from ckptfix.bytes.place import unused
+from ckptfix.formats.table import EXTENSIONS, split_extension
 from ckptfix.known_errors import KNOWN, Known
 
 if TYPE_CHECKING:
@@ -70,11 +71,13 @@ def _words(text: str) -> dict[str, str]:
     file = file_in(text)
     if file is None:
         return {}
-    path = PurePath(file)
+    stem, extension = split_extension(file)
+    if extension.lower() not in EXTENSIONS:  # which no command writes
+        extension = ".pt"
     return {
         "FILE": file,
-        "OUT": str(path.with_name(f"{path.stem}.fixed{path.suffix}")),
-        "OUT.safetensors": str(path.with_name(f"{path.stem}.fixed.safetensors")),
+        "OUT": unused(f"{stem}.fixed", extension),
+        "OUT.safetensors": unused(f"{stem}.fixed", ".safetensors"),
     }
 
 

@@ -22,6 +22,7 @@ from ckptfix.report import Difference, Spec
 from ckptfix.tree import document
 from ckptfix.tree.document import Global, Inert, Node, Storage, Tensor
 from ckptfix.tree.walk import PATH_DEPTH, children
+from ckptfix.words import plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
@@ -68,13 +69,33 @@ class StateDiff:
     dtypes: list[Difference]
     values: list[ValueDifference]
     equal: int
-    """Tensors that are the same in shape, dtype and (unless only keys were compared) value."""
+    """Keys that hold the same in both, whatever they are called there: the same shape and dtype
+    and, unless only keys were compared, value."""
 
     @property
     def same(self) -> bool:
         """Whether nothing differs."""
         found = (self.removed, self.added, self.renamed, self.shapes, self.dtypes, self.values)
         return not any(found)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many keys differ in each way, by what is said of it; a key may differ in several."""
+        return {
+            "only in A": len(self.removed),
+            "only in B": len(self.added),
+            "renamed": len(self.renamed),
+            "of another shape": len(self.shapes),
+            "of another dtype": len(self.dtypes),
+            "of other values": len(self.values),
+        }
+
+    def summary(self, *, keys_only: bool = False) -> str:
+        """The numbers in one line, for people."""
+        path = "" if self.a == self.b == "/" else f"{self.a}: "
+        alike = "alike, values not compared" if keys_only else "equal"
+        parts = [f"{count:,} {what}" for what, count in self.counts.items() if count]
+        return path + ", ".join([f"{plural(self.equal, 'key')} {alike}", *parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +107,18 @@ class Diff:
     """What they are called."""
     state_dicts: list[StateDiff]
     others: list[OtherDifference]
+    keys_only: bool = False
 
     @property
     def same(self) -> bool:
         """Whether nothing differs."""
         return not self.others and all(state.same for state in self.state_dicts)
+
+    @property
+    def summary(self) -> list[str]:
+        """The numbers, a line for each pair of state dicts and one for what lies beside them."""
+        lines = [state.summary(keys_only=self.keys_only) for state in self.state_dicts]
+        return [*lines, *([plural(len(self.others), "other difference")] if self.others else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +176,11 @@ def diff(
     """
     comparer = _Comparer(a, b, keys_only, read_data, progress)
     pairs = _pairs(a, b, select)
-    states = [_state_diff(comparer, *pair) for pair in pairs]
     others: list[OtherDifference] = []
-    if not keys_only:
-        for pair, state in zip(pairs, states, strict=True):
-            others += _inside(*pair, state.renamed, comparer.same)
-        if select is None:
-            others += _outside(a, b, pairs, comparer.same)
-    return Diff(a.name, b.name, states, others)
+    states = [_state_diff(comparer, *pair, others) for pair in pairs]
+    if not keys_only and select is None:
+        others += _outside(a, b, pairs, comparer.same)
+    return Diff(a.name, b.name, states, others, keys_only)
 
 
 def _pairs(
@@ -171,7 +196,10 @@ def _pairs(
 # --- state dicts
 
 
-def _state_diff(comparer: _Comparer, a: StateDict, b: StateDict) -> StateDiff:
+def _state_diff(
+    comparer: _Comparer, a: StateDict, b: StateDict, others: list[OtherDifference]
+) -> StateDiff:
+    """How two state dicts differ; what differs and is no dense tensor goes to `others`."""
     ours, theirs = specs(a.mapping), specs(b.mapping)
     pairs, label = _paired(comparer, a, b)
     taken = set(pairs.values())
@@ -182,6 +210,13 @@ def _state_diff(comparer: _Comparer, a: StateDict, b: StateDict) -> StateDiff:
     comparable = {key: other for key, other in pairs.items() if key not in unlike}
     values = [] if comparer.keys_only else list(_values(comparer, a, b, comparable))
     different = unlike.union((row.key for row in dtypes), (row.key for row in values))
+    if not comparer.keys_only:
+        for key, other in pairs.items():
+            if key not in different and not (key in a.tensors and other in b.tensors):
+                found = list(_not_dense(key, a, other, b, comparer.same))
+                different.update([key] if found else [])
+                others += found
+        others += _versions(a, b, pairs, comparer.same)
     return StateDiff(
         a.path,
         b.path,
@@ -192,7 +227,7 @@ def _state_diff(comparer: _Comparer, a: StateDict, b: StateDict) -> StateDiff:
         shapes,
         dtypes,
         values,
-        sum(key in a.tensors and key not in different for key in pairs),
+        sum(key not in different for key in pairs),
     )
 
 
@@ -275,17 +310,23 @@ def _by_checksum(
 # --- everything else
 
 
-def _inside(
-    a: StateDict, b: StateDict, renamed: Mapping[str, str], same: Same
+def _not_dense(
+    key: str, a: StateDict, other: str, b: StateDict, same: Same
 ) -> Iterator[OtherDifference]:
-    """What differs in two state dicts apart from tensors: extra state, numbers, `_metadata`."""
-    prefix = "" if a.path == "/" else f"{a.path}/"
-    for key, node in a.others.items():
-        other = renamed.get(key, key)
-        if other in b.others:
-            yield from _unlike(f"{prefix}{key}", node, b.others[other], same)
-    if a.metadata is not None and b.metadata is not None and not renamed:
-        yield from _unlike(f"{prefix}_metadata", a.metadata, b.metadata, same)
+    """What differs under a key that has no dense tensor on both sides: extra state, a number."""
+    yield from _unlike(_below(a, key), a.mapping[key], b.mapping[other], same)
+
+
+def _versions(
+    a: StateDict, b: StateDict, pairs: Mapping[str, str], same: Same
+) -> Iterator[OtherDifference]:
+    """What differs in `_metadata`, where no key was renamed."""
+    if None not in (a.metadata, b.metadata) and all(key == pairs[key] for key in pairs):
+        yield from _unlike(_below(a, "_metadata"), a.metadata, b.metadata, same)
+
+
+def _below(state: StateDict, key: str) -> str:
+    return key if state.path == "/" else f"{state.path}/{key}"
 
 
 def _outside(

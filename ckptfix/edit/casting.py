@@ -193,7 +193,7 @@ def cast(document: Document, states: Iterable[StateDict], dtype: DType) -> Docum
     states = list(states)
     groups: dict[tuple[int, DType], list[_User]] = {}
     for user in _users(states):
-        if user.tensor.dtype.is_floating_point and user.tensor.dtype is not dtype:
+        if _is_cast(user.tensor, dtype):
             groups.setdefault((id(user.tensor.storage), user.tensor.dtype), []).append(user)
     new: dict[int, Node] = {}
     for users in groups.values():
@@ -221,6 +221,16 @@ def _replaced(state: StateDict, new: dict[int, Node]) -> dict[int, Node]:
 def casts(document: Document) -> list[Cast]:
     """What is cast in a document, in the order in which it is written."""
     return [source.cast for source in _sources(document)]
+
+
+def count(states: Iterable[StateDict], dtype: DType) -> int:
+    """How many tensors of state dicts are cast to a dtype; one with several keys counts once."""
+    tensors = (user.tensor for user in _users(states) if _is_cast(user.tensor, dtype))
+    return len({tensor.view for tensor in tensors})
+
+
+def _is_cast(tensor: Tensor, dtype: DType) -> bool:
+    return tensor.dtype.is_floating_point and tensor.dtype is not dtype
 
 
 def measure(document: Document) -> None:

@@ -20,7 +20,7 @@ from ckptfix.formats.reading import Reading
 from ckptfix.formats.table import file_of, read
 from ckptfix.hints import Hint, command, shell
 from ckptfix.tree import compare, walk
-from ckptfix.words import reason
+from ckptfix.words import listed, reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,10 +54,10 @@ def prepare(document: Document) -> Edit:
     storages = list(walk.storages(document.root))
     source = file_of(document, storages)
     if source.names > 1:
-        others = (
-            "it has several names (hard links: cp -l, or timm's last and best), and all of them"
-        )
-        raise InPlaceError(document.name, f"{others} would change")
+        others = Place(source.name).twins()
+        names = listed(others) or "hard links in other folders"
+        why = "it has several names (hard links: cp -l, or timm's last and best), and all of them"
+        raise InPlaceError(document.name, f"{why} would change: {names} too")
     if Place(source.name).leads_elsewhere:
         why = f"it is a link to {Place(source.name).resolved}, which others may use under its name"
         raise InPlaceError(document.name, why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.contents.state_dicts import StateDict, choose, known
+from ckptfix.contents.state_dicts import StateDict, beside_loose, choose, known
 from ckptfix.contents.tensors import as_tensor, is_packed, is_special_tensor, special_class
 from ckptfix.edit.compacting import gathered
 from ckptfix.errors import UnsafeError, UnsupportedError
@@ -45,7 +45,10 @@ def only(document: Document, state: StateDict) -> Fitted:
     known(document, state)
     if state.mapping is document.root:
         return Fitted(document, [])
-    left_out = _beside(document.root, state.node)
+    if state.role == "loose":
+        left_out = beside_loose(document.root)
+    else:
+        left_out = _beside(document.root, state.node)
     constants = len(script_constants(document))
     if constants:
         left_out.append(("constants.pkl", f"{constants} tensors without names"))

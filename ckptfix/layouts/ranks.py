@@ -38,7 +38,7 @@ _NUMBER = re.compile(r"(?P<head>.*?)(?P<rank>\d+)(?P<tail>\.[^.\d]+)")
 _FLAT = "flat_param"
 _LONGEST = 1000
 """Characters of a path; what lies deeper goes by the path of what holds it."""
-_EXTENSIONS = (".pt", ".pth", ".bin", ".ckpt")
+_EXTENSIONS = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 
 
 class Family(NamedTuple):

@@ -12,14 +12,14 @@ import contextlib
 import json
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.place import Place
 from ckptfix.errors import CkptfixError, OutputExistsError, VerifyError, WriteError
 from ckptfix.formats import safetensors, shard_index
 from ckptfix.formats.reading import Reading
 from ckptfix.formats.table import SAFETENSORS, write_place
-from ckptfix.layouts import shards
+from ckptfix.layouts import companions, shards
 from ckptfix.tree.document import OrderedMap
 from ckptfix.words import listed
 
@@ -33,8 +33,27 @@ if TYPE_CHECKING:
 MAX_SHARD_SIZE = 5_000_000_000
 """Bytes of tensors in one shard of a folder, as huggingface_hub has it."""
 
-_INDEX = shards.WHOLE + shard_index.SUFFIX
-_SHARD = re.compile(r"model(-\d+)?-\d{5}-of-\d{5}\.safetensors")
+_SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+
+
+class Former(NamedTuple):
+    """What is in a folder already."""
+
+    stem: str
+    """What the new shards are called."""
+    files: set[str]
+    """The files of the checkpoint of that name, which is replaced: its index, its shards."""
+    names: set[str]
+
+    @property
+    def whole(self) -> str:
+        """The file of a checkpoint that fits into one."""
+        return f"{self.stem}.safetensors"
+
+    @property
+    def index_name(self) -> str:
+        """The name of the index."""
+        return self.whole + shard_index.SUFFIX
 
 
 def check_free(folder: Place, *, force: bool) -> None:
@@ -42,9 +61,21 @@ def check_free(folder: Place, *, force: bool) -> None:
     if Place(folder.name.rstrip("/")).exists and not folder.is_folder:
         raise WriteError("is a file, not a folder", where=folder, hint="give another name for OUT")
     folder.check_folder()
-    former = sorted(_former(folder))
-    if former and not force:
-        raise OutputExistsError(f"holds a checkpoint already ({listed(former)})", where=folder)
+    if force or not folder.is_folder:
+        return
+    there = folder.names()
+    found = {*shards.heads(there), *(name for name in there if _SHARD.fullmatch(name))}
+    if found:
+        what = f"holds a checkpoint already ({listed(sorted(found))})"
+        raise OutputExistsError(what, where=folder)
+
+
+def replaced(document: Document, folder: Place) -> list[str]:
+    """The files that writing a document into a folder would remove, in the order of their names.
+
+    Raises `WriteError` where it is not to be written there.
+    """
+    return sorted(_former(document, folder).files)
 
 
 def write(
@@ -55,12 +86,15 @@ def write(
     progress: Progress | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     verify: bool = False,
+    texts: Iterable[Place] = (),
 ) -> Checked:
     """Write a state dict of dense tensors in shards of at most so many bytes of tensors.
 
     A tensor that is larger has a shard for itself; what fits into one shard is written as
-    `model.safetensors`, without an index. With `force` a checkpoint in the folder is removed once
-    the new one is in place. Where something goes wrong before that, what was written is removed.
+    `model.safetensors`, without an index. Shards are called as those of the input. `texts` are
+    copied beside them, where the folder has none of their names. With `force` a checkpoint of the
+    same name in the folder is removed once the new one is in place: what its index names, and
+    nothing else. Where something goes wrong before that, what was written is removed.
     `verify` and what is returned are those of `write_place`. Raises `WriteError`; also where
     another process is writing there.
     """
@@ -68,12 +102,12 @@ def write(
     made = folder.make_folder()
     with folder.alone():
         check_free(folder, force=force)  # another process may have written there meanwhile
-        former = _former(folder)
-        _refuse_input(document, folder, former)
+        former = _former(document, folder)
         groups = _split(document.root, max_shard_size)
         names = _free_names(len(groups), former)
         known: set[Checked] = set()
-        with _undone_on_error(folder, made) as written:
+        with _undone_on_error(folder, former, made) as written:
+            written += filter(None, (companions.carry(text, folder) for text in texts))
             for name, group in zip(names, groups, strict=True):
                 part = document if len(groups) == 1 else replace(document, root=group)
                 place = folder.below(name)
@@ -85,9 +119,11 @@ def write(
                 written.append(name)
             if len(groups) > 1:
                 weight_map = dict(zip(names, groups, strict=True))
-                _write_index(_index(document, weight_map), document, folder)
-                written.append(_INDEX)
-        _remove(folder, former.difference(written))
+                _write_index(
+                    _index(document, weight_map), document, folder.below(former.index_name)
+                )
+                written.append(former.index_name)
+        _remove(folder, former, former.files.difference(written))
     return min(known, key=("copied", "shared", "checked", "verified").index)
 
 
@@ -108,17 +144,17 @@ def _split(root: Mapping[str, Node], max_shard_size: int) -> list[OrderedMap]:
     return groups
 
 
-def _free_names(count: int, former: set[str]) -> list[str]:
-    """Names for shards, none of which the former checkpoint has: it stays whole until the end."""
+def _free_names(count: int, former: Former) -> list[str]:
+    """Names for shards that nothing in the folder has: what is there stays whole until the end."""
     if count == 1:
-        return [shards.WHOLE]
-    number, stem = 1, "model"
+        return [former.whole]
+    number, stem = 1, former.stem
     while True:
         names = [f"{stem}-{place:05d}-of-{count:05d}.safetensors" for place in range(1, count + 1)]
-        if former.isdisjoint(names):
+        if former.names.isdisjoint(names):
             return names
         number += 1
-        stem = f"model-{number}"
+        stem = f"{former.stem}-{number}"
 
 
 def _index(document: Document, files: Mapping[str, OrderedMap]) -> bytes:
@@ -135,8 +171,9 @@ def _index(document: Document, files: Mapping[str, OrderedMap]) -> bytes:
     return json.dumps(content, indent=2).encode() + b"\n"
 
 
-def _write_index(index: bytes, document: Document, folder: Place) -> None:
+def _write_index(index: bytes, document: Document, place: Place) -> None:
     """Put the index in its place, once the folder reads back through it as the document."""
+    folder = place.folder
 
     def check(written: Place) -> None:
         try:
@@ -148,35 +185,45 @@ def _write_index(index: bytes, document: Document, folder: Place) -> None:
         if differs is not None:
             raise VerifyError(f"reads back differently at {differs}", where=folder)
 
-    with folder.below(_INDEX).publish(force=True, check=check) as sink:
+    with place.publish(force=True, check=check) as sink:
         sink.write(index)
 
 
 # --- what is in the folder already
 
 
-def _former(folder: Place) -> set[str]:
-    """The files of a checkpoint that ckptfix or huggingface_hub left in a folder."""
-    if not folder.is_folder:
-        return set()
-    names = set(folder.names())
-    found = {name for name in names if name in (shards.WHOLE, _INDEX) or _SHARD.fullmatch(name)}
-    return found | names.intersection(_named_by_index(folder) if _INDEX in names else ())
+def _former(document: Document, folder: Place) -> Former:
+    """What is in a folder, into which a document is to be written. Raises `WriteError`."""
+    names = set(folder.names()) if folder.is_folder else set[str]()
+    _refuse_input(document, folder, names)
+    former = Former(shards.stem_of(Place(document.name)), set(), names)
+    heads = {former.whole, former.index_name}
+    others = [head for head in shards.heads(sorted(names)) if head not in heads]
+    if others:
+        raise WriteError(
+            f"holds another checkpoint ({listed(others)}), which {former.whole} would not replace",
+            where=folder,
+            hint="give another folder for the output",
+            code="several-models",
+        )
+    former.files.update(names & {*heads, *_named_by_index(folder, former)})
+    return former
 
 
-def _named_by_index(folder: Place) -> tuple[str, ...]:
+def _named_by_index(folder: Place, former: Former) -> tuple[str, ...]:
     """The shards of the index that is there; none where it cannot be read."""
     try:
-        document = shard_index.read(folder.below(_INDEX).open())
+        document = shard_index.read(folder.below(former.index_name).open())
     except CkptfixError:
         return ()
     return shards.index_of(document, folder).shards
 
 
-def _refuse_input(document: Document, folder: Place, former: set[str]) -> None:
-    """The input stays as it is, so it cannot be what is replaced."""
+def _refuse_input(document: Document, folder: Place, names: set[str]) -> None:
+    """The input stays as it is, so it cannot be what is replaced, nor lie beside what is new."""
     source = Place(document.name)
-    inside = source.base in former and source.exists and source.folder.is_same(folder)
+    shard = _SHARD.fullmatch(source.base) or source.base in shards.heads(names)
+    inside = shard and source.exists and source.folder.is_same(folder)
     if inside or source.is_same(folder):
         raise WriteError(
             "holds the input itself",
@@ -187,13 +234,13 @@ def _refuse_input(document: Document, folder: Place, former: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def _undone_on_error(folder: Place, made: bool) -> Iterator[list[str]]:
+def _undone_on_error(folder: Place, former: Former, made: bool) -> Iterator[list[str]]:
     """What was written to a folder, by name, is removed where the block fails; so is one `made`."""
     written: list[str] = []
     try:
         yield written
     except BaseException:
-        if set(written).isdisjoint(_named_by_index(folder)):  # else it is in place already
+        if set(written).isdisjoint(_named_by_index(folder, former)):  # else it is in place already
             for name in written:
                 with contextlib.suppress(WriteError):
                     folder.below(name).remove()
@@ -203,9 +250,9 @@ def _undone_on_error(folder: Place, made: bool) -> Iterator[list[str]]:
         raise
 
 
-def _remove(folder: Place, names: Iterable[str]) -> None:
+def _remove(folder: Place, former: Former, names: Iterable[str]) -> None:
     """Remove files of the former checkpoint: first those by which readers find it."""
-    heads = (_INDEX, shards.WHOLE)
+    heads = (former.index_name, former.whole)
     for name in sorted(names, key=lambda name: (name not in heads, name)):
         folder.below(name).remove()
     folder.sync()

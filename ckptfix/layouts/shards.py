@@ -9,7 +9,8 @@ bytes of tensors; text beside it says what a safetensors file would say in `__me
 names of tied tensors that were dropped, for the name that is kept. Dropped names stand neither in
 `weight_map` nor as tensors in a shard, and no tie goes from one shard to another, because loaders
 take each key from the shard that the map names. A checkpoint that fits into one shard is
-`model.safetensors` and has no index. Source: huggingface_hub's `serialization/_torch.py` and
+`model.safetensors` and has no index. diffusers calls its files `diffusion_pytorch_model`, PEFT
+`adapter_model`, with the same endings. Source: huggingface_hub's `serialization/_torch.py` and
 `_base.py` (0.30).
 
 This module reads; `shard_writer` writes.
@@ -33,7 +34,7 @@ from ckptfix.tree.document import Document, Node, OrderedMap, Tensor, kind
 from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from ckptfix.hints import Command
 
@@ -46,7 +47,13 @@ TOTAL_SIZE = "total_size"
 
 _OTHER_INDEXES = (".h5.index.json", ".msgpack.index.json")  # of TensorFlow and Flax
 _OTHER_MODEL = re.compile(r"(model_\d+\.safetensors|pytorch_model_\d+\.bin)(\.index\.json)?")
-_MODELS = (WHOLE, "pytorch_model.bin")
+STEM = "model"
+_OF_OTHERS = ("diffusion_pytorch_model", "adapter_model")  # diffusers, PEFT
+_MODELS = {
+    STEM: (WHOLE, "pytorch_model.bin"),
+    **{stem: (f"{stem}.safetensors", f"{stem}.bin") for stem in _OF_OTHERS},
+}
+"""The files that hold a whole model, by the stem of its shards."""
 _NUMBERED = re.compile(r"(?P<stem>.+)-\d+-of-\d+(?P<extension>\.\w+)")
 
 
@@ -113,7 +120,7 @@ def index_of(document: Document, folder: Place) -> Index:
 def locate(folder: Place) -> Place | None:
     """The file that stands for a folder: its index, or a whole `model.safetensors`; or None.
 
-    Raises `ReadError` where there are several indexes.
+    Raises `ReadError` where there are several indexes, or several models and no index.
     """
     names = folder.names()
     found = [name for name in names if name.endswith(shard_index.SUFFIX) and name[0] != "."]
@@ -125,20 +132,63 @@ def locate(folder: Place) -> Place | None:
             hint=Hint("give one of them", _inspect(folder, indexes[0])),
             code="several-indexes",
         )
-    stands = indexes or [name for name in names if name == WHOLE]
+    stands = indexes or _wholes(names)
+    if len(stands) > 1:
+        raise _several(folder, stands)
     return folder.below(stands[0]) if stands else None
+
+
+def _wholes(names: Collection[str]) -> list[str]:
+    """The file of each whole model among some: of a model in two containers, the first.
+
+    An adapter beside a model is no second one.
+    """
+    found = {stem: [n for n in files if n in names] for stem, files in _MODELS.items()}
+    if found[STEM]:
+        return found[STEM][:1]
+    return [files[0] for files in found.values() if files]
+
+
+def stem_of(place: Place) -> str:
+    """What the shards of a model are to be called, whose file, folder or index lies at a place.
+
+    That of an index is kept, and a file keeps what the libraries of Hugging Face call it.
+    """
+    if place.is_folder:
+        place = locate(place) or place
+    name = place.base.removesuffix(shard_index.SUFFIX)
+    stem = next((stem for stem, files in _MODELS.items() if name in files), None)
+    if stem is None and name != place.base:
+        stem, _ = table.split_extension(name)
+    if stem is None:  # a variant, such as `.fp16`, or one shard
+        stem = next((known for known in _OF_OTHERS if re.match(rf"{known}[-.]", name)), None)
+    return stem or STEM
+
+
+def heads(names: Collection[str]) -> list[str]:
+    """The files by which readers find safetensors models in a folder: indexes, whole ones."""
+    whole = [files[0] for files in _MODELS.values()]
+    return [
+        name
+        for name in names
+        if name in whole or name.endswith(f".safetensors{shard_index.SUFFIX}")
+    ]
+
+
+def _several(folder: Place, names: list[str]) -> ReadError:
+    return ReadError(
+        f"holds {len(names)} models: {listed(names)}",
+        where=folder,
+        hint=Hint("give one of them", _inspect(folder, names[0])),
+        code="several-models",
+    )
 
 
 def _check_one_model(folder: Place, place: Place) -> None:
     """Refuse a folder of several models, as accelerate numbers them; `place` is the first."""
     others = [name for name in folder.names() if _OTHER_MODEL.fullmatch(name)]
     if others:
-        raise ReadError(
-            f"holds {len(others) + 1} models: {listed([place.base, *others])}",
-            where=folder,
-            hint=Hint("give one of them", _inspect(folder, place.base)),
-            code="several-models",
-        )
+        raise _several(folder, [place.base, *others])
 
 
 def missing(folder: Place, reading: Reading) -> ReadError:
@@ -188,7 +238,7 @@ def _one_in(folder: Place) -> Place | None:
     if not folder.is_folder:
         return None
     names = folder.names()
-    if any(name.endswith(shard_index.SUFFIX) for name in names) or WHOLE in names:
+    if any(name.endswith(shard_index.SUFFIX) for name in names) or _wholes(names):
         return folder
     found = [name for name in names if name.lower().endswith(EXTENSIONS)]
     found.sort(key=lambda name: not name.endswith(".safetensors"))
@@ -351,9 +401,9 @@ def _twins(folder: Place, place: Place) -> list[str]:
     """The files of a folder that should hold the same as the one that is read."""
     here = folder.names()
     stem = place.base.removesuffix(shard_index.SUFFIX)
-    others = [name for name in _MODELS if name != stem]
+    others = [name for files in _MODELS.values() if stem in files for name in files if name != stem]
     names = [name + suffix for name in others for suffix in (shard_index.SUFFIX, "")]
-    return [name for name in names if name in here][:1] if stem in _MODELS else []
+    return [name for name in names if name in here][:1]
 
 
 def _twin(document: Document, folder: Place, place: Place, name: str) -> Finding | None:
@@ -406,7 +456,7 @@ def _weight_map(folder: Place, found: Salvage) -> Mapping[str, str]:
     """Key to shard as the index of a folder has it; empty where that cannot be read."""
     try:
         place = locate(folder)
-        if place is None or place.base == WHOLE:
+        if place is None or not place.base.endswith(shard_index.SUFFIX):
             return {}
         document = table.read_place(place, found)
     except ReadError as error:
@@ -418,9 +468,12 @@ def _weight_map(folder: Place, found: Salvage) -> Mapping[str, str]:
 def _of_one_model(folder: Place) -> list[str]:
     """The files of a folder without an index that are one model. Raises `ReadError` for several."""
     names = folder.names()
-    if WHOLE in names:
-        _check_one_model(folder, folder.below(WHOLE))
-        return [WHOLE]
+    whole = _wholes(names)
+    if len(whole) > 1:
+        raise _several(folder, whole)
+    if whole:
+        _check_one_model(folder, folder.below(whole[0]))
+        return whole
     shards = [name for name in names if _NUMBERED.fullmatch(name) and name.endswith(EXTENSIONS)]
     models = {_stem(name) for name in shards}
     if len(models) > 1:

@@ -185,7 +185,16 @@ class _Judge:
             listed = replace(listed, random_numel=listed.random_numel - tied_numel)
         if listed.fits:
             listed = replace(listed, refusals=list(self._torn(mapping)))
-        return listed
+        return self._with_filled(listed, mapping)
+
+    def _with_filled(self, listed: Report, mapping: OrderedMap) -> Report:
+        """The report, whose matches are in the file: a counter that BatchNorm makes is not."""
+        told = {*mapping, *listed.missing, *listed.forgiven}
+        filled = [key for key in self._wanted.counters if key not in told]
+        if not filled:
+            return listed
+        matched = [key for key in listed.matched if key not in set(filled)]
+        return replace(listed, matched=matched, filled=filled)
 
     def without(self, keys: Iterable[str], mapping: OrderedMap, made: Report) -> Report:
         """The verdict once unexpected keys are left out, which are still named."""

@@ -60,6 +60,11 @@ class Target:
             return self.specs
         return {key: spec for key, spec in self.specs.items() if not key.endswith(_COUNTER)}
 
+    @property
+    def counters(self) -> list[str]:
+        """The counters of BatchNorm, which torch before 0.4.1 did not have."""
+        return [key for key in self.specs if key.endswith(_COUNTER)]
+
 
 _EXTRA = "_extra_state"
 _COUNTER = "num_batches_tracked"

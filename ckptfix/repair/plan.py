@@ -92,6 +92,11 @@ class Plan:
     """Square weights that may be transposed, which does not show."""
 
     @property
+    def keys_renamed(self) -> int:
+        """How many keys are renamed: one that several state dicts have counts in each of them."""
+        return sum(renaming.changed for _, renaming in self.renamings)
+
+    @property
     def renamed(self) -> Mapping[str, str]:
         """Keys that get another name, and that name."""
         return {old: new for _, way in self.renamings for old, new in way.changes.items()}
@@ -282,6 +287,8 @@ def _alone_and_certain(document: Document, state: StateDict) -> Plan:
     kept = list(_kept(state, renaming)) if renaming.changed else []
     if root is not document.root:
         document = replace(document, root=root, extras={})
+    there = {old: new for old, new in renaming.keys.items() if old in state.tensors}
+    renaming = Renaming(there, renaming.rule)  # without the keys of what is left out
     renamed = [(state.path, renaming)] if renaming.changed else []
     return Plan(document, cures, renamed, left_out=left_out, remaining=kept)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ckptfix import door
+from ckptfix.edit.counting import distinct, held
 from ckptfix.errors import DamagedError
 from ckptfix.formats import several
 from ckptfix.formats.zip.recovery import is_right
@@ -32,12 +33,19 @@ class Recovered:
     document: Document
     lost: list[str]
     """Paths of the tensors whose bytes are not there or are wrong."""
-    saved: int
-    """How many tensors were saved."""
-    unchecked: int
-    """How many of them lie in storages without a checksum."""
     steps: list[str]
     """What had to be done to read the file, in order."""
+
+    @property
+    def saved(self) -> int:
+        """How many tensors were saved."""
+        return held(self.document).tensors
+
+    @property
+    def unchecked(self) -> int:
+        """How many of them lie in storages without a checksum."""
+        spans = (tensor.storage.spans for tensor in distinct(self.document.root))
+        return sum(any(span.crc is None for span in each) for each in spans)
 
 
 def recover(path: str | os.PathLike[str], archive: int | None = None) -> Recovered:
@@ -61,20 +69,19 @@ def recover(path: str | os.PathLike[str], archive: int | None = None) -> Recover
 
 def _without(document: Document, found: Salvage) -> Recovered:
     gone = {id(storage) for storage in found.lost}
-    names, whole, unchecked = list(found.absent), 0, 0
+    names, whole = list(found.absent), False
     for path, node in walk(document.root):
         if isinstance(node, Tensor):
             if id(node.storage) in gone:
                 names.append("/".join(part for part in path if part != "<args>"))
             else:
-                whole += 1
-                unchecked += any(span.crc is None for span in node.storage.spans)
+                whole = True
     if names and not whole:
         raise DamagedError(f"none of its {len(names)} tensors is whole", where=document.name)
     root = _pruned(document.root, gone)
     extras = {name: span for name, span in document.extras.items() if is_right(span)}
     made = replace(document, root=root, extras=extras)
-    return Recovered(made, names, whole, unchecked, found.steps)
+    return Recovered(made, names, found.steps)
 
 
 def _pruned(root: Node, gone: set[int]) -> Node:

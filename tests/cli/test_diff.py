@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_the_answer_fits_a_terminal_and_long_lists_are_cut(pair: Path) -> None:
     assert "  ~ layers.9.weight  | all 2, abs 1.0e+00, rel 1.0e-01" not in lines
     assert "  … and 21 more (--all has them)" in lines
     assert " ".join(lines[-3:]) == (
-        "model: 0 tensors equal, 1 only in A, 1 only in B, 1 of another shape, "
+        "model: 0 keys equal, 1 only in A, 1 only in B, 1 of another shape, "
         "31 of other values 1 other difference"
     )
 
@@ -121,3 +121,38 @@ def test_a_strangers_keys_cannot_command_the_terminal(tmp_path: Path) -> None:
     ran = ckptfix_command("diff", "a.pt", "b.pt", cwd=tmp_path)
     assert "\x1b[31mred" not in ran.stdout
     assert r"\x1b[31mred" in ran.stdout
+
+
+def test_the_page_says_the_numbers_of_the_terminal(tmp_path: Path) -> None:
+    weights = {f"module.layers.{i}.weight": torch.rand(3) for i in range(6)}
+    before: dict[str, Any] = {
+        **weights,
+        "module.n": 3,
+        "module.s": torch.eye(2).to_sparse(),
+        "module.gone": 1,
+    }
+    after = {key.removeprefix("module."): value for key, value in before.items()}
+    after["layers.0.weight"] = weights["module.layers.0.weight"] + 1
+    after["layers.1.weight"] = weights["module.layers.1.weight"].half()
+    after["layers.2.weight"] = torch.rand(4)
+    after["s"] = torch.eye(2)
+    after["new"] = after.pop("gone") + 1
+    torch.save({"model": before, "epoch": 3}, tmp_path / "a.pt")
+    torch.save({"model": after, "epoch": 4}, tmp_path / "b.pt")
+    ran = ckptfix_command("diff", "a.pt", "b.pt", "--html", "page.html", "--all", cwd=tmp_path)
+    page = (tmp_path / "page.html").read_text("utf-8")
+    found = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert " ".join(ran.stdout.split()).endswith(" ".join(found["facts"]))
+    assert found["facts"] == [
+        (
+            "model: 4 keys equal, 1 only in A, 1 only in B, 8 renamed, 1 of another shape, "
+            "1 of another dtype, 2 of other values"
+        ),
+        "2 other differences",
+    ]
+    changes = {row["key"]: row["change"] for row in found["tensors"]}
+    counts = {what: sum(what in each.split(", ") for each in changes.values())
+              for what in ("removed", "added", "renamed", "shape", "dtype", "values")}  # fmt: skip
+    assert list(counts.values()) == [1, 1, 8, 1, 1, 2]
+    assert changes["module.layers.0.weight"] == "renamed, values"
+    assert "model/module.s: sparse" in ran.stdout.replace("torch._utils._rebuild_", "")

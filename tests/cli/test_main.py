@@ -359,7 +359,7 @@ def test_inspect_shows_the_device_of_each_tensor_where_they_differ(
 def test_inspect_cuts_long_lists_unless_asked_for_all(here: Path) -> None:
     name = "resnet18_dataparallel_cuda.pt"
     short, whole = (run(here, "inspect", *more, name).stdout for more in ([], ["--all"]))
-    assert "└── … and 98 more tensors (--all shows them)" in short
+    assert "└── … and 98 more keys (--all shows them)" in short
     assert short.count("float32") + short.count("int64") == 24
     assert whole.count("float32") + whole.count("int64") == 122
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ckptfix
+from ckptfix.bytes.place import unused
 from ckptfix.errors import CkptfixError
 from tests.conftest import FIXTURES
 from tests.oracles import ckptfix_command, done, unlike
@@ -179,3 +180,103 @@ def test_the_name_of_torchs_example_is_a_torch_file(folder: Path) -> None:
     assert (folder / "d" / "last.safetensors").is_file()
     for path in ("model_best.pth.tar", "LIBRARY.PTH.TAR"):
         assert "wrong-extension" not in done("inspect", path)
+
+
+# --- what advice names
+
+
+def hinted(*arguments: str) -> list[str]:
+    """The words of every command that is told, on both streams."""
+    ran = ckptfix_command(*arguments)
+    lines = (line.partition("ckptfix ")[2] for line in (ran.stdout + ran.stderr).splitlines())
+    return [line for line in lines if line]
+
+
+ADVICE: dict[str, list[str]] = {
+    "a finding": ["check", "in.pt"],
+    "a finding of shards": ["inspect", "shards"],
+    "a copy": ["strip-prefix", "hard.pt", "--in-place"],
+    "a repair": ["check", "in.pt", "--like", "like.pt"],
+    "what is damaged": ["inspect", "cut.pth.tar"],
+}
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_advice_names_no_output_that_is_there(name: str, folder: Path) -> None:
+    (folder / "cut.pth.tar").write_bytes((FIXTURES / "legacy.pt").read_bytes()[:-20])
+    for _ in range(3):  # what each command writes is there when the next is asked for
+        before = everything(folder)
+        told = hinted(*ADVICE[name])
+        assert told
+        for command in dict.fromkeys(told):
+            ran = ckptfix_command(*command.split())
+            assert ran.returncode in (0, 1), (command, ran.stderr)
+        assert {path: everything(folder)[path] for path in before} == before
+
+
+def test_advice_names_no_output_where_nothing_can_be_written() -> None:
+    if os.access("/sys", os.W_OK):
+        pytest.skip("everything can be written to")
+    assert unused("/sys/in.fixed", ".pt") == "in.fixed.pt"
+
+
+def test_what_other_names_of_a_file_are_is_said(folder: Path) -> None:
+    os.link("in.pt", "last.pth.tar")
+    ran = ckptfix_command("strip-prefix", "last.pth.tar", "--in-place", "--dry-run")
+    assert (ran.returncode, "would change: hard.pt, in.pt too" in ran.stderr) == (2, True)
+    hint = ran.stderr.split("hint: write a copy: ")[1].splitlines()[0]
+    assert hint == "ckptfix strip-prefix last.pth.tar last.fixed.pth.tar"
+
+
+def test_pth_tar_is_one_extension_in_all_that_is_told(folder: Path) -> None:
+    shutil.copy(FIXTURES / "plain.safetensors", "wrong.pth.tar")
+    shutil.copy(DDP, "right.pth.tar")
+    (folder / "cut.pth.tar").write_bytes(DDP.read_bytes()[:-20])
+    assert hinted("inspect", "right.pth.tar") == [
+        "strip-prefix right.pth.tar right.stripped.pth.tar"
+    ]
+    assert "recover cut.pth.tar cut.recovered.pt" in hinted("inspect", "cut.pth.tar")
+    shown = ckptfix_command("inspect", "wrong.pth.tar").stdout
+    assert "wrong-extension: named .pth.tar, but the bytes are safetensors" in shown
+    assert "mv wrong.pth.tar wrong.safetensors" in shown
+    error = "Attempting to deserialize object on a CUDA device: load('best.pth.tar')"
+    assert "to-cpu best.pth.tar best.fixed.pth.tar" in hinted("explain", error)
+    done("strip-prefix", "right.pth.tar", "out.pth.tar")
+    done("strip-prefix", "right.pth.tar", "--in-place")
+    assert torch.load("right.pth.tar").keys() == torch.load("out.pth.tar").keys()
+
+
+def test_with_force_the_hint_has_force_too(folder: Path) -> None:
+    keys = ("a", "fc.weight")
+    torch.save({f"module.{key}": torch.ones(2, 2) for key in keys}, "in2.pt")
+    torch.save({"fc.weight": torch.ones(2, 2)}, "like2.pt")
+    (folder / "out.pt").write_bytes(b"old")
+    (told,) = hinted("strip-prefix", "in2.pt", "out.pt", "-f", "--like", "like2.pt")
+    assert ckptfix_command(*told.split()).returncode == 0
+    assert list(torch.load("out.pt")) == ["fc.weight"]
+
+
+@pytest.mark.parametrize("name", ["model.pkl", "model.th", "model.tar"])
+def test_explain_names_an_output_that_can_be_written(name: str, folder: Path) -> None:
+    shutil.copy(FIXTURES / "cuda.pt", name)
+    error = f"Attempting to deserialize object on a CUDA device: load('{name}')"
+    (told,) = hinted("explain", error)
+    assert ckptfix_command(*told.split()).returncode == 0
+
+
+@pytest.mark.parametrize("words", [["KeyError", "foo"], ["KeyError"], ["KeyError:", "'a.b'"]])
+def test_explain_takes_words_as_they_are(words: list[str], folder: Path) -> None:
+    ran = ckptfix_command("explain", *words)
+    assert (ran.returncode, ran.stderr) == (1, "")
+    assert ran.stdout.startswith("no error that ckptfix knows")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_the_folder_of_an_adapter_opens(kind: str, folder: Path) -> None:
+    (folder / "adapter").mkdir()
+    done("convert", "like.pt", f"adapter/adapter_model.{kind}")
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    assert ckptfix.load_state_dict("adapter").keys() == torch.load("like.pt").keys()
+    done("convert", "adapter", "new/")
+    names = {"adapter_model.safetensors", "adapter_config.json"}
+    assert {path.name for path in (folder / "new").iterdir()} == names

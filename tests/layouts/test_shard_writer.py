@@ -261,7 +261,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("size", ["250", "250B", "0.25kB", "0.25 KB"])
 def test_convert_writes_shards_of_a_size(tmp_path: Path, model: Path, size: str) -> None:
     said = done("convert", model, tmp_path / "out", "--max-shard-size", size)
-    assert said == f"wrote {tmp_path}/out/: torch zip to safetensors folder, 7 tensors\n"
+    assert said == f"wrote {tmp_path}/out/: torch zip to safetensors folder, 6 tensors, 1 tie\n"
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) == 3
 
 
@@ -387,3 +387,67 @@ def test_a_folder_that_does_not_read_back_keeps_its_old_checkpoint(
     with pytest.raises(VerifyError, match=r"out: does not read back: .*'w9'"):
         door.write(document, tmp_path / "out", max_shard_size=40, force=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+# --- names, and what is removed
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model"),
+        ("diffusion_pytorch_model.fp16.bin", "diffusion_pytorch_model"),
+        ("adapter_model.bin", "adapter_model"),
+        ("pytorch_model.bin", "model"),
+        ("model.safetensors", "model"),
+        ("t.pt", "model"),
+    ],
+)
+@pytest.mark.parametrize("size", [250, 10_000])
+def test_shards_are_called_as_the_input_is(name: str, stem: str, size: int, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    state = {key: value.clone().contiguous() for key, value in weights().items()}
+    (save_file if name.endswith("s") else torch.save)(state, tmp_path / "in" / name)
+    out = tmp_path / "out"
+    done("convert", tmp_path / "in" / name, f"{out}/", "--max-shard-size", str(size))
+    assert all(path.startswith(stem) for path in contents(out))
+    assert (out / f"{stem}.safetensors").exists() == (size > 250)
+    assert (out / f"{stem}.safetensors.index.json").exists() == (size == 250)
+    again = tmp_path / "again"
+    done("strip-prefix", out, f"{again}/")
+    assert list(contents(again)) == [f"{stem}.safetensors"]
+    assert len(ckptfix.load_state_dict(again)) == len(state)
+
+
+def test_only_what_the_index_names_is_removed_and_that_is_said(tmp_path: Path) -> None:
+    folder = save(weights(1), tmp_path / "out", 250)
+    old = set(contents(folder))
+    for name in ("model-00007-of-00009.safetensors", "other-00001-of-00002.safetensors"):
+        save_file({"precious": torch.ones(1)}, folder / name)
+    (folder / "pytorch_model.bin").write_bytes(b"mine")
+    torch.save(weights(2), tmp_path / "in.pt")
+    command = ("convert", tmp_path / "in.pt", f"{folder}/", "--force", "--json")
+    before = contents(folder)
+    assert set(json.loads(done(*command, "--dry-run"))["removed"]) == old
+    assert contents(folder) == before
+    assert set(json.loads(done(*command))["removed"]) == old
+    assert set(contents(folder)) == {
+        "model.safetensors",
+        "pytorch_model.bin",
+        "model-00007-of-00009.safetensors",
+        "other-00001-of-00002.safetensors",
+    }
+    told = ckptfix_command("convert", tmp_path / "in.pt", f"{folder}/", "--force").stderr
+    assert "note: 1 file of the checkpoint that was there replaced or removed: model.sa" in told
+
+
+def test_another_model_in_the_folder_is_neither_removed_nor_joined(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    save_file({"w": torch.ones(2)}, folder / "adapter_model.safetensors")
+    torch.save(weights(), tmp_path / "in.pt")
+    before = contents(folder)
+    for more in ([], ["--force"], ["--force", "--dry-run"]):
+        ran = ckptfix_command("convert", tmp_path / "in.pt", f"{folder}/", *more)
+        assert (ran.returncode, "adapter_model.safetensors" in ran.stderr) == (2, True)
+    assert contents(folder) == before

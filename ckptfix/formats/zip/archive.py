@@ -18,6 +18,7 @@ import os
 import struct
 from typing import NamedTuple
 
+from ckptfix.bytes.place import unused
 from ckptfix.bytes.source import ReadAhead, Source
 from ckptfix.bytes.span import Span
 from ckptfix.bytes.unpacked import InflatedSource
@@ -156,7 +157,8 @@ def _locate(source: Source, place: int, fields: tuple[int, ...]) -> tuple[int, i
 
 def _whole_of(source: Source) -> Hint:
     """What may help where an archive does not fill its file: several may lie in it."""
-    saved = f"{os.path.splitext(source.name)[0]}.recovered.pt"
+    stem, _ = os.path.splitext(source.name.removesuffix(".tar"))  # `.pth.tar` is one extension
+    saved = unused(f"{stem}.recovered", ".pt")
     return Hint("list what lies in it, or save that", command("recover", source.name, saved))
 
 
