@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 from ckptfix import door
 from ckptfix.contents.specs import spec
 from ckptfix.contents.state_dicts import choose
-from ckptfix.contents.tensors import is_special_tensor, special_class
+from ckptfix.contents.tensors import as_tensor, is_special_tensor, special_class
 from ckptfix.diagnose import damage
 from ckptfix.edit import averages, edits
-from ckptfix.errors import UnsupportedError
+from ckptfix.errors import ReadError, UnsupportedError
 from ckptfix.formats import embedded
 from ckptfix.keys import globs, wrappers
 from ckptfix.match import mismatches
 from ckptfix.match import target as targets
 from ckptfix.match.choose import match
 from ckptfix.report import META
-from ckptfix.torch_bridge import materialize, trial
+from ckptfix.torch_bridge import filling, materialize
 from ckptfix.tree.document import Inert
 from ckptfix.words import listed
 
@@ -37,23 +37,31 @@ if TYPE_CHECKING:
     from ckptfix.match.choose import Match
     from ckptfix.report import Report
     from ckptfix.torch_bridge.materialize import MapLocation
+    from ckptfix.tree import document as described
     from ckptfix.tree.document import Document, Node
 
 
 def load(
-    path: str | os.PathLike[str], *, map_location: MapLocation = "cpu", verify: bool = False
+    path: str | os.PathLike[str],
+    *,
+    map_location: MapLocation = "cpu",
+    mmap: bool = False,
+    verify: bool = False,
 ) -> Any:
     """Everything in a checkpoint, as `torch.load` gives it, without running anything from the file.
 
-    Tensors have the shapes, strides, dtypes and sharing that were saved; they lie over a private
-    memory map of the file until they are written to. Objects of unknown classes come back inert
-    (`Inert`).
+    Tensors have the shapes, strides, dtypes and sharing that were saved. Objects of unknown classes
+    come back inert (`Inert`).
 
     Args:
         path: a file in any container that ckptfix reads.
         map_location: where tensors go: a device, a mapping of saved tags to devices, or a
             callable, as in `torch.load`; `"auto"` is the visible GPU with the most free memory,
             the CPU if there is none.
+        mmap: whether tensors lie over a private map of the file, as in `torch.load`: then nothing
+            is read before it is used, and no memory is taken. Only for files that nobody writes to
+            meanwhile: what overwrites one in place, as `torch.save` does, changes what was loaded,
+            or ends the process. Without it tensors have memory of their own.
         verify: whether to read every byte first and hold it against the checksums on record, which
             takes as long as reading the file; `torch.load` never does. Names, shapes and the bounds
             of each tensor are always checked.
@@ -64,7 +72,10 @@ def load(
     document = door.read(path)
     if verify:
         damage.check_tensors(document, document.root)
-    return materialize.tree(document.root, _materializer(document, map_location))
+    materializer = _materializer(document, map_location, mmap)
+    loaded = materialize.tree(document.root, materializer)
+    materializer.check()
+    return loaded
 
 
 def load_state_dict(
@@ -76,6 +87,7 @@ def load_state_dict(
     drop: str | Sequence[str] = (),
     strict: bool = True,
     map_location: MapLocation = "cpu",
+    mmap: bool = False,
     verify: bool = False,
 ) -> OrderedDict[str, Tensor]:
     """The state dict in a checkpoint, keyed as `model` expects it.
@@ -94,6 +106,7 @@ def load_state_dict(
         strict: whether every key and shape of the model has to be there; otherwise the nearest
             names are taken.
         map_location: as in `load`.
+        mmap: as in `load`.
         verify: as in `load`, for the bytes of this state dict.
 
     Raises:
@@ -110,13 +123,13 @@ def load_state_dict(
         mapping = choose(document, select).mapping
         gone = globs.matching(mapping, _patterns(drop), document.name)
         kept = edits.mapping_without(mapping, gone) if gone else mapping
-        return _loaded(document, kept, map_location, verify)
+        return _loaded(document, kept, map_location, mmap, verify)
     found = match(
         document, targets.of_module(model), select, partly=not strict, drop=_patterns(drop)
     )
     if found.unused:
         warnings.warn(_left_out(document, model, found), stacklevel=2)
-    return _loaded(document, found.mapping(), map_location, verify)
+    return _loaded(document, found.mapping(), map_location, mmap, verify)
 
 
 def load_into(
@@ -127,9 +140,15 @@ def load_into(
     average: bool = False,
     drop: str | Sequence[str] = (),
     strict: bool = True,
+    map_location: MapLocation = "cpu",
+    mmap: bool = False,
     verify: bool = False,
 ) -> Report:
     """Load a checkpoint into a model, wherever the model's parameters live.
+
+    Parameters that have memory get values, as with `load_state_dict`. Those on the meta device get
+    what was loaded in their place, with the model's dtypes, ties and `requires_grad`: they are new
+    objects then, so make the optimizer afterwards.
 
     Args:
         model: the module to load into; unchanged where this raises.
@@ -139,13 +158,16 @@ def load_into(
         drop: keys to leave out, by a pattern of the whole key, such as `*lora_*`, or several.
         strict: whether every key of the model has to be there. Shapes have to match where keys do,
             as in torch.
+        map_location: where parameters go that are on the meta device; others stay where they are.
+        mmap: as in `load`; the map is needed afterwards only for what was on the meta device.
         verify: as in `load`, for the bytes that are loaded, before the model is touched.
 
     Returns:
         How the keys compared. `unexpected` are those that the model does not have and that were
         left out, as `ckptfix fix` leaves them out; `passed_over` tells of averages that fit as
         well. `loads` is True where the model got all that it wants. With `strict=False`, `missing`
-        are the keys that kept their values.
+        are the keys that kept their values. `assigned` counts what was on the meta device and is
+        loaded; `on_meta` names what is still there, and a `UserWarning` does.
 
     Raises:
         KeyMismatchError: the keys or shapes do not fit; carries the `Report`, and prints as a list.
@@ -158,13 +180,55 @@ def load_into(
     found = match(document, wanted, select, partly=not strict, drop=_patterns(drop))
     if found.report.refused:
         raise mismatches.error(document, found.state, found.report, wanted.name)
-    loaded = _loaded(document, found.mapping(), "cpu", verify)
+    mapping = found.mapping()
+    if not mmap and _is_large(mapping) and filling.copies(model, mapping):
+        _poured(document, model, mapping, verify)
+        return replace(found.report, left_out=True)
+    place = map_location if filling.without_memory(model) else "cpu"
+    loaded = _loaded(document, mapping, place, mmap, verify)
     try:
-        trial.load(model, loaded, strict=strict)
+        filled = filling.fill(model, loaded, strict=strict)
     except Exception as error:
         report = replace(found.report, refusals=[f"{type(error).__name__}: {error}"])
         raise mismatches.error(document, found.state, report, wanted.name) from error
-    return replace(found.report, left_out=True)
+    if filled.on_meta:
+        warnings.warn(_without_memory(document, model, filled.on_meta), stacklevel=2)
+    return replace(found.report, left_out=True, **filled._asdict())
+
+
+STAGED = 1 << 30
+"""Bytes of tensors up to which all are read before a model is touched that has values."""
+
+
+def _is_large(mapping: Mapping[str, Node]) -> bool:
+    """Whether a state dict of nothing but dense tensors has more than `STAGED` bytes of them."""
+    tensors = [as_tensor(node) for node in mapping.values()]
+    return all(tensors) and sum(tensor.nbytes for tensor in tensors if tensor) > STAGED
+
+
+def _poured(
+    document: Document, model: nn.Module, mapping: Mapping[str, Node], verify: bool
+) -> None:
+    """A large state dict copied into a model one storage at a time. All was judged before."""
+    if verify:
+        damage.check_tensors(document, mapping)
+    groups: dict[int, dict[str, described.Tensor]] = {}
+    for key, node in mapping.items():
+        if (tensor := as_tensor(node)) is not None:
+            groups.setdefault(id(tensor.storage), {})[key] = tensor
+    try:
+        for group in groups.values():
+            materializer = _materializer(document, "cpu", mmap=False)
+            filling.pour(model, group, materializer)
+            materializer.check()
+    except ReadError as error:
+        error.details = (*error.details, "the model has a part of it now: load it again")
+        raise
+
+
+def _without_memory(document: Document, model: nn.Module, names: list[str]) -> str:
+    kind, verb = type(model).__name__, "is" if len(names) == 1 else "are"
+    return f"{document.name} has not all of {kind}: {listed(names)} {verb} still on the meta device"
 
 
 def _patterns(drop: str | Sequence[str]) -> Sequence[str]:
@@ -176,13 +240,19 @@ def _left_out(document: Document, model: nn.Module, found: Match) -> str:
     return f"{document.name}: left out what {kind} does not have: {listed(found.unused)}"
 
 
-def _materializer(document: Document, map_location: MapLocation) -> materialize.Materializer:
+def _materializer(
+    document: Document, map_location: MapLocation, mmap: bool
+) -> materialize.Materializer:
     place = materialize.placement(map_location)
-    return materialize.Materializer(place, document.byteorder)
+    return materialize.Materializer(place, document.byteorder, mapped=mmap)
 
 
 def _loaded(
-    document: Document, mapping: dict[str, Node], map_location: MapLocation, verify: bool
+    document: Document,
+    mapping: dict[str, Node],
+    map_location: MapLocation,
+    mmap: bool,
+    verify: bool,
 ) -> OrderedDict[str, Any]:
     kinds = {key: kind for key, node in mapping.items() if (kind := _kind(node))}
     for key, kind in kinds.items():
@@ -194,7 +264,9 @@ def _loaded(
             )
     if verify:
         damage.check_tensors(document, mapping)
-    made = materialize.tree(mapping, _materializer(document, map_location))
+    materializer = _materializer(document, map_location, mmap)
+    made = materialize.tree(mapping, materializer)
+    materializer.check()
     for key, kind in kinds.items():
         if isinstance(made[key], Inert):
             raise UnsupportedError(

@@ -88,6 +88,10 @@ class Report:
     """Where averages of the weights stand that fit as well, and were not taken."""
     left_out: bool = False
     """Whether the unexpected keys were left out, as `load_into` leaves them out."""
+    assigned: int = 0
+    """Parameters and buffers that were on the meta device, and that `load_into` gave memory."""
+    on_meta: list[str] = field(default_factory=list)
+    """Those that still have none once it is loaded: buffers, mostly, that no file holds."""
 
     @property
     def loads(self) -> bool:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -24,7 +25,7 @@ from ckptfix.errors import (
 )
 from fixtures.foonet import FooNet
 from tests.conftest import FIXTURES
-from tests.oracles import bits, unlike
+from tests.oracles import bits, sharing, unlike
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -124,11 +125,12 @@ def test_values_that_are_no_tensors_come_back_as_torch_gives_them():
 # Memory
 
 
+@pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("name", ["cpu.pt", "legacy.pt", "plain.safetensors"])
-def test_changing_a_loaded_tensor_never_changes_the_file(name: str, tmp_path: Path):
+def test_changing_a_loaded_tensor_never_changes_the_file(name: str, mmap: bool, tmp_path: Path):
     path = tmp_path / name
     shutil.copy(FIXTURES / name, path)
-    loaded = ckptfix.load_state_dict(path)
+    loaded = ckptfix.load_state_dict(path, mmap=mmap)
     for tensor in loaded.values():
         tensor.fill_(7)
     assert path.read_bytes() == (FIXTURES / name).read_bytes()
@@ -137,7 +139,72 @@ def test_changing_a_loaded_tensor_never_changes_the_file(name: str, tmp_path: Pa
     assert all((tensor == 7).all() for tensor in loaded.values())
 
 
-def test_loading_does_not_hold_the_file_in_memory(tmp_path: Path):
+@pytest.mark.parametrize("name", ["cpu.pt", "legacy.pt", "plain.safetensors", "tied.pt"])
+def test_a_map_gives_what_reading_gives(name: str):
+    path = FIXTURES / name
+    mapped, read = (ckptfix.load(path, mmap=mmap) for mmap in (True, False))
+    assert unlike(mapped, read) is None
+    assert sharing(mapped) == sharing(read)
+
+
+OVERWRITES = {
+    "torch.save": "torch.save(loaded, path)",
+    "torch.save of less": "torch.save({'w': torch.zeros(1)}, path)",
+    "cut short": "os.truncate(path, 100)",
+    "emptied": "open(path, 'wb').close()",
+    "zeros": "size = os.path.getsize(path); open(path, 'r+b').write(bytes(size))",
+    "ckptfix.save": "ckptfix.save(loaded, path, force=True)",
+}
+
+
+@pytest.mark.parametrize("how", OVERWRITES)
+@pytest.mark.parametrize("load", ["load", "load_state_dict", "load_into"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".legacy.pt"])
+def test_overwriting_what_was_loaded_changes_nothing_in_memory(
+    load: str, how: str, suffix: str, tmp_path: Path
+):
+    path = tmp_path / f"last{suffix}"
+    state = {"w": torch.arange(300_000.0)}
+    if suffix == ".safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=suffix == ".pt")
+    code = (
+        "import os, sys, torch, ckptfix\n"
+        "path, load = sys.argv[1:]\n"
+        "if load == 'load_into':\n"
+        "    model = torch.nn.Module()\n"
+        "    model.w = torch.nn.Parameter(torch.empty(300_000, device='meta'))\n"
+        "    ckptfix.load_into(model, path)\n"
+        "    loaded = dict(model.state_dict())\n"
+        "else:\n"
+        "    loaded = getattr(ckptfix, load)(path)\n"
+        f"{OVERWRITES[how]}\n"
+        "assert torch.equal(loaded['w'].cpu(), torch.arange(300_000.0))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, str(path), load], capture_output=True)
+    assert ran.returncode == 0, ran.stderr.decode()
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = saved({"a": torch.ones(9), "b": torch.ones(9)}, tmp_path / "in.pt")
+
+    def place(storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
+        with path.open("r+b") as file:
+            file.seek(0, 2)
+            file.write(b"x")
+        return storage
+
+    with pytest.raises(ReadError, match="was changed while it was read"):
+        ckptfix.load(path, map_location=place)
+    path = saved(pair(), tmp_path / "in.pt")
+    with pytest.raises(ReadError, match="was changed while it was read"):
+        ckptfix.load_state_dict(path, map_location=place)
+
+
+def test_a_map_does_not_hold_the_file_in_memory(tmp_path: Path):
     path = tmp_path / "big.pt"
     with path.open("wb") as file:
         torch.save({"w": torch.zeros(64 << 20, dtype=torch.uint8)}, file)
@@ -147,7 +214,7 @@ def test_loading_does_not_hold_the_file_in_memory(tmp_path: Path):
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return next(int(line.split()[1]) for line in lines if line.startswith('RssAnon'))\n"
         "before = anonymous()\n"
-        "loaded = ckptfix.load_state_dict(sys.argv[1])\n"
+        "loaded = ckptfix.load_state_dict(sys.argv[1], mmap=True)\n"
         "total = int(loaded['w'].sum())\n"
         "print(anonymous() - before)"
     )
@@ -168,7 +235,7 @@ def test_tensors_outlive_the_file(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["tied.pt", "views.pt"])
 def test_shared_storages_share_memory_as_after_torch_load(name: str):
-    def sharing(loaded: dict[str, torch.Tensor]) -> list[list[str]]:
+    def groups_of(loaded: dict[str, torch.Tensor]) -> list[list[str]]:
         groups: dict[int, list[str]] = {}
         for key, tensor in loaded.items():
             if tensor.numel():
@@ -176,7 +243,7 @@ def test_shared_storages_share_memory_as_after_torch_load(name: str):
         return sorted(groups.values())
 
     ours, theirs = ckptfix.load_state_dict(FIXTURES / name), torch.load(FIXTURES / name)
-    assert sharing(ours) == sharing(theirs)
+    assert groups_of(ours) == groups_of(theirs)
     layout = {key: (t.stride(), t.storage_offset()) for key, t in theirs.items()}
     assert {key: (t.stride(), t.storage_offset()) for key, t in ours.items()} == layout
     assert unlike(dict(ours), dict(theirs)) is None

@@ -1,8 +1,10 @@
-"""Described tensors made into torch tensors, over a private memory map of their file.
+"""Described tensors made into torch tensors, in memory of their own or over a map of their file.
 
-Nothing is copied until it is written to: the system fills the map from the file, and a page that
-a program changes becomes its own. Only bytes that lie where their dtype cannot be read (old
-containers do not align them), that are computed, or that are in another byte order, are copied.
+Memory of their own is read from the file once: whatever becomes of the file then, they stay. Over a
+map nothing is read until it is used, and a page that a program changes becomes its own; but whoever
+writes to the file changes what is not read yet, and whoever cuts it short ends the process. Bytes
+that lie where their dtype cannot be read (old containers do not align them), that are computed, or
+that are in another byte order, are always read.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.serialization import default_restore_location
 
+from ckptfix.bytes.engine import fill
+from ckptfix.bytes.source import everything
+from ckptfix.bytes.span import cut
 from ckptfix.contents.tensors import DEVICE_TENSORS, as_tensor, undressed
 from ckptfix.errors import CkptfixError, UnsupportedError
 from ckptfix.limits import DEFAULT
@@ -44,13 +49,17 @@ class Materializer:
     """Makes tensors of one document. Tensors that share a storage there share memory here.
 
     `place` puts a storage from the CPU where it belongs, given the tag it was saved with;
-    `byteorder` is the document's.
+    `byteorder` is the document's; with `mapped` tensors lie over a private map of their file.
     """
 
-    def __init__(self, place: Place | None = None, byteorder: str = "little") -> None:
+    def __init__(
+        self, place: Place | None = None, byteorder: str = "little", *, mapped: bool = False
+    ) -> None:
         self._place = place
         self._swap = byteorder != sys.byteorder
+        self._mapped = mapped
         self._maps: dict[int, tuple[Source, mmap.mmap]] = {}
+        self._read: dict[int, Source] = {}
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._kept: list[Storage] = []
 
@@ -67,6 +76,20 @@ class Materializer:
             torch._C._set_neg(made, True)
         differentiable = dtype.is_complex or dtype.is_floating_point
         return made.requires_grad_(tensor.requires_grad and differentiable)
+
+    def copy_into(self, out: torch.Tensor, tensor: Tensor) -> None:
+        """Give a tensor that has memory the values of `tensor`; read straight into it if it can be.
+
+        Of the storages nothing is kept then.
+        """
+        dtype: torch.dtype = getattr(torch, tensor.dtype.name)
+        plain = not (self._swap or tensor.metadata) and tensor.is_contiguous
+        if not (plain and out.is_cpu and out.dtype == dtype and out.is_contiguous()):
+            out.copy_(self.tensor(tensor).reshape(out.shape))  # torch 0.3 had no 0-d tensors
+        elif tensor.numel:
+            spans = cut(tensor.storage.spans, tensor.offset * dtype.itemsize, tensor.nbytes)
+            self._read.update((id(span.source), span.source) for span in spans)
+            fill(out.detach().view(-1).view(torch.uint8).numpy().data, spans)
 
     def storage(self, storage: Storage) -> torch.UntypedStorage | torch.TypedStorage:
         """The storage that `storage` describes, as `torch.load` gives one that is in no tensor."""
@@ -89,15 +112,26 @@ class Materializer:
     def _on_cpu(self, storage: Storage, dtype: DType) -> torch.UntypedStorage:
         if not storage.nbytes:
             return torch.empty(0, dtype=torch.uint8).untyped_storage()
+        self._read.update((id(span.source), span.source) for span in storage.spans)
         span = storage.spans[0]
-        if len(storage.spans) == 1 and not self._swap and span.source.fileno() is not None:
+        may_map = self._mapped and len(storage.spans) == 1 and not self._swap
+        if may_map and span.source.fileno() is not None:
             begin = span.source.begin + span.offset
             if begin % dtype.word == 0:
                 return _flat(self._map(span.source), begin, span.length)
-        copied = bytearray(b"".join(part.read() for part in storage.spans))
         if self._swap:
+            copied = bytearray(b"".join(part.read() for part in storage.spans))
             swap_bytes(copied, storage.dtype.word)
-        return _flat(copied, 0, len(copied))
+            return _flat(copied, 0, len(copied))
+        own = torch.empty(sum(part.length for part in storage.spans), dtype=torch.uint8)
+        fill(own.numpy().data, storage.spans)
+        return own.untyped_storage()
+
+    def check(self) -> None:
+        """Raise `ReadError` where a file was written to while it was read."""
+        for source in self._read.values():
+            for one in everything(source):
+                one.check()
 
     def _map(self, source: Source) -> mmap.mmap:
         known = self._maps.get(id(source))
