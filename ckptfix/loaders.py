@@ -23,7 +23,7 @@ from ckptfix.match import mismatches
 from ckptfix.match import target as targets
 from ckptfix.match.choose import match
 from ckptfix.report import META
-from ckptfix.torch_bridge import filling, materialize
+from ckptfix.torch_bridge import filling, materialize, plain
 from ckptfix.tree.document import Inert
 from ckptfix.words import listed
 
@@ -123,13 +123,19 @@ def load_state_dict(
         mapping = choose(document, select).mapping
         gone = globs.matching(mapping, _patterns(drop), document.name)
         kept = edits.mapping_without(mapping, gone) if gone else mapping
-        return _loaded(document, kept, map_location, mmap, verify)
+        loaded, unknown = _loaded(document, kept, map_location, mmap, verify, strict)
+        if unknown:
+            warnings.warn(_not_built(document, unknown), stacklevel=2)
+        return loaded
     found = match(
         document, targets.of_module(model), select, partly=not strict, drop=_patterns(drop)
     )
     if found.unused:
         warnings.warn(_left_out(document, model, found), stacklevel=2)
-    return _loaded(document, found.mapping(), map_location, mmap, verify)
+    loaded, unknown = _loaded(document, found.mapping(), map_location, mmap, verify, strict)
+    if unknown:
+        warnings.warn(_not_built(document, unknown), stacklevel=2)
+    return loaded
 
 
 def load_into(
@@ -185,7 +191,7 @@ def load_into(
         _poured(document, model, mapping, verify)
         return replace(found.report, left_out=True)
     place = map_location if filling.without_memory(model) else "cpu"
-    loaded = _loaded(document, mapping, place, mmap, verify)
+    loaded, unknown = _loaded(document, mapping, place, mmap, verify, strict)
     try:
         filled = filling.fill(model, loaded, strict=strict)
     except Exception as error:
@@ -193,7 +199,11 @@ def load_into(
         raise mismatches.error(document, found.state, report, wanted.name) from error
     if filled.on_meta:
         warnings.warn(_without_memory(document, model, filled.on_meta), stacklevel=2)
-    return replace(found.report, left_out=True, **filled._asdict())
+    report = replace(found.report, left_out=True, **filled._asdict())
+    if unknown:
+        missing = [*report.missing, *unknown]
+        report = replace(report, missing=missing)
+    return report
 
 
 STAGED = 1 << 30
@@ -240,6 +250,10 @@ def _left_out(document: Document, model: nn.Module, found: Match) -> str:
     return f"{document.name}: left out what {kind} does not have: {listed(found.unused)}"
 
 
+def _not_built(document: Document, keys: Sequence[str]) -> str:
+    return f"{document.name}: left out what cannot be built without running code: {listed(keys)}"
+
+
 def _materializer(
     document: Document, map_location: MapLocation, mmap: bool
 ) -> materialize.Materializer:
@@ -253,7 +267,9 @@ def _loaded(
     map_location: MapLocation,
     mmap: bool,
     verify: bool,
-) -> OrderedDict[str, Any]:
+    strict: bool = True,
+) -> tuple[OrderedDict[str, Any], list[str]]:
+    """The tensors and plain values of a state dict, and without `strict`, the keys of the rest."""
     kinds = {key: kind for key, node in mapping.items() if (kind := _kind(node))}
     for key, kind in kinds.items():
         if kind == META:
@@ -267,14 +283,22 @@ def _loaded(
     materializer = _materializer(document, map_location, mmap)
     made = materialize.tree(mapping, materializer)
     materializer.check()
-    for key, kind in kinds.items():
-        if isinstance(made[key], Inert):
+    unknown = {key: cls for key, value in made.items() if (cls := plain.unknown(value))}
+    for key, cls in unknown.items():
+        if key in kinds:
             raise UnsupportedError(
-                f"{key!r} is a tensor of another kind: {kind}",
+                f"{key!r} is a tensor of another kind: {kinds[key]}",
                 where=document.name,
                 hint="load it with torch.load, and give that to ckptfix.strip_prefix",
             )
-    return made if isinstance(made, OrderedDict) else OrderedDict(made)
+        if strict:
+            raise UnsupportedError(
+                f"{key!r} is or holds a {cls}, which is not built, since that would run its code",
+                where=document.name,
+                hint="pass strict=False, which leaves it out",
+            )
+        del made[key]
+    return made if isinstance(made, OrderedDict) else OrderedDict(made), list(unknown)
 
 
 def _kind(node: Node) -> str:

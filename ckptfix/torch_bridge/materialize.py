@@ -25,6 +25,7 @@ from ckptfix.contents.tensors import DEVICE_TENSORS, as_tensor, undressed
 from ckptfix.errors import CkptfixError, UnsupportedError
 from ckptfix.limits import DEFAULT
 from ckptfix.pickles.torch_objects import check_layout
+from ckptfix.torch_bridge.plain import revived
 from ckptfix.tree.document import Global, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.tree.dtypes import UNTYPED, swap_bytes
 from ckptfix.tree.rebuild import rebuild
@@ -188,8 +189,8 @@ def _freest_device() -> str:
 def tree(root: Node, materializer: Materializer) -> Any:
     """A tree with its tensors made, and the plain objects that torch checkpoints hold.
 
-    Devices, dtypes, sizes, sets, complex numbers and parameters become what they were, and so do
-    sparse and quantized tensors, and those without bytes; objects of other classes stay `Inert`.
+    Parameters, sparse and quantized tensors, and those without bytes, become what they were, and so
+    do objects whose values are known (`plain`); those of other classes stay `Inert`.
     RNG states stay on the CPU, where torch wants them.
     """
     rng = {id(node.storage) for node in _rng_states(root)}
@@ -205,15 +206,19 @@ def tree(root: Node, materializer: Materializer) -> Any:
         if isinstance(node, Inert):
             dense = as_tensor(node)
             made = special(node, materializer) if dense is None else materializer.tensor(dense)
-            return _revived(node) if made is None else _parameter(node, made)
+            return revived(node) if made is None else _parameter(node, made)
         return _dtype(node) if type(node) is Global else node
 
-    return rebuild(root, change, _keep_metadata)
+    def finish(node: Node, made: Any) -> None:
+        if isinstance(node, OrderedMap) and node.metadata is not None:
+            made._metadata = OrderedDict(rebuild(node.metadata, change))
+
+    return rebuild(root, change, finish)
 
 
 def _check_keys(node: dict[Node, Node]) -> None:
     """Refuse a set that serves as a key; no pickle that was saved has one."""
-    if any(type(key) is Inert and isinstance(_revived(key), set) for key in node):
+    if any(type(key) is Inert and isinstance(revived(key), set) for key in node):
         raise UnsupportedError("a set serves as a key")
 
 
@@ -221,19 +226,22 @@ def _parameter(node: Inert, made: torch.Tensor) -> torch.Tensor:
     """What a parameter was; of numpy arrays and others that are seen as tensors, the tensor."""
     if node.function not in _PARAMETERS or not (made.is_floating_point() or made.is_complex()):
         return made
-    wants_grad = len(node.args) > 1 and node.args[1] is True
-    return torch.nn.Parameter(made.detach(), requires_grad=wants_grad)
+    return torch.nn.Parameter(made.detach(), requires_grad=_wants_gradient(node))
 
 
+def _wants_gradient(node: Inert) -> bool:
+    state = node.state if isinstance(node.state, tuple) else ()
+    if node.function == _PARAMETER and len(node.args) < 2:  # of 2017, as torch reads those
+        return bool(state[0] if len(state) == 3 else state[3] if len(state) == 5 else True)
+    return len(node.args) > 1 and node.args[1] is True
+
+
+_PARAMETER = Global("torch.nn.parameter", "Parameter")
 _PARAMETERS = (
     Global("torch._utils", "_rebuild_parameter"),
     Global("torch._utils", "_rebuild_parameter_with_state"),
+    _PARAMETER,
 )
-
-
-def _keep_metadata(node: Node, made: Any) -> None:
-    if isinstance(node, OrderedMap) and node.metadata is not None:
-        made._metadata = OrderedDict(node.metadata)
 
 
 def _dtype(node: Global) -> Any:
@@ -305,7 +313,7 @@ def _part(node: Node, materializer: Materializer) -> Any:
     if dense is not None:
         return materializer.tensor(dense)
     if isinstance(node, Inert):
-        return _revived(node)
+        return revived(node)
     if type(node) is Global:
         return _SCHEMES[node.name]
     return node
@@ -323,36 +331,7 @@ _SPECIAL: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-# --- plain objects
-
-_SCALARS = (str, int, float, bool, type(None), bytes)
-
-
-def _revived(node: Inert) -> Any:
-    """What an inert object of a few harmless classes stands for; others as they are."""
-    make = _HARMLESS.get(str(node.function))
-    if make is None or node.has_state or node.items or node.pairs or node.how != "reduce":
-        return node
-    parts = node.args[0] if len(node.args) == 1 else node.args
-    if not all(isinstance(part, _SCALARS) for part in (parts if _is_row(parts) else [parts])):
-        return node
-    try:
-        return make(*node.args)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return node
-
-
-def _is_row(node: Node) -> bool:
-    return isinstance(node, (list, tuple))
-
-
-_HARMLESS: dict[str, Callable[..., Any]] = {
-    "torch.device": torch.device,
-    "torch.Size": torch.Size,
-    **{f"{module}.set": set for module in ("builtins", "__builtin__")},
-    **{f"{module}.frozenset": frozenset for module in ("builtins", "__builtin__")},
-    **{f"{module}.complex": complex for module in ("builtins", "__builtin__")},
-}
+# --- random number generators
 
 
 def _rng_states(root: Node) -> list[Tensor]:

@@ -150,6 +150,14 @@ class Inert:
     items: list[Node] = field(default_factory=list)
     pairs: list[tuple[Node, Node]] = field(default_factory=list)
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in Inert.__slots__:
+            raise AttributeError(name)
+        where = f".attributes[{name!r}]" if name in self.attributes else ".attributes and .state"
+        raise AttributeError(
+            f"a {self.cls} is not built, since that would run its code: see {where}", name=name
+        )
+
     @property
     def cls(self) -> str:
         """What a person would call its class, such as `argparse.Namespace`."""
