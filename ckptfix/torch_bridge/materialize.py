@@ -25,6 +25,7 @@ from ckptfix.contents.tensors import DEVICE_TENSORS, as_tensor, undressed
 from ckptfix.errors import CkptfixError, UnsupportedError
 from ckptfix.limits import DEFAULT
 from ckptfix.pickles.torch_objects import check_layout
+from ckptfix.torch_bridge import trusted
 from ckptfix.torch_bridge.plain import revived
 from ckptfix.tree.document import Global, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.tree.dtypes import UNTYPED, swap_bytes
@@ -63,6 +64,8 @@ class Materializer:
         self._read: dict[int, Source] = {}
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._kept: list[Storage] = []
+        self._marked = trusted.marked()
+        self._depth = 0
 
     def tensor(self, tensor: Tensor, *, stay: bool = False) -> torch.Tensor:
         """The tensor that `tensor` describes; with `stay` on the CPU, wherever the others go."""
@@ -128,6 +131,23 @@ class Materializer:
         fill(own.numpy().data, storage.spans)
         return own.untyped_storage()
 
+    def of_marked_class(self, node: Inert) -> torch.Tensor | None:
+        """A tensor of a class that the program has marked as safe, also in a parameter, or None."""
+        if node.function in _PARAMETERS and node.args and isinstance(node.args[0], Inert):
+            node = node.args[0]
+        if not self._marked or self._depth > _DEPTH:
+            return None
+        self._depth += 1
+        try:
+            return trusted.tensor(node, self._marked, lambda part: tree(part, self))
+        finally:
+            self._depth -= 1
+
+    def value(self, node: Inert) -> Any:
+        """What an inert object stands for that is no tensor; itself where that is not known."""
+        made = trusted.making(node, self._marked)
+        return revived(node) if made is None else made
+
     def check(self) -> None:
         """Raise `ReadError` where a file was written to while it was read."""
         for source in self._read.values():
@@ -143,6 +163,10 @@ class Materializer:
             mapped = mmap.mmap(descriptor, end, access=mmap.ACCESS_COPY)
             known = self._maps[id(source)] = (source, mapped)
         return known[1]
+
+
+_DEPTH = 8
+"""How many tensors may lie around one another."""
 
 
 def _flat(data: mmap.mmap | bytearray, offset: int, length: int) -> torch.UntypedStorage:
@@ -206,7 +230,9 @@ def tree(root: Node, materializer: Materializer) -> Any:
         if isinstance(node, Inert):
             dense = as_tensor(node)
             made = special(node, materializer) if dense is None else materializer.tensor(dense)
-            return revived(node) if made is None else _parameter(node, made)
+            if made is None:
+                made = materializer.of_marked_class(node)
+            return materializer.value(node) if made is None else _parameter(node, made)
         return _dtype(node) if type(node) is Global else node
 
     def finish(node: Node, made: Any) -> None:

@@ -266,4 +266,5 @@ def _within(value: Any) -> Iterable[Any]:
         return (*value, *value.values())
     if isinstance(value, (list, tuple, deque, set, frozenset)):
         return value
-    return vars(value).values() if isinstance(value, (Namespace, SimpleNamespace)) else ()
+    attributes = getattr(value, "__dict__", None)
+    return attributes.values() if isinstance(attributes, dict) else ()
