@@ -2,41 +2,77 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ckptfix import door
 from ckptfix.bytes.place import Place
 from ckptfix.contents.state_dicts import choose, choose_all, find
+from ckptfix.contents.tensors import as_tensor
 from ckptfix.diagnose.document import diagnose
-from ckptfix.edit import averages, casting, compacting, edits, reduce
-from ckptfix.errors import SelectionError
-from ckptfix.keys import wrappers
+from ckptfix.edit import averages, casting, compacting, edits, optimizers, reduce
+from ckptfix.errors import KeyCollisionError, RenameError, SelectionError, UnsupportedError
+from ckptfix.hints import adding
+from ckptfix.keys import globs, renaming, wrappers
+from ckptfix.lazy import LazyStateDict, LazyTensor
 from ckptfix.limits import DEFAULT, Limits
-from ckptfix.tree.document import Document
+from ckptfix.tree.document import Document, Inert, OrderedMap, Tensor
+from ckptfix.tree.walk import LEAVES
+from ckptfix.words import listed, size
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
+    import torch
     from torch import nn
 
     from ckptfix.contents.state_dicts import StateDict
     from ckptfix.diffs.documents import Diff
     from ckptfix.edit.casting import Cast
+    from ckptfix.edit.optimizers import Followed
     from ckptfix.findings import Finding
     from ckptfix.report import Report
+    from ckptfix.torch_bridge.materialize import MapLocation
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Checkpoint:
     """The structure of a checkpoint. Edits return another one over the same bytes.
 
     Nothing is loaded and nothing is run: tensors are descriptions, objects of other classes are
     inert.
+
+    Example:
+        >>> import ckptfix
+        >>> ckptfix.open("ddp.pt").strip_prefix().to_cpu().save("out.safetensors")
+        []
     """
 
     document: Document
+
+    def __repr__(self) -> str:
+        states = self.state_dicts
+        rows = [f"  {state.path}: {state.role}, {state.contents}" for state in states[:_ROWS]]
+        rows += [f"  and {len(states) - _ROWS:,} more"] if len(states) > _ROWS else []
+        name, held = self.document.name, size(self.document.nbytes)
+        return "\n".join([f"Checkpoint({name!r}, {self.container}, {held})", *rows])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{escape(state.path)}<td>{state.role}<td>{escape(state.contents)}"
+            for state in self.state_dicts[:_ROWS]
+        )
+        found = "".join(
+            f"<li>{escape(finding.code)}: {escape(finding.message)}"
+            for finding in self.findings[:_ROWS]
+        )
+        name = f"<b>{escape(self.document.name)}</b> {escape(self.container)}"
+        return f"{name}, {size(self.document.nbytes)}<table>{rows}</table><ul>{found}</ul>"
 
     @property
     def container(self) -> str:
@@ -75,22 +111,240 @@ class Checkpoint:
         return self._renamed([(state, wrappers.add(state.mapping, prefix))])
 
     def rename(
-        self, pattern: str, replacement: str, *, select: str | Sequence[str] = ()
+        self,
+        pattern: str | Mapping[str, str],
+        replacement: str | None = None,
+        *,
+        select: str | Sequence[str] = (),
     ) -> Checkpoint:
         """With `re.sub(pattern, replacement, key)` for each key of its state dicts, or of `select`.
+
+        An optimizer that is keyed by name follows; one that is keyed by position needs nothing.
+
+        Args:
+            pattern: a regular expression; or a mapping of old keys to new ones, without
+                `replacement`.
+            replacement: what stands in its place, with groups as in `re.sub`.
+            select: the path of a state dict, or several; without it, all of them.
 
         Raises:
             RenameError: the pattern or the replacement is not valid.
             KeyCollisionError: two keys would become one.
-            SelectionError: there is no such state dict.
+            SelectionError: there is no such state dict, or no such key.
+
+        Example:
+            >>> import ckptfix
+            >>> list(ckptfix.open("model.pt").rename("^0", "first").state_dict())
+            ['first.weight', 'first.bias']
+            >>> list(ckptfix.open("model.pt").rename({"0.bias": "offset"}).state_dict())
+            ['0.weight', 'offset']
         """
         states = choose_all(self.document, [select] if isinstance(select, str) else select)
+        if isinstance(pattern, str):
+            if replacement is None:
+                raise RenameError("a pattern wants a replacement", hint="pass both, or a mapping")
+            return self._renamed(
+                (state, wrappers.substitute(state.mapping, pattern, replacement))
+                for state in states
+            )
+        there = {key for state in states for key in state.mapping}
+        absent = [key for key in pattern if key not in there]
+        if absent:
+            raise SelectionError(
+                f"has no key {absent[0]!r}", where=self.document.name, code="no-such-key"
+            )
         return self._renamed(
-            (state, wrappers.substitute(state.mapping, pattern, replacement)) for state in states
+            (state, renaming.by_mapping(state.mapping, pattern)) for state in states
         )
 
     def _renamed(self, renamings: Any) -> Checkpoint:
         return Checkpoint(edits.rename(self.document, renamings))
+
+    def state_dict(self, path: str | None = None) -> LazyStateDict:
+        """The tensors of one state dict by key, each read when it is asked for.
+
+        Args:
+            path: where it stands, where there are several: one of `state_dicts`.
+
+        Returns:
+            A mapping of keys to `LazyTensor`: `shape`, `dtype`, `device`, `nbytes`, `load()`, and
+            slices that read only their rows.
+
+        Raises:
+            SelectionError: there is no such state dict, or more than one could be meant.
+
+        Example:
+            >>> import ckptfix
+            >>> state = ckptfix.open("model.pt").state_dict()
+            >>> [(key, tensor.shape) for key, tensor in state.items()]
+            [('0.weight', (4, 3)), ('0.bias', (4,))]
+        """
+        return LazyStateDict(self.document, path)
+
+    def tensor(
+        self, key: str, *, select: str | None = None, map_location: MapLocation = "cpu"
+    ) -> torch.Tensor:
+        """One tensor, without reading any other.
+
+        Args:
+            key: its name in the state dict.
+            select: where that stands, where there are several.
+            map_location: where the tensor goes, as in `torch.load`; or `"auto"`.
+
+        Raises:
+            SelectionError: there is no such state dict, or no such tensor in it.
+            ReadError: the file cannot be read any longer, or was written to since it was opened.
+
+        Example:
+            >>> import ckptfix
+            >>> ckptfix.open("model.pt").tensor("0.bias").shape
+            torch.Size([4])
+        """
+        return self.state_dict(select).named(key).load(map_location)
+
+    def drop(self, *patterns: str, select: str | None = None) -> Checkpoint:
+        """Without the keys that a pattern matches, in one state dict.
+
+        An optimizer goes with its parameters; one of which that cannot be told is left out, and a
+        `UserWarning` names it.
+
+        Args:
+            patterns: of whole keys; `*` is any text, dots too.
+            select: where the state dict stands, where there are several.
+
+        Raises:
+            SelectionError: a pattern matches no key, or there is no such state dict.
+
+        Example:
+            >>> import ckptfix
+            >>> list(ckptfix.open("model.pt").drop("*.bias").state_dict())
+            ['0.weight']
+        """
+        state = choose(self.document, select)
+        gone = globs.matching(state.mapping, patterns, self.document.name)
+        return self._without(state, gone)
+
+    def keep(self, *patterns: str, select: str | None = None) -> Checkpoint:
+        """With only the keys that a pattern matches, in one state dict; otherwise as `drop`.
+
+        Example:
+            >>> import ckptfix
+            >>> list(ckptfix.open("model.pt").keep("*.bias").state_dict())
+            ['0.bias']
+        """
+        state = choose(self.document, select)
+        kept = globs.matching(state.mapping, patterns, self.document.name)
+        return self._without(state, state.mapping.keys() - kept)
+
+    def _without(self, state: StateDict, gone: Collection[str]) -> Checkpoint:
+        left = edits.mapping_without(state.mapping, gone)
+        made = edits.with_mapping(self.document, state, left)
+        return _followed(optimizers.follow(made, state, {key: key for key in left}))
+
+    def set(self, key: str, value: object, *, select: str | None = None) -> Checkpoint:
+        """With a tensor, or a plain value, under a key of one state dict.
+
+        A new key comes last. Where a tensor is new or has another shape, no optimizer fits any
+        longer: they are left out, and a `UserWarning` names them.
+
+        Args:
+            key: the name in the state dict.
+            value: a torch tensor, a `LazyTensor`, or a plain value.
+            select: where the state dict stands, where there are several.
+
+        Raises:
+            SelectionError: there is no such state dict, or more than one could be meant.
+            UnsupportedError: the value is of a class that cannot be written.
+
+        Example:
+            >>> import ckptfix, torch
+            >>> ckptfix.open("model.pt").set("0.bias", torch.ones(4)).tensor("0.bias")
+            tensor([1., 1., 1., 1.])
+        """
+        return self._with(choose(self.document, select), {key: value})
+
+    def merge(
+        self,
+        other: Checkpoint | Mapping[str, object] | str | os.PathLike[str],
+        *,
+        select: str | None = None,
+        replace: bool = False,
+    ) -> Checkpoint:
+        """With the keys of another state dict in one of its own; the versions of modules as well.
+
+        Args:
+            other: another checkpoint, or a path, which holds one state dict; or a state dict.
+            select: where the state dict of this one stands, where there are several.
+            replace: whether the other one counts where both have a key.
+
+        Raises:
+            RenameError: both have a key, and `replace` is not set.
+            SelectionError: there is no state dict, or more than one could be meant.
+            UnsupportedError: their numbers are in another order of bytes.
+
+        Example:
+            >>> import ckptfix, torch
+            >>> merged = ckptfix.open("model.pt").merge({"head.weight": torch.ones(2, 4)})
+            >>> list(merged.state_dict())
+            ['0.weight', '0.bias', 'head.weight']
+        """
+        state = choose(self.document, select)
+        if isinstance(other, Mapping):
+            return self._with(state, other, replaces=replace)
+        found = other if isinstance(other, Checkpoint) else open(other)
+        if found.document.byteorder != self.document.byteorder:
+            raise UnsupportedError(
+                "has numbers in another order of bytes",
+                where=found.document.name,
+                hint="save both with Checkpoint.save first",
+            )
+        chosen = choose(found.document)
+        given: dict[str, object] = {**chosen.mapping}
+        return self._with(state, given, chosen.metadata, replaces=replace)
+
+    def _with(
+        self,
+        state: StateDict,
+        values: Mapping[str, object],
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        replaces: bool = True,
+    ) -> Checkpoint:
+        twice = next((key for key in values if key in state.mapping and not replaces), None)
+        if twice is not None:
+            hint = adding("let the other one count", "replace")
+            what, where = f"both have a key {twice!r}", self.document.name
+            raise RenameError(what, where=where, hint=hint, code=KeyCollisionError.code)
+        given = {key: self._described(value) for key, value in values.items()}
+        made = OrderedMap({**state.mapping, **given})
+        versions = {**(metadata or {}), **(state.metadata or {})}
+        if isinstance(state.mapping, OrderedMap):
+            made.attributes = state.mapping.attributes
+        if versions:
+            made.attributes = {**(made.attributes or {}), "_metadata": OrderedMap(versions)}
+        document = edits.with_mapping(self.document, state, made)
+        old = {key: as_tensor(state.mapping.get(key)) for key in given}
+        new = {key: as_tensor(node) for key, node in given.items()}
+        fits = all(
+            tensor is None or ((was := old[key]) is not None and was.shape == tensor.shape)
+            for key, tensor in new.items()
+        )
+        return Checkpoint(document) if fits else _followed(optimizers.leave_out(document))
+
+    def _described(self, value: object) -> Any:
+        if isinstance(value, LazyTensor):
+            return value.described(self.document.byteorder)
+        if isinstance(value, (Tensor, Inert)) or type(value) in LEAVES:
+            return value
+        from ckptfix.torch_bridge.describe import describe
+
+        if self.document.byteorder != sys.byteorder:
+            raise UnsupportedError(
+                "has numbers in another order of bytes than this machine",
+                where=self.document.name,
+                hint="save it with Checkpoint.save first",
+            )
+        return describe(value)
 
     def to_cpu(self) -> Checkpoint:
         """With every storage tagged `cpu`."""
@@ -212,6 +466,19 @@ class Checkpoint:
         from ckptfix.edit import inplace
 
         inplace.apply(inplace.prepare(self.document))
+
+
+def _followed(found: Followed) -> Checkpoint:
+    """A checkpoint whose optimizers were changed, with a warning that names what was left out."""
+    if found.left_out:
+        paths = listed(found.left_out)
+        what = f"left out {paths}: it cannot be told which of it belongs to which parameter"
+        warnings.warn(f"{found.document.name}: {what}", stacklevel=4)
+    return Checkpoint(found.document)
+
+
+_ROWS = 6
+"""State dicts, or findings, that are shown of a checkpoint."""
 
 
 def open(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Checkpoint:  # noqa: A001

@@ -8,6 +8,7 @@ what it holds may be a part of more, which a layout recognises by the document a
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.place import Place
@@ -44,7 +45,8 @@ def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
     unsupported.
     """
     try:
-        return _read(Place(path), Reading(limits))
+        found = _read(Place(path), Reading(limits))
+        return found if limits is DEFAULT else replace(found, limits=limits)
     except DamagedError as error:
         if error.code == DamagedError.code:
             error.suggest(_recovery(path, error.hint))

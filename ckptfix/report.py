@@ -53,7 +53,7 @@ class Difference(NamedTuple):
     """Whether the target computes it, and does not learn it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """How a state dict compares with a target. Keys are in the order of the side that has them."""
 
@@ -92,6 +92,11 @@ class Report:
     """Parameters and buffers that were on the meta device, and that `load_into` gave memory."""
     on_meta: list[str] = field(default_factory=list)
     """Those that still have none once it is loaded: buffers, mostly, that no file holds."""
+
+    def __repr__(self) -> str:
+        if self.loads and not (self.unexpected or self.forgiven or self.on_meta):
+            return "<All keys matched successfully>"
+        return "\n".join(describe(self, limit=3))
 
     @property
     def loads(self) -> bool:
@@ -184,6 +189,7 @@ def sections(report: Report) -> list[Section]:
         Section("of another dtype (torch casts them when it loads)", "~", dtypes),
     ]
     found.append(Section("refused", "!", report.refusals))
+    found.append(Section("still on the meta device", "-", report.on_meta))
     return [section for section in found if section.rows]
 
 
