@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from ckptfix.contents.state_dicts import StateDict
     from ckptfix.diffs.documents import Diff
+    from ckptfix.door import File
     from ckptfix.edit.casting import Cast
     from ckptfix.edit.optimizers import Followed
     from ckptfix.findings import Finding
@@ -265,7 +266,7 @@ class Checkpoint:
 
     def merge(
         self,
-        other: Checkpoint | Mapping[str, object] | str | os.PathLike[str],
+        other: Checkpoint | Mapping[str, object] | File,
         *,
         select: str | None = None,
         replace: bool = False,
@@ -481,23 +482,60 @@ _ROWS = 6
 """State dicts, or findings, that are shown of a checkpoint."""
 
 
-def open(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Checkpoint:  # noqa: A001
+def open(path: File, *, limits: Limits = DEFAULT) -> Checkpoint:  # noqa: A001
     """The structure of a checkpoint, in any container that ckptfix reads, whatever its extension.
+
+    Args:
+        path: a file or a folder; or the bytes of a file, or an open file.
+        limits: how much the file may ask for before it is refused; they hold for `save` as well.
+
+    Returns:
+        What is in it. Nothing is loaded, and nothing from the file is run.
 
     Raises:
         ReadError: the file is not a checkpoint, is damaged, unsafe or unsupported.
+        ArgumentError: it is neither a path, nor bytes, nor an open file.
+
+    Example:
+        >>> import ckptfix
+        >>> ckptfix.open("model.pt").state_dicts
+        [StateDict('/', model: 2 tensors, 64 bytes)]
     """
     return Checkpoint(door.read(path, limits))
 
 
-def check(path: str | os.PathLike[str], model: nn.Module, *, select: str | None = None) -> Report:
+def check(
+    model: nn.Module, path: File, *, select: str | None = None, limits: Limits = DEFAULT
+) -> Report:
     """How the keys, shapes and dtypes in a checkpoint compare with a model's, as they stand.
+
+    Args:
+        model: the module that it would be loaded into; it is not changed.
+        path: as in `open`.
+        select: the path of the state dict, where there are several.
+        limits: as in `open`.
+
+    Returns:
+        What matches and what does not; `loads` says whether the strict load takes it.
 
     Raises:
         ReadError: the file cannot be read.
         SelectionError: there is no state dict, or more than one could be meant.
+        ArgumentError: the model is no module.
+
+    Example:
+        >>> import ckptfix, torch
+        >>> ckptfix.check(torch.nn.Sequential(torch.nn.Linear(3, 4)), "model.pt")
+        <All keys matched successfully>
     """
-    return open(path).check(model, select=select)
+    from ckptfix.torch_bridge import arguments
+
+    if arguments.are_swapped(model, path):
+        what = "ckptfix.check takes the model first: check(model, path)"
+        warnings.warn(what, DeprecationWarning, stacklevel=2)
+        return check(path, model, select=select, limits=limits)  # type: ignore[arg-type]
+    arguments.check(model, path, "ckptfix.check(model, path)")
+    return open(path, limits=limits).check(model, select=select)
 
 
 def save(
@@ -523,8 +561,8 @@ def save(
 
 
 def diff(
-    a: str | os.PathLike[str] | Checkpoint,
-    b: str | os.PathLike[str] | Checkpoint,
+    a: File | Checkpoint,
+    b: File | Checkpoint,
     *,
     select: str | tuple[str, str] | None = None,
     keys_only: bool = False,

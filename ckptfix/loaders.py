@@ -16,37 +16,39 @@ from ckptfix.contents.state_dicts import choose
 from ckptfix.contents.tensors import as_tensor, is_special_tensor, special_class
 from ckptfix.diagnose import damage
 from ckptfix.edit import averages, edits
-from ckptfix.errors import ReadError, UnsupportedError
+from ckptfix.errors import ArgumentError, KeyMismatchError, ReadError, UnsupportedError
 from ckptfix.formats import embedded
 from ckptfix.keys import globs, wrappers
-from ckptfix.match import mismatches
+from ckptfix.limits import DEFAULT, Limits
+from ckptfix.match import judge, mismatches
 from ckptfix.match import target as targets
 from ckptfix.match.choose import match
-from ckptfix.report import META
-from ckptfix.torch_bridge import filling, materialize, plain
-from ckptfix.tree.document import Inert
+from ckptfix.report import META, describe
+from ckptfix.torch_bridge import arguments, filling, materialize, plain
+from ckptfix.tree.document import Document, Inert
 from ckptfix.words import listed
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
+    from ckptfix.door import File
     from ckptfix.keys.renaming import Renaming
     from ckptfix.match.choose import Match
     from ckptfix.report import Report
     from ckptfix.torch_bridge.materialize import MapLocation
     from ckptfix.tree import document as described
-    from ckptfix.tree.document import Document, Node
+    from ckptfix.tree.document import Node
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: File,
     *,
     map_location: MapLocation = "cpu",
     mmap: bool = False,
     verify: bool = False,
+    limits: Limits = DEFAULT,
 ) -> Any:
     """Everything in a checkpoint, as `torch.load` gives it, without running anything from the file.
 
@@ -54,7 +56,7 @@ def load(
     come back inert (`Inert`).
 
     Args:
-        path: a file in any container that ckptfix reads.
+        path: a file in any container that ckptfix reads: its path, its bytes, or the open file.
         map_location: where tensors go: a device, a mapping of saved tags to devices, or a
             callable, as in `torch.load`; `"auto"` is the visible GPU with the most free memory,
             the CPU if there is none.
@@ -65,11 +67,12 @@ def load(
         verify: whether to read every byte first and hold it against the checksums on record, which
             takes as long as reading the file; `torch.load` never does. Names, shapes and the bounds
             of each tensor are always checked.
+        limits: how much the file may ask for before it is refused.
 
     Raises:
         ReadError: the file is not a checkpoint, is damaged, unsafe or unsupported.
     """
-    document = door.read(path)
+    document = door.read(path, limits)
     if verify:
         damage.check_tensors(document, document.root)
     materializer = _materializer(document, map_location, mmap)
@@ -79,7 +82,7 @@ def load(
 
 
 def load_state_dict(
-    path: str | os.PathLike[str],
+    path: File,
     *,
     model: nn.Module | None = None,
     select: str | None = None,
@@ -89,6 +92,7 @@ def load_state_dict(
     map_location: MapLocation = "cpu",
     mmap: bool = False,
     verify: bool = False,
+    limits: Limits = DEFAULT,
 ) -> OrderedDict[str, Tensor]:
     """The state dict in a checkpoint, keyed as `model` expects it.
 
@@ -98,7 +102,7 @@ def load_state_dict(
     names it. Without a model the keys stay as they are saved. `_metadata` comes along.
 
     Args:
-        path: a file in any container that ckptfix reads.
+        path: a file in any container that ckptfix reads: its path, its bytes, or the open file.
         model: what the keys have to fit; it is not changed.
         select: the path of the state dict inside the checkpoint, where it holds several.
         average: whether to take the averages of the weights (EMA, SWA) instead of the weights.
@@ -108,6 +112,7 @@ def load_state_dict(
         map_location: as in `load`.
         mmap: as in `load`.
         verify: as in `load`, for the bytes of this state dict.
+        limits: as in `load`.
 
     Raises:
         ReadError: the file cannot be read, or with `verify`, a byte of it has changed.
@@ -115,8 +120,11 @@ def load_state_dict(
         RenameError: the keys fit, or come nearest, in two ways.
         UnsupportedError: it holds a tensor without bytes, or one of a class of its own.
         KeyMismatchError: with `strict`, the keys or shapes do not fit; carries the `Report`.
+        ArgumentError: the path is none, nor bytes, nor an open file; or the model is no module.
     """
-    document, select = embedded.taken(door.read(path), select)
+    if model is not None:
+        arguments.check(model, path, "ckptfix.load_state_dict(path, model=model)")
+    document, select = embedded.taken(door.read(path, limits), select)
     if average:
         document, select, _ = averages.take(document, select)
     if model is None:
@@ -140,7 +148,7 @@ def load_state_dict(
 
 def load_into(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: File,
     *,
     select: str | None = None,
     average: bool = False,
@@ -149,6 +157,7 @@ def load_into(
     map_location: MapLocation = "cpu",
     mmap: bool = False,
     verify: bool = False,
+    limits: Limits = DEFAULT,
 ) -> Report:
     """Load a checkpoint into a model, wherever the model's parameters live.
 
@@ -158,7 +167,7 @@ def load_into(
 
     Args:
         model: the module to load into; unchanged where this raises.
-        path: a file in any container that ckptfix reads.
+        path: a file in any container that ckptfix reads: its path, its bytes, or the open file.
         select: the path of the state dict inside the checkpoint, where it holds several.
         average: whether to take the averages of the weights (EMA, SWA) instead of the weights.
         drop: keys to leave out, by a pattern of the whole key, such as `*lora_*`, or several.
@@ -167,6 +176,7 @@ def load_into(
         map_location: where parameters go that are on the meta device; others stay where they are.
         mmap: as in `load`; the map is needed afterwards only for what was on the meta device.
         verify: as in `load`, for the bytes that are loaded, before the model is touched.
+        limits: as in `load`.
 
     Returns:
         How the keys compared. `unexpected` are those that the model does not have and that were
@@ -178,8 +188,10 @@ def load_into(
     Raises:
         KeyMismatchError: the keys or shapes do not fit; carries the `Report`, and prints as a list.
         ReadError, SelectionError, RenameError, UnsupportedError: as in `load_state_dict`.
+        ArgumentError: the model is no module, such as where the arguments are swapped.
     """
-    document, select = embedded.taken(door.read(path), select)
+    arguments.check(model, path, "ckptfix.load_into(model, path)")
+    document, select = embedded.taken(door.read(path, limits), select)
     if average:
         document, select, _ = averages.take(document, select)
     wanted = targets.of_module(model)
@@ -200,10 +212,17 @@ def load_into(
     if filled.on_meta:
         warnings.warn(_without_memory(document, model, filled.on_meta), stacklevel=2)
     report = replace(found.report, left_out=True, **filled._asdict())
-    if unknown:
-        missing = [*report.missing, *unknown]
-        report = replace(report, missing=missing)
+    report = replace(report, missing=[*report.missing, *unknown])
+    if not report.matched and report.missing:
+        warnings.warn(_nothing_loaded(document, report, wanted.name), stacklevel=2)
     return report
+
+
+def _nothing_loaded(document: Document, report: Report, wanted: str) -> str:
+    return (
+        f"{document.name}: none of the {len(report.missing):,} keys of {wanted} was loaded: "
+        "is it the right file?"
+    )
 
 
 STAGED = 1 << 30
@@ -313,28 +332,90 @@ def _kind(node: Node) -> str:
 
 
 def strip_prefix(
-    state_dict: Mapping[str, Any], prefix: str | None = None, *, partial: bool = False
+    state_dict: Mapping[str, Any],
+    prefix: str | None = None,
+    *,
+    partial: bool = False,
+    model: nn.Module | None = None,
 ) -> OrderedDict[str, Any]:
     """A state dict without wrapper components, or without the prefix that is named.
 
     The values are the same objects; `state_dict` is not changed. `_metadata` is renamed with the
-    keys.
+    keys. Where only some keys carry `module.`, it stays, and a `UserWarning` says so.
 
     Args:
         state_dict: what `torch.load` or `nn.Module.state_dict` gave.
         prefix: such as `module.`; None removes what wrappers (DataParallel, torch.compile, FSDP,
             …) added.
         partial: whether to strip the keys that have the prefix even where others do not.
+        model: what the keys have to fit: it decides what goes, also what it calls `model.`.
+
+    Returns:
+        Another dict, in the same order.
 
     Raises:
         PartialPrefixError: only some keys carry `prefix`.
         KeyCollisionError: two keys would become one.
+        KeyMismatchError: to strip prefixes does not make it load into `model`.
+        ArgumentError: it is no state dict, but a path, or a checkpoint that has one in it.
+
+    Example:
+        >>> import ckptfix
+        >>> ckptfix.strip_prefix({"module.weight": 1, "module.bias": 2})
+        OrderedDict({'weight': 1, 'bias': 2})
     """
-    return renamed(state_dict, wrappers.strip(state_dict, prefix=prefix, partial=partial))
+    arguments.check_state_dict(state_dict, "strip_prefix")
+    if model is not None:
+        if prefix is not None or partial:
+            raise ArgumentError("a model decides what goes", hint="leave out prefix and partial")
+        return renamed(state_dict, _for_model(state_dict, model))
+    renaming = wrappers.strip(state_dict, prefix=prefix, partial=partial)
+    if prefix is None and not partial:
+        carrying, lacking = wrappers.own_children(renaming.keys.values())
+        if carrying:
+            total = len(carrying) + len(lacking)
+            warnings.warn(
+                f"{len(carrying)} of {total} keys begin with 'module.', which stays, since "
+                f"{lacking[0]!r} does not; partial=True strips it from those that do",
+                stacklevel=2,
+            )
+    return renamed(state_dict, renaming)
+
+
+def _for_model(state_dict: Mapping[str, Any], model: nn.Module) -> Renaming:
+    """What stands between the keys and those of a model, if stripping that makes it load."""
+    arguments.check(model, None, "ckptfix.strip_prefix(state_dict, model=model)")
+    document = Document(arguments.described(state_dict), "memory", "the state dict")
+    wanted = targets.of_module(model)
+    found = match(document, wanted)
+    report = judge.as_it_stands(document, found.state, wanted, found.renaming)
+    if found.renaming.added or not report.loads:
+        what = f"to strip prefixes does not make it match {wanted.name}"
+        hint = "save it, and take ckptfix.load_state_dict(path, model=model)"
+        details = describe(report)
+        raise KeyMismatchError(report, what, where=document.name, hint=hint, details=details)
+    return found.renaming
 
 
 def add_prefix(state_dict: Mapping[str, Any], prefix: str = "module.") -> OrderedDict[str, Any]:
-    """A state dict with a prefix before every key; otherwise as `strip_prefix`."""
+    """A state dict with a prefix before every key; otherwise as `strip_prefix`.
+
+    Args:
+        state_dict: what `torch.load` or `nn.Module.state_dict` gave.
+        prefix: with or without the dot that ends it.
+
+    Returns:
+        Another dict, in the same order.
+
+    Raises:
+        ArgumentError: it is no state dict, but a path, or a checkpoint that has one in it.
+
+    Example:
+        >>> import ckptfix
+        >>> ckptfix.add_prefix({"weight": 1}, "net")
+        OrderedDict({'net.weight': 1})
+    """
+    arguments.check_state_dict(state_dict, "add_prefix")
     return renamed(state_dict, wrappers.add(state_dict, prefix))
 
 

@@ -148,6 +148,6 @@ def test_they_print_as_a_line(tmp_path: Path) -> None:
     assert len(repr(opened)) < 300
     assert len(repr(opened.document)) < 200
     torch.save({f"{n}.weight": torch.ones(2, 2) for n in range(100)}, tmp_path / "few.pt")
-    assert len(repr(ckptfix.check(tmp_path / "few.pt", nn.Linear(2, 2)))) < 500
+    assert len(repr(ckptfix.check(nn.Linear(2, 2), tmp_path / "few.pt"))) < 500
     for node in (found.mapping["3.weight"], found.mapping["3.weight"].storage):
         assert len(repr(node)) < 100

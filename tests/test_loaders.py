@@ -605,7 +605,7 @@ def test_what_was_left_out_does_not_make_the_report_say_that_it_does_not_load(
 ) -> None:
     net = nn.Linear(2, 2)
     path = saved({**net.state_dict(), "extra": torch.ones(1)}, tmp_path / "in.pt")
-    assert not ckptfix.check(path, net).loads
+    assert not ckptfix.check(net, path).loads
     report = ckptfix.load_into(net, path)
     assert (report.loads, report.unexpected) == (True, ["extra"])
     assert report.identical
