@@ -95,10 +95,24 @@ class Checkpoint:
     ) -> Checkpoint:
         """Without wrapper components (or `prefix`) in the keys of its state dicts, or of `select`.
 
+        Args:
+            prefix: such as `module.`; None removes what wrappers (DataParallel, torch.compile,
+                FSDP, …) added.
+            partial: whether to strip the keys that have it even where others do not.
+            select: the path of a state dict, or several; without it, all of them.
+
+        Returns:
+            Another checkpoint; versions of modules and optimizers that are keyed by name follow.
+
         Raises:
             SelectionError: there is no such state dict.
             PartialPrefixError: only some keys carry `prefix`.
             KeyCollisionError: two keys would become one.
+
+        Example:
+            >>> import ckptfix
+            >>> list(ckptfix.open("ddp.pt").strip_prefix().state_dict())
+            ['0.weight', '0.bias']
         """
         states = choose_all(self.document, [select] if isinstance(select, str) else select)
         return self._renamed(
@@ -107,7 +121,23 @@ class Checkpoint:
         )
 
     def add_prefix(self, prefix: str = "module.", *, select: str | None = None) -> Checkpoint:
-        """With `prefix` before every key of its state dict. Raises `SelectionError`."""
+        """With `prefix` before every key of its state dict.
+
+        Args:
+            prefix: with or without the dot that ends it.
+            select: where the state dict stands, where there are several.
+
+        Returns:
+            Another checkpoint.
+
+        Raises:
+            SelectionError: there is no such state dict, or more than one could be meant.
+
+        Example:
+            >>> import ckptfix
+            >>> list(ckptfix.open("model.pt").add_prefix("net").state_dict())
+            ['net.0.weight', 'net.0.bias']
+        """
         state = choose(self.document, select)
         return self._renamed([(state, wrappers.add(state.mapping, prefix))])
 
@@ -127,6 +157,9 @@ class Checkpoint:
                 `replacement`.
             replacement: what stands in its place, with groups as in `re.sub`.
             select: the path of a state dict, or several; without it, all of them.
+
+        Returns:
+            Another checkpoint, its keys in the same order.
 
         Raises:
             RenameError: the pattern or the replacement is not valid.
@@ -192,6 +225,9 @@ class Checkpoint:
             select: where that stands, where there are several.
             map_location: where the tensor goes, as in `torch.load`; or `"auto"`.
 
+        Returns:
+            A torch tensor in memory of its own.
+
         Raises:
             SelectionError: there is no such state dict, or no such tensor in it.
             ReadError: the file cannot be read any longer, or was written to since it was opened.
@@ -213,6 +249,9 @@ class Checkpoint:
             patterns: of whole keys; `*` is any text, dots too.
             select: where the state dict stands, where there are several.
 
+        Returns:
+            Another checkpoint.
+
         Raises:
             SelectionError: a pattern matches no key, or there is no such state dict.
 
@@ -227,6 +266,16 @@ class Checkpoint:
 
     def keep(self, *patterns: str, select: str | None = None) -> Checkpoint:
         """With only the keys that a pattern matches, in one state dict; otherwise as `drop`.
+
+        Args:
+            patterns: of whole keys; `*` is any text, dots too.
+            select: where the state dict stands, where there are several.
+
+        Returns:
+            Another checkpoint.
+
+        Raises:
+            SelectionError: a pattern matches no key, or there is no such state dict.
 
         Example:
             >>> import ckptfix
@@ -253,6 +302,9 @@ class Checkpoint:
             value: a torch tensor, a `LazyTensor`, or a plain value.
             select: where the state dict stands, where there are several.
 
+        Returns:
+            Another checkpoint.
+
         Raises:
             SelectionError: there is no such state dict, or more than one could be meant.
             UnsupportedError: the value is of a class that cannot be written.
@@ -277,6 +329,9 @@ class Checkpoint:
             other: another checkpoint, or a path, which holds one state dict; or a state dict.
             select: where the state dict of this one stands, where there are several.
             replace: whether the other one counts where both have a key.
+
+        Returns:
+            Another checkpoint.
 
         Raises:
             RenameError: both have a key, and `replace` is not set.
@@ -334,7 +389,7 @@ class Checkpoint:
 
     def _described(self, value: object) -> Any:
         if isinstance(value, LazyTensor):
-            return value.described(self.document.byteorder)
+            return value._described(self.document.byteorder)
         if isinstance(value, (Tensor, Inert)) or type(value) in LEAVES:
             return value
         from ckptfix.torch_bridge.describe import describe
@@ -348,19 +403,42 @@ class Checkpoint:
         return describe(value)
 
     def to_cpu(self) -> Checkpoint:
-        """With every storage tagged `cpu`."""
+        """With every storage tagged `cpu`.
+
+        Returns:
+            Another checkpoint, which loads on machines without a GPU.
+
+        Raises:
+            UnsupportedError: constants of a TorchScript program are on another device.
+
+        Example:
+            >>> import ckptfix
+            >>> ckptfix.open("model.pt").to_cpu().state_dict()["0.bias"].device
+            'cpu'
+        """
         return Checkpoint(edits.to_cpu(self.document)[0])
 
     def cast(self, dtype: object, *, select: str | Sequence[str] = ()) -> Checkpoint:
         """With the floating-point tensors of its state dicts, or of `select`, cast to a dtype.
 
-        `dtype` is a name (`float16`, `bf16`) or a `torch.dtype`. Integers stay, and so does what
-        stands outside state dicts, such as an optimizer. Bytes are cast when they are saved; after
-        that, `casts` says what was lost.
+        Integers stay, and so does what stands outside state dicts, such as an optimizer. Bytes are
+        cast when they are saved; after that, `casts` says what was lost.
+
+        Args:
+            dtype: a name (`float16`, `bf16`) or a `torch.dtype`.
+            select: the path of a state dict, or several; without it, all of them.
+
+        Returns:
+            Another checkpoint.
 
         Raises:
             UnsupportedError: the dtype is not one to cast to.
             SelectionError: there is no such state dict.
+
+        Example:
+            >>> import ckptfix
+            >>> ckptfix.open("model.pt").cast("bf16").state_dict()["0.bias"].dtype
+            'bfloat16'
         """
         states = choose_all(self.document, [select] if isinstance(select, str) else select)
         return Checkpoint(casting.cast(self.document, states, casting.dtype_of(dtype)))
@@ -371,28 +449,78 @@ class Checkpoint:
         return casting.casts(self.document)
 
     def compact(self) -> Checkpoint:
-        """With every storage cut to what its tensors use; tensors that share one still do."""
+        """With every storage cut to what its tensors use; tensors that share one still do.
+
+        Returns:
+            Another checkpoint, which takes no more bytes than its tensors.
+
+        Raises:
+            UnsupportedError: it keeps another checkpoint in bytes that cannot be cut.
+
+        Example:
+            >>> import ckptfix
+            >>> ckptfix.open("model.pt").compact().save("compact.pt")
+            []
+        """
         return Checkpoint(compacting.compact(self.document)[0])
 
     def weights_only(self, select: str | None = None) -> Checkpoint:
         """Reduced to the tensors of one state dict, as `torch.load(weights_only=True)` loads them.
 
+        Args:
+            select: where the state dict stands, where there are several.
+
+        Returns:
+            Another checkpoint, of tensors and versions of modules.
+
         Raises:
             SelectionError: there is no such state dict, or more than one could be meant.
             UnsupportedError: it holds a tensor of a class that `weights_only=True` refuses.
+
+        Example:
+            >>> import ckptfix
+            >>> list(ckptfix.open("training.pt").weights_only().state_dict())
+            ['0.weight', '0.bias']
         """
         from ckptfix.edit.weights_only import weights_only
 
         return Checkpoint(weights_only(self.document, choose(self.document, select)).document)
 
     def select(self, path: str | None = None) -> Checkpoint:
-        """Reduced to the state dict at `path`, or to the only one. Raises `SelectionError`."""
+        """Reduced to the state dict at `path`, or to the only one.
+
+        Args:
+            path: where it stands: one of `state_dicts`.
+
+        Returns:
+            Another checkpoint, which holds that alone.
+
+        Raises:
+            SelectionError: there is no such state dict, or more than one could be meant.
+
+        Example:
+            >>> import ckptfix
+            >>> ckptfix.open("training.pt").select("model").state_dicts
+            [StateDict('/', model: 2 tensors, 64 bytes)]
+        """
         return Checkpoint(reduce.only(self.document, choose(self.document, path)).document)
 
     def average(self, select: str | None = None) -> Checkpoint:
         """Reduced to the averages of the weights (EMA, SWA), under the names of the weights.
 
-        Raises `SelectionError` where there are none, or several.
+        Args:
+            select: where they stand, where there are several.
+
+        Returns:
+            Another checkpoint, which holds them alone.
+
+        Raises:
+            SelectionError: there are none, or several.
+
+        Example:
+            >>> import ckptfix
+            >>> list(ckptfix.open("ema.pt").average().state_dict())
+            ['0.weight', '0.bias']
         """
         taken = averages.take(self.document, select)
         return Checkpoint(reduce.only(taken.document, choose(taken.document, taken.path)).document)
@@ -400,10 +528,21 @@ class Checkpoint:
     def check(self, model: nn.Module, *, select: str | None = None) -> Report:
         """Whether its state dict loads into a model as it stands, and what keeps it from that.
 
-        `loads` is what `load_state_dict(strict=True)` says of what torch gives of the file.
+        Args:
+            model: the module that it would be loaded into; it is not changed.
+            select: where the state dict stands, where there are several.
+
+        Returns:
+            What matches and what does not. `loads` is what `load_state_dict(strict=True)` says of
+            what torch gives of the file.
 
         Raises:
             SelectionError: there is no state dict, or several could be meant.
+
+        Example:
+            >>> import ckptfix, torch
+            >>> ckptfix.open("ddp.pt").check(torch.nn.Sequential(torch.nn.Linear(3, 4))).missing
+            ['0.weight', '0.bias']
         """
         from ckptfix.match import choose as chooser
         from ckptfix.match import judge
@@ -447,6 +586,11 @@ class Checkpoint:
             VerifyError: the output does not read back as it should; nothing is left.
             UnsupportedError: the container cannot hold one of the tensors.
             WriteError: the file cannot be written; nothing is left behind.
+
+        Example:
+            >>> import ckptfix
+            >>> ckptfix.open("training.pt").save("weights.safetensors", select="model")
+            [('epoch', 'int')]
         """
         source = self.document.name if Place(self.document.name).exists else ""
         output = door.resolve(path, to, source)
@@ -463,6 +607,10 @@ class Checkpoint:
         Raises:
             InPlaceError: the edit needs a copy; `save` writes one.
             WriteError: the file cannot be changed, or was changed since; it is as it was.
+
+        Example:
+            >>> import ckptfix
+            >>> ckptfix.open("ddp.pt").strip_prefix().save_in_place()
         """
         from ckptfix.edit import inplace
 
@@ -549,8 +697,25 @@ def save(
 ) -> list[tuple[str, str]]:
     """Write a `Checkpoint`, or what a program holds: tensors, containers and plain values.
 
-    Arguments, return value and errors are those of `Checkpoint.save`; objects of classes other than
-    torch's and Python's plain ones raise `UnsupportedError`.
+    Args:
+        value: a `Checkpoint`; or tensors, parameters, containers, plain values of Python and numpy.
+        path: where to write; a name that ends in `/` is a folder of shards.
+        select: the path of the state dict, where the container holds one and there are several.
+        force: whether to replace what is there.
+        to: the container, whatever the extension says: `torch`, `safetensors` or `shards`.
+        verify: whether to read every byte back.
+
+    Returns:
+        Path and kind of each thing that the container cannot hold and that was left out.
+
+    Raises:
+        UnsupportedError: it holds an object of another class, or what the container cannot hold.
+        OutputExistsError, DamagedError, VerifyError, WriteError: as in `Checkpoint.save`.
+
+    Example:
+        >>> import ckptfix, torch
+        >>> ckptfix.save({"weight": torch.ones(2, 2), "epoch": 3}, "out.safetensors", force=True)
+        [('epoch', 'int')]
     """
     if not isinstance(value, Checkpoint):
         from ckptfix.torch_bridge.describe import describe
@@ -570,12 +735,24 @@ def diff(
 ) -> Diff:
     """How two checkpoints differ: keys, shapes, dtypes, values, and everything beside.
 
-    `select` names the state dict to compare, or the one of each; nothing else is compared then.
-    With `keys_only` no values are. Checksums on record are believed unless `read_data` is set.
+    Args:
+        a: a checkpoint, or what `open` takes.
+        b: the other one.
+        select: the path of the state dict to compare, or one of each; nothing else is then.
+        keys_only: whether to leave values out.
+        read_data: whether to read bytes whose checksums on record are equal.
+
+    Returns:
+        What differs; `same` says whether nothing does.
 
     Raises:
         ReadError: a file cannot be read.
         SelectionError: there is no such state dict, or several could be meant.
+
+    Example:
+        >>> import ckptfix
+        >>> ckptfix.diff("model.pt", "training.pt", select=("/", "model")).same
+        True
     """
     from ckptfix.diffs import documents
 

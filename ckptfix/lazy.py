@@ -69,8 +69,16 @@ class LazyTensor:
         Args:
             map_location: where it goes, as in `torch.load`; or `"auto"`.
 
+        Returns:
+            A torch tensor in memory of its own.
+
         Raises:
             ReadError: the file cannot be read any longer, or was written to since it was opened.
+
+        Example:
+            >>> import ckptfix
+            >>> ckptfix.open("model.pt").state_dict()["0.bias"].load().shape
+            torch.Size([4])
         """
         return self._made(self._tensor, map_location)
 
@@ -95,7 +103,7 @@ class LazyTensor:
         rows = self._made(_rows(self._tensor, start, max(stop - start, 0)), "cpu")
         return rows[(0 if isinstance(first, int) else slice(None, None, step), *rest)]
 
-    def described(self, byteorder: str) -> Tensor:
+    def _described(self, byteorder: str) -> Tensor:
         """What `Checkpoint.set` puts into a checkpoint in that order of bytes."""
         if byteorder != self._document.byteorder:
             raise UnsupportedError(
@@ -164,7 +172,22 @@ class LazyStateDict(Mapping[str, LazyTensor]):
         return len(self._tensors)
 
     def named(self, key: str) -> LazyTensor:
-        """The tensor with a key. Raises `SelectionError` where there is none."""
+        """The tensor with a key.
+
+        Args:
+            key: its name.
+
+        Returns:
+            What `self[key]` gives.
+
+        Raises:
+            SelectionError: there is none; the hint says what is spelled alike.
+
+        Example:
+            >>> import ckptfix
+            >>> ckptfix.open("model.pt").state_dict().named("0.bias")
+            LazyTensor('0.bias', float32 [4], 16 bytes)
+        """
         if key in self._tensors:
             return self[key]
         near = nearest(key, self._tensors)

@@ -69,8 +69,19 @@ def load(
             of each tensor are always checked.
         limits: how much the file may ask for before it is refused.
 
+    Returns:
+        What was saved: nearly always a dict.
+
     Raises:
-        ReadError: the file is not a checkpoint, is damaged, unsafe or unsupported.
+        ReadError: the file is not a checkpoint, is damaged, unsafe or unsupported; or it was
+            written to meanwhile.
+        ArgumentError: it is neither a path, nor bytes, nor an open file.
+
+    Example:
+        >>> import ckptfix
+        >>> checkpoint = ckptfix.load("training.pt")
+        >>> checkpoint["epoch"], checkpoint["model"]["0.bias"].shape
+        (3, torch.Size([4]))
     """
     document = door.read(path, limits)
     if verify:
@@ -114,6 +125,9 @@ def load_state_dict(
         verify: as in `load`, for the bytes of this state dict.
         limits: as in `load`.
 
+    Returns:
+        Torch tensors by key, and extra state as plain data; `_metadata` comes along.
+
     Raises:
         ReadError: the file cannot be read, or with `verify`, a byte of it has changed.
         SelectionError: there is no state dict, or more than one could be meant.
@@ -121,6 +135,12 @@ def load_state_dict(
         UnsupportedError: it holds a tensor without bytes, or one of a class of its own.
         KeyMismatchError: with `strict`, the keys or shapes do not fit; carries the `Report`.
         ArgumentError: the path is none, nor bytes, nor an open file; or the model is no module.
+
+    Example:
+        >>> import ckptfix, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4))
+        >>> net.load_state_dict(ckptfix.load_state_dict("ddp.pt", model=net))
+        <All keys matched successfully>
     """
     if model is not None:
         arguments.check(model, path, "ckptfix.load_state_dict(path, model=model)")
@@ -189,6 +209,16 @@ def load_into(
         KeyMismatchError: the keys or shapes do not fit; carries the `Report`, and prints as a list.
         ReadError, SelectionError, RenameError, UnsupportedError: as in `load_state_dict`.
         ArgumentError: the model is no module, such as where the arguments are swapped.
+
+    Example:
+        >>> import ckptfix, torch
+        >>> with torch.device("meta"):
+        ...     net = torch.nn.Sequential(torch.nn.Linear(3, 4))
+        >>> report = ckptfix.load_into(net, "ddp.pt")
+        >>> report
+        <All keys matched successfully>
+        >>> report.assigned, net[0].weight.device
+        (2, device(type='cpu'))
     """
     arguments.check(model, path, "ckptfix.load_into(model, path)")
     document, select = embedded.taken(door.read(path, limits), select)
@@ -361,8 +391,8 @@ def strip_prefix(
 
     Example:
         >>> import ckptfix
-        >>> ckptfix.strip_prefix({"module.weight": 1, "module.bias": 2})
-        OrderedDict({'weight': 1, 'bias': 2})
+        >>> list(ckptfix.strip_prefix({"module.weight": 1, "module.bias": 2}))
+        ['weight', 'bias']
     """
     arguments.check_state_dict(state_dict, "strip_prefix")
     if model is not None:
@@ -412,8 +442,8 @@ def add_prefix(state_dict: Mapping[str, Any], prefix: str = "module.") -> Ordere
 
     Example:
         >>> import ckptfix
-        >>> ckptfix.add_prefix({"weight": 1}, "net")
-        OrderedDict({'net.weight': 1})
+        >>> list(ckptfix.add_prefix({"weight": 1}, "net"))
+        ['net.weight']
     """
     arguments.check_state_dict(state_dict, "add_prefix")
     return renamed(state_dict, wrappers.add(state_dict, prefix))
