@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -15,7 +16,13 @@ from ckptfix.contents.state_dicts import choose, choose_all, find
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.diagnose.document import diagnose
 from ckptfix.edit import averages, casting, compacting, edits, optimizers, reduce
-from ckptfix.errors import KeyCollisionError, RenameError, SelectionError, UnsupportedError
+from ckptfix.errors import (
+    ArgumentError,
+    KeyCollisionError,
+    RenameError,
+    SelectionError,
+    UnsupportedError,
+)
 from ckptfix.hints import adding
 from ckptfix.keys import globs, renaming, wrappers
 from ckptfix.lazy import LazyStateDict, LazyTensor
@@ -25,7 +32,6 @@ from ckptfix.tree.walk import LEAVES
 from ckptfix.words import listed, size
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Collection, Sequence
 
     import torch
@@ -547,7 +553,9 @@ class Checkpoint:
         from ckptfix.match import choose as chooser
         from ckptfix.match import judge
         from ckptfix.match import target as targets
+        from ckptfix.torch_bridge import arguments
 
+        arguments.check(model, None, "checkpoint.check(model)")
         wanted = targets.of_module(model)
         found, error = chooser.look(self.document, wanted, select)
         if isinstance(error, SelectionError):
@@ -581,6 +589,7 @@ class Checkpoint:
             Path and kind of each thing that the container cannot hold and that was left out.
 
         Raises:
+            ArgumentError: the path is none.
             OutputExistsError: the file is there already, and `force` is not set.
             DamagedError: a byte of the input is not the one that was saved; nothing is written.
             VerifyError: the output does not read back as it should; nothing is left.
@@ -592,6 +601,7 @@ class Checkpoint:
             >>> ckptfix.open("training.pt").save("weights.safetensors", select="model")
             [('epoch', 'int')]
         """
+        _check_path(path)
         source = self.document.name if Place(self.document.name).exists else ""
         output = door.resolve(path, to, source)
         fitted = reduce.fit(self.document, output.container, select)
@@ -615,6 +625,12 @@ class Checkpoint:
         from ckptfix.edit import inplace
 
         inplace.apply(inplace.prepare(self.document))
+
+
+def _check_path(path: object) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        what = f"a path is wanted, not a {type(path).__name__}"
+        raise ArgumentError(what, hint="call ckptfix.save(value, path), or checkpoint.save(path)")
 
 
 def _followed(found: Followed) -> Checkpoint:

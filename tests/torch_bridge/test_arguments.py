@@ -122,6 +122,22 @@ def test_swapped_arguments_are_called_that(tmp_path: Path) -> None:
             load()
 
 
+def test_what_is_no_path_to_write_to_is_told(tmp_path: Path) -> None:
+    state = {"w": torch.ones(2)}
+    opened = ckptfix.open(FIXTURES / "cpu.pt")
+    calls: list[Any] = [
+        lambda: ckptfix.save("a.pt", state),  # type: ignore[arg-type]
+        lambda: ckptfix.save(state, None),  # type: ignore[arg-type]
+        lambda: opened.save(io.BytesIO()),  # type: ignore[arg-type]
+    ]
+    for call in calls:
+        with pytest.raises(ArgumentError, match="a path is wanted") as raised:
+            call()
+        assert "ckptfix.save(value, path)" in str(raised.value.hint)
+    with pytest.raises(ArgumentError, match=r"an nn\.Module is wanted"):
+        opened.check(FIXTURES)  # type: ignore[arg-type]
+
+
 def test_the_old_order_of_check_works_with_a_warning() -> None:
     path, model = FIXTURES / "cpu.pt", nn.Linear(2, 2)
     with pytest.warns(DeprecationWarning, match=r"check\(model, path\)"):
