@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ckptfix.errors import UnsupportedError
 from ckptfix.torch_bridge.plain import unknown
 from ckptfix.tree.document import Global, Inert, Node
 from ckptfix.tree.rebuild import Making
@@ -26,10 +27,10 @@ def marked() -> dict[str, Any]:
     """The classes and functions that are marked, by the names that pickles have for them."""
     found: dict[str, Any] = {}
     for one in torch.serialization.get_safe_globals():
-        named, name = (
-            one if isinstance(one, tuple) else (one, f"{one.__module__}.{one.__qualname__}")
-        )
-        found[name] = named
+        if isinstance(one, tuple):
+            found[one[1]] = one[0]
+        elif hasattr(one, "__qualname__"):
+            found[f"{one.__module__}.{one.__qualname__}"] = one
     return found
 
 
@@ -52,13 +53,18 @@ def making(node: Inert, known: dict[str, Any]) -> Any:
 
 
 def _set(made: Any, state: Any) -> None:
-    if hasattr(made, "__setstate__"):
-        made.__setstate__(state)
-        return
-    parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
-    for part in parts:
-        for name, value in (part or {}).items():
-            object.__setattr__(made, name, value)
+    try:
+        if hasattr(made, "__setstate__"):
+            made.__setstate__(state)
+            return
+        parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
+        for part in parts:
+            for name, value in (part or {}).items():
+                object.__setattr__(made, name, value)
+    except Exception as error:
+        kind = f"{type(made).__module__}.{type(made).__qualname__}"
+        what = f"a {kind}, which the program has marked as safe, does not take its state: {error}"
+        raise UnsupportedError(what, hint="load it with torch.load") from error
 
 
 def tensor(

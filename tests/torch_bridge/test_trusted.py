@@ -127,3 +127,25 @@ def test_what_is_not_marked_or_holds_what_is_not_is_refused_by_name(
             with pytest.raises((UnsupportedError, pickle.UnpicklingError), match=r"weight|Weights"):
                 load(path)
     assert isinstance(ckptfix.load(path)["weight"], ckptfix.Inert)
+
+
+class Picky:
+    """An object that takes only some states."""
+
+    def __setstate__(self, state: Any) -> None:
+        if "lr" not in state:
+            raise ValueError("no lr in it")
+        self.lr = state["lr"]
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_an_object_is_given_its_state_or_refused(good: bool, tmp_path: Path) -> None:
+    value = Picky()
+    value.__dict__.update({"lr": 0.1} if good else {"rate": 1})
+    torch.save({"it": value}, tmp_path / "in.pt")
+    with torch.serialization.safe_globals([Picky]):
+        if good:
+            assert ckptfix.load(tmp_path / "in.pt")["it"].lr == 0.1
+        else:
+            with pytest.raises(UnsupportedError, match=r"Picky, .* does not take its state: no lr"):
+                ckptfix.load(tmp_path / "in.pt")
