@@ -1,13 +1,21 @@
-"""ckptfix converts and repairs PyTorch checkpoints, without running them or holding them in memory.
+"""ckptfix loads, converts and repairs PyTorch checkpoints, without running code from them.
 
-    import ckptfix
+The ten things that people do:
 
-    state_dict = ckptfix.load_state_dict("ddp_cuda.pt", model=net)  # CPU tensors, keyed for net
-    report = ckptfix.load_into(net, "ddp_cuda.pt")  # raises KeyMismatchError
-    ckptfix.open("ddp_cuda.pt").strip_prefix().to_cpu().save("out.safetensors")
+    ckptfix.load_into(model, path)               fill a model from a file, made to fit
+    ckptfix.load_state_dict(path, model=model)   torch tensors, keyed as the model has them
+    ckptfix.load(path)                           everything in a file, as torch.load gives it
+    ckptfix.open(path)                           what is in a file, without loading it
+    ckptfix.open(path).tensor(key)               one tensor; a slice of rows reads those rows
+    ckptfix.open(path).strip_prefix().save(out)  a copy: to_cpu, cast, drop, rename, merge, …
+    ckptfix.check(model, path)                   whether it loads as it stands
+    ckptfix.diff(a, b)                           how two checkpoints differ
+    ckptfix.save(value, path)                    write .pt or .safetensors, whole or not at all
+    ckptfix.strip_prefix(state_dict)             a plain dict without `module.`; add_prefix
 
-Importing this imports neither torch nor anything heavy; names are resolved when they are first
-used.
+`help(ckptfix.load_into)` tells of each. What goes wrong is a `ckptfix.CkptfixError`: it says what
+happened, where, and what may help. Nothing here prints. Importing this imports neither torch nor
+anything heavy; names are resolved when they are first used.
 """
 
 from __future__ import annotations
@@ -16,48 +24,79 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckptfix.api import Checkpoint, check, diff, open, save  # noqa: A004
-    from ckptfix.diffs.documents import Diff
-    from ckptfix.errors import CkptfixError, KeyMismatchError
-    from ckptfix.findings import Finding
-    from ckptfix.limits import Limits
-    from ckptfix.loaders import add_prefix, load, load_into, load_state_dict, strip_prefix
-    from ckptfix.report import Report
-    from ckptfix.tree.document import Inert
+    from ckptfix.api import Checkpoint as Checkpoint
+    from ckptfix.api import check as check
+    from ckptfix.api import diff as diff
+    from ckptfix.api import open as open  # noqa: A004
+    from ckptfix.api import save as save
+    from ckptfix.diffs.documents import Diff as Diff
+    from ckptfix.errors import ArgumentError as ArgumentError
+    from ckptfix.errors import BusyError as BusyError
+    from ckptfix.errors import ChangedMeaningError as ChangedMeaningError
+    from ckptfix.errors import CkptfixError as CkptfixError
+    from ckptfix.errors import DamagedError as DamagedError
+    from ckptfix.errors import InPlaceError as InPlaceError
+    from ckptfix.errors import KeyCollisionError as KeyCollisionError
+    from ckptfix.errors import KeyMismatchError as KeyMismatchError
+    from ckptfix.errors import NotACheckpointError as NotACheckpointError
+    from ckptfix.errors import OutputExistsError as OutputExistsError
+    from ckptfix.errors import PartialPrefixError as PartialPrefixError
+    from ckptfix.errors import ReadError as ReadError
+    from ckptfix.errors import RenameError as RenameError
+    from ckptfix.errors import SelectionError as SelectionError
+    from ckptfix.errors import TargetError as TargetError
+    from ckptfix.errors import UnsafeError as UnsafeError
+    from ckptfix.errors import UnsupportedError as UnsupportedError
+    from ckptfix.errors import VerifyError as VerifyError
+    from ckptfix.errors import WriteError as WriteError
+    from ckptfix.findings import Finding as Finding
+    from ckptfix.lazy import LazyStateDict as LazyStateDict
+    from ckptfix.lazy import LazyTensor as LazyTensor
+    from ckptfix.limits import Limits as Limits
+    from ckptfix.loaders import add_prefix as add_prefix
+    from ckptfix.loaders import load as load
+    from ckptfix.loaders import load_into as load_into
+    from ckptfix.loaders import load_state_dict as load_state_dict
+    from ckptfix.loaders import strip_prefix as strip_prefix
+    from ckptfix.report import Report as Report
+    from ckptfix.tree.document import Inert as Inert
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Checkpoint",
-    "CkptfixError",
-    "Diff",
-    "Finding",
-    "Inert",
-    "KeyMismatchError",
-    "Limits",
-    "Report",
-    "add_prefix",
-    "check",
-    "diff",
-    "load",
-    "load_into",
-    "load_state_dict",
-    "open",
-    "save",
-    "strip_prefix",
-]
 
 _HOMES = {
     "api": ("Checkpoint", "check", "diff", "open", "save"),
     "diffs.documents": ("Diff",),
-    "errors": ("CkptfixError", "KeyMismatchError"),
+    "errors": (
+        "ArgumentError",
+        "BusyError",
+        "ChangedMeaningError",
+        "CkptfixError",
+        "DamagedError",
+        "InPlaceError",
+        "KeyCollisionError",
+        "KeyMismatchError",
+        "NotACheckpointError",
+        "OutputExistsError",
+        "PartialPrefixError",
+        "ReadError",
+        "RenameError",
+        "SelectionError",
+        "TargetError",
+        "UnsafeError",
+        "UnsupportedError",
+        "VerifyError",
+        "WriteError",
+    ),
     "findings": ("Finding",),
+    "lazy": ("LazyStateDict", "LazyTensor"),
     "limits": ("Limits",),
     "loaders": ("add_prefix", "load", "load_into", "load_state_dict", "strip_prefix"),
     "report": ("Report",),
     "tree.document": ("Inert",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+# There is no `__all__`: with it, `help(ckptfix)` would print hundreds of lines, and
+# `from ckptfix import *` would put another `open` in the place of Python's.
 
 
 def __getattr__(name: str) -> Any:
@@ -67,4 +106,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *_HOME_OF])

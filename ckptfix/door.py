@@ -8,10 +8,12 @@ what it holds may be a part of more, which a layout recognises by the document a
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.place import Place, unused
-from ckptfix.errors import DamagedError, UnsupportedError
+from ckptfix.bytes.source import Source, of_object
+from ckptfix.errors import ArgumentError, DamagedError, UnsupportedError
 from ckptfix.formats.reading import Reading, Salvage
 from ckptfix.formats.table import (
     EXTENSIONS,
@@ -23,6 +25,7 @@ from ckptfix.formats.table import (
     split_extension,
     write_place,
 )
+from ckptfix.formats.table import read as read_source
 from ckptfix.hints import Command, Hint, command
 from ckptfix.layouts import table
 from ckptfix.limits import DEFAULT, Limits
@@ -38,19 +41,32 @@ if TYPE_CHECKING:
 # --- in
 
 
-def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
+File = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]
+"""What a checkpoint is read from: a path, bytes that are one, or an open file."""
+
+
+def read(given: File, limits: Limits = DEFAULT) -> Document:
     """Read what a file or a folder holds: its structure, not its weights.
 
     The extension plays no part. Where an edit in place was interrupted, it is undone first, and
     `notes` say so. Raises `ReadError` and its kin: not a checkpoint, damaged, unsafe or
-    unsupported.
+    unsupported; `ArgumentError` for what is neither a path, nor bytes, nor an open file.
     """
+    path = given if isinstance(given, (str, os.PathLike)) else of_object(given)
+    if isinstance(path, Source):
+        return _with(limits, read_source(path, Reading(limits)))
+    if "\0" in os.fspath(path):
+        raise ArgumentError("a path has a zero byte", hint="give the path of a checkpoint")
     try:
-        return _read(Place(path), Reading(limits))
+        return _with(limits, _read(Place(path), Reading(limits)))
     except DamagedError as error:
         if error.code == DamagedError.code:
             error.suggest(_recovery(path, error.hint))
         raise
+
+
+def _with(limits: Limits, document: Document) -> Document:
+    return document if limits is DEFAULT else replace(document, limits=limits)
 
 
 def _recovery(path: str | os.PathLike[str], hint: Hint | None) -> Hint:

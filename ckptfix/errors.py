@@ -15,6 +15,7 @@
     ├── RenameError                keys cannot be renamed as asked
     │   ├── KeyCollisionError      two keys would become one
     │   └── PartialPrefixError     only some of the keys carry the prefix
+    ├── ArgumentError              a function was given something else than it takes
     ├── TargetError                the model or key list to check against cannot be had
     └── KeyMismatchError           the keys do not match the target; carries the report
         └── ChangedMeaningError    keys that change what others mean would be dropped
@@ -170,6 +171,12 @@ class VerifyError(WriteError):
     """What was written does not read back as what was meant."""
 
     code = "verify-failed"
+
+
+class ArgumentError(CkptfixError, TypeError):
+    """A function was given something else than it takes."""
+
+    code = "argument"
 
 
 class SelectionError(CkptfixError):

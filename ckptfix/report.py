@@ -48,7 +48,7 @@ class Difference(NamedTuple):
     """Whether the target computes it, and does not learn it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """How a state dict compares with a target. Keys are in the order of the side that has them."""
 
@@ -86,6 +86,15 @@ class Report:
     """Where averages of the weights stand that fit as well, and were not taken."""
     left_out: bool = False
     """Whether the unexpected keys were left out, as `load_into` leaves them out."""
+    assigned: int = 0
+    """Parameters and buffers that were on the meta device, and that `load_into` gave memory."""
+    on_meta: list[str] = field(default_factory=list)
+    """Those that still have none once it is loaded: buffers, mostly, that no file holds."""
+
+    def __repr__(self) -> str:
+        if self.loads and not (self.unexpected or self.forgiven or self.on_meta):
+            return "<All keys matched successfully>"
+        return "\n".join(describe(self, limit=3))
 
     @property
     def loads(self) -> bool:
@@ -182,6 +191,7 @@ def sections(report: Report) -> list[Section]:
         Section("of another dtype (torch casts them when it loads)", "~", dtypes),
     ]
     found.append(Section("refused", "!", report.refusals))
+    found.append(Section("still on the meta device", "-", report.on_meta))
     return [section for section in found if section.rows]
 
 

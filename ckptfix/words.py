@@ -23,6 +23,22 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def size(nbytes: int) -> str:
+    """Bytes for people: `512 bytes`, `44.7 MiB`."""
+    power = min(max((nbytes.bit_length() - 1) // 10, 0), len(_UNITS))
+    return f"{nbytes / 1024**power:.1f} {_UNITS[power - 1]}" if power else plural(nbytes, "byte")
+
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def nearest(word: str, among: Iterable[str]) -> str | None:
+    """What is spelled much like a word, if anything is."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, among, 1)), None)
+
+
 def reason(error: OSError) -> str:
     """What the system says, as the end of a message: `permission denied`."""
     return (error.strerror or str(error)).lower()

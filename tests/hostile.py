@@ -682,8 +682,8 @@ def _library(path: Path) -> Iterator[tuple[str, str | list[float] | None]]:
         "load": lambda: _nothing(ckptfix.load(path)),
         "load_state_dict": lambda: [
             number
-            for value in ckptfix.load_state_dict(path).values()
-            if hasattr(value, "tolist")  # of shards, it has what is beside the weights too
+            for value in ckptfix.load_state_dict(path, strict=False).values()
+            if hasattr(value, "storage")  # of shards, it has what is beside the weights too
             for number in value.tolist()
         ],
     }

@@ -24,7 +24,7 @@ from ckptfix.errors import (
 )
 from fixtures.foonet import FooNet
 from tests.conftest import FIXTURES
-from tests.oracles import bits, unlike
+from tests.oracles import bits, sharing, unlike
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -124,11 +124,12 @@ def test_values_that_are_no_tensors_come_back_as_torch_gives_them():
 # Memory
 
 
+@pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("name", ["cpu.pt", "legacy.pt", "plain.safetensors"])
-def test_changing_a_loaded_tensor_never_changes_the_file(name: str, tmp_path: Path):
+def test_changing_a_loaded_tensor_never_changes_the_file(name: str, mmap: bool, tmp_path: Path):
     path = tmp_path / name
     shutil.copy(FIXTURES / name, path)
-    loaded = ckptfix.load_state_dict(path)
+    loaded = ckptfix.load_state_dict(path, mmap=mmap)
     for tensor in loaded.values():
         tensor.fill_(7)
     assert path.read_bytes() == (FIXTURES / name).read_bytes()
@@ -137,7 +138,78 @@ def test_changing_a_loaded_tensor_never_changes_the_file(name: str, tmp_path: Pa
     assert all((tensor == 7).all() for tensor in loaded.values())
 
 
-def test_loading_does_not_hold_the_file_in_memory(tmp_path: Path):
+@pytest.mark.parametrize("name", ["cpu.pt", "legacy.pt", "plain.safetensors", "tied.pt"])
+def test_a_map_gives_what_reading_gives(name: str):
+    path = FIXTURES / name
+    mapped, read = (ckptfix.load(path, mmap=mmap) for mmap in (True, False))
+    assert unlike(mapped, read) is None
+    assert sharing(mapped) == sharing(read)
+
+
+OVERWRITING = """
+import os, sys, safetensors.torch, torch, ckptfix
+path, wanted = sys.argv[1], torch.arange(300_000.0)
+
+def save():
+    if path.endswith(".safetensors"):
+        safetensors.torch.save_file({"w": wanted}, path)
+    else:
+        torch.save({"w": wanted}, path, _use_new_zipfile_serialization="legacy" not in path)
+
+def load_into(path):
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.empty(300_000, device="meta"))
+    ckptfix.load_into(model, path)
+    return dict(model.state_dict())
+
+def zeros(loaded):
+    with open(path, "r+b") as file:
+        file.write(bytes(os.path.getsize(path)))
+
+overwrites = {
+    "torch.save": lambda loaded: torch.save(loaded, path),
+    "torch.save of less": lambda loaded: torch.save({"w": torch.zeros(1)}, path),
+    "cut short": lambda loaded: os.truncate(path, 100),
+    "emptied": lambda loaded: open(path, "wb").close(),
+    "zeros": zeros,
+    "ckptfix.save": lambda loaded: ckptfix.save(loaded, path, to="torch", force=True),
+}
+for how, overwrite in overwrites.items():
+    for load in (ckptfix.load, ckptfix.load_state_dict, load_into):
+        save()
+        loaded = load(path)
+        print(how, load.__name__, flush=True)
+        overwrite(loaded)
+        assert torch.equal(loaded["w"], wanted)
+"""
+
+
+@pytest.mark.parametrize("name", ["last.pt", "legacy.pt", "last.safetensors"])
+def test_overwriting_what_was_loaded_changes_nothing_in_memory(name: str, tmp_path: Path):
+    command = [sys.executable, "-c", OVERWRITING, str(tmp_path / name)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, (ran.stdout.splitlines()[-1:], ran.stderr)
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = saved({"a": torch.ones(9), "b": torch.ones(9)}, tmp_path / "in.pt")
+
+    def place(storage: torch.UntypedStorage, tag: str) -> torch.UntypedStorage:
+        with path.open("r+b") as file:
+            file.seek(0, 2)
+            file.write(b"x")
+        return storage
+
+    with pytest.raises(ReadError, match="was changed while it was read"):
+        ckptfix.load(path, map_location=place)
+    path = saved(pair(), tmp_path / "in.pt")
+    with pytest.raises(ReadError, match="was changed while it was read"):
+        ckptfix.load_state_dict(path, map_location=place)
+
+
+def test_a_map_does_not_hold_the_file_in_memory(tmp_path: Path):
     path = tmp_path / "big.pt"
     with path.open("wb") as file:
         torch.save({"w": torch.zeros(64 << 20, dtype=torch.uint8)}, file)
@@ -147,7 +219,7 @@ def test_loading_does_not_hold_the_file_in_memory(tmp_path: Path):
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return next(int(line.split()[1]) for line in lines if line.startswith('RssAnon'))\n"
         "before = anonymous()\n"
-        "loaded = ckptfix.load_state_dict(sys.argv[1])\n"
+        "loaded = ckptfix.load_state_dict(sys.argv[1], mmap=True)\n"
         "total = int(loaded['w'].sum())\n"
         "print(anonymous() - before)"
     )
@@ -168,7 +240,7 @@ def test_tensors_outlive_the_file(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["tied.pt", "views.pt"])
 def test_shared_storages_share_memory_as_after_torch_load(name: str):
-    def sharing(loaded: dict[str, torch.Tensor]) -> list[list[str]]:
+    def groups_of(loaded: dict[str, torch.Tensor]) -> list[list[str]]:
         groups: dict[int, list[str]] = {}
         for key, tensor in loaded.items():
             if tensor.numel():
@@ -176,7 +248,7 @@ def test_shared_storages_share_memory_as_after_torch_load(name: str):
         return sorted(groups.values())
 
     ours, theirs = ckptfix.load_state_dict(FIXTURES / name), torch.load(FIXTURES / name)
-    assert sharing(ours) == sharing(theirs)
+    assert groups_of(ours) == groups_of(theirs)
     layout = {key: (t.stride(), t.storage_offset()) for key, t in theirs.items()}
     assert {key: (t.stride(), t.storage_offset()) for key, t in ours.items()} == layout
     assert unlike(dict(ours), dict(theirs)) is None
@@ -538,7 +610,7 @@ def test_what_was_left_out_does_not_make_the_report_say_that_it_does_not_load(
 ) -> None:
     net = nn.Linear(2, 2)
     path = saved({**net.state_dict(), "extra": torch.ones(1)}, tmp_path / "in.pt")
-    assert not ckptfix.check(path, net).loads
+    assert not ckptfix.check(net, path).loads
     report = ckptfix.load_into(net, path)
     assert (report.loads, report.unexpected) == (True, ["extra"])
     assert report.identical

@@ -245,7 +245,7 @@ def agree(make: Callable[[], nn.Module], path: str = "in.pt") -> bool:
     """Whether torch takes a file, after all commands and loaders have said the same of it."""
     takes, name = torch_takes(make(), path), make.__name__
     reference = f"net.py:{name}"
-    assert ckptfix.check(path, make()).loads is takes
+    assert ckptfix.check(make(), path).loads is takes
     assert code_of("check", path, "--model", reference) == (0 if takes else 1)
     untouched = make()
     before = {key: str(value) for key, value in untouched.state_dict().items()}
@@ -442,8 +442,8 @@ def test_a_buffer_that_is_none_is_filled_or_refused(models: ModuleType) -> None:
         net = model()
         assert ckptfix.load_into(net, "in.pt").loads
         assert torch.equal(net.bank, state["bank"])
-    assert not ckptfix.check("in.pt", models.Empty()).loads
-    assert ckptfix.check("in.pt", models.Empty()).unexpected == ["bank"]
+    assert not ckptfix.check(models.Empty(), "in.pt").loads
+    assert ckptfix.check(models.Empty(), "in.pt").unexpected == ["bank"]
 
 
 def test_code_in_a_child_decides_too_and_is_found_behind_a_prefix(models: ModuleType) -> None:
@@ -465,7 +465,7 @@ def test_a_model_keeps_its_own_values_while_it_is_asked(models: ModuleType) -> N
         net = model()
         before = dict(vars(net)), {id(value) for value in net.state_dict(keep_vars=True).values()}
         values = {key: value.clone() for key, value in net.state_dict().items()}
-        ckptfix.check("in.pt", net)
+        ckptfix.check(net, "in.pt")
         assert vars(net) == before[0]
         assert {id(value) for value in net.state_dict(keep_vars=True).values()} == before[1]
         assert unlike(dict(net.state_dict()), values) is None
@@ -483,12 +483,12 @@ def test_a_model_that_refuses_is_heard(models: ModuleType) -> None:
 
 def test_what_a_models_own_loader_passes_over_is_named(models: ModuleType) -> None:
     torch.save(FILES["less"](), "in.pt")
-    report = ckptfix.check("in.pt", models.Negligent())
+    report = ckptfix.check(models.Negligent(), "in.pt")
     assert (report.loads, report.forgiven, report.random_numel) == (True, ["out.bias"], 2)
     out = done("check", "in.pt", "--model", "net.py:Negligent")
     assert "  - out.bias" in out
     torch.save({f"module.{key}": value for key, value in weights().items()}, "in.pt")
-    assert not ckptfix.check("in.pt", models.Negligent()).loads
+    assert not ckptfix.check(models.Negligent(), "in.pt").loads
     net = models.Negligent()
     assert ckptfix.load_into(net, "in.pt").forgiven == []
     assert unlike([*net.state_dict().values()], [*torch.load("in.pt").values()]) is None
@@ -503,7 +503,7 @@ def test_torchs_own_hooks_decide(kind: str) -> None:
     old = nn.Sequential(getattr(nn.utils, kind)(nn.Linear(2, 2)))
     for state in (old.state_dict(), make().state_dict(), nn.Linear(2, 2).state_dict()):
         torch.save(state, "in.pt")
-        assert ckptfix.check("in.pt", make()).loads is torch_takes(make(), "in.pt")
+        assert ckptfix.check(make(), "in.pt").loads is torch_takes(make(), "in.pt")
 
 
 # --- ties
@@ -513,7 +513,7 @@ def test_two_tensors_for_one_are_refused_by_all_with_the_same_words(models: Modu
     one, other = torch.rand(5, 2), torch.rand(5, 2)
     torch.save({"embed.weight": one, "head.weight": other}, "in.pt")
     said = "'embed.weight' and 'head.weight' are one tensor of net.py:Tied, and two different ones"
-    assert not ckptfix.check("in.pt", models.Tied()).loads
+    assert not ckptfix.check(models.Tied(), "in.pt").loads
     ran = ckptfix_command("check", "in.pt", "--model", "net.py:Tied")
     assert ran.returncode == 1
     assert said in ran.stdout

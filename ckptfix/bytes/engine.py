@@ -211,6 +211,43 @@ def _first(
     return result
 
 
+def fill(buffer: memoryview, spans: Iterable[Span]) -> None:
+    """Fill a buffer with the bytes of spans in a row; several workers read what is large.
+
+    Raises `ReadError` and its kin.
+    """
+    parts, begin = [], 0
+    for block in blocks(spans):
+        parts.append(_Part(block, buffer[begin : begin + block.length]))
+        begin += block.length
+    if begin <= _INLINE:
+        for part in parts:
+            part.read()
+    else:
+        for _ in in_order(_Part.read, parts):
+            pass
+
+
+_INLINE = 4 * BLOCK
+"""Bytes up to which threads take longer to start than they save."""
+
+
+class _Part(NamedTuple):
+    """A block, and where it goes."""
+
+    block: Span
+    buffer: memoryview
+
+    @property
+    def length(self) -> int:
+        """Bytes of it."""
+        return self.block.length
+
+    def read(self) -> None:
+        """Read it to where it goes."""
+        self.block.source.readinto(self.block.offset, self.buffer)
+
+
 # --- checksums
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
 
-from ckptfix.errors import DamagedError, ReadError
+from ckptfix.errors import ArgumentError, DamagedError, ReadError
 from ckptfix.hints import Hint, shell
 from ckptfix.words import reason
 
@@ -225,6 +225,46 @@ class BytesSource(Source):
         if offset + length > self.size:
             raise too_short(self.name, offset, length)
         return bytes(self._data[offset : offset + length])
+
+
+def of_object(given: Any) -> Source | str:
+    """What a program holds: bytes, or an open file from where it stands on.
+
+    A file of the system at its beginning is told by its path, so that nothing is read now. Raises
+    `ArgumentError` for what is neither.
+    """
+    if isinstance(given, (bytes, bytearray, memoryview)):
+        return BytesSource(memoryview(given).cast("B"))
+    if not hasattr(given, "read"):
+        raise ArgumentError(
+            f"a path, bytes or an open file is wanted, not a {type(given).__name__}",
+            hint="give the path of a checkpoint",
+        )
+    path = _path_of(given)
+    if path is not None:
+        return path
+    try:
+        data = b"" if isinstance(given, io.TextIOBase) else given.read()
+    except (OSError, ValueError) as error:  # one that is closed, or not for reading
+        raise ReadError(f"cannot be read: {error}", where=_name_of(given)) from None
+    if isinstance(given, io.TextIOBase) or not isinstance(data, (bytes, bytearray)):
+        raise ArgumentError("is open as text", where=_name_of(given), hint="open it with mode 'rb'")
+    return BytesSource(data, _name_of(given))
+
+
+def _name_of(file: Any) -> str:
+    name = getattr(file, "name", None)
+    return name if isinstance(name, str) else f"<{type(file).__name__}>"
+
+
+def _path_of(file: Any) -> str | None:
+    """The path of a file that is open in binary and at its beginning, if it still has that name."""
+    try:
+        opened, name = os.fstat(file.fileno()), os.path.abspath(file.name)
+        here = file.tell() == 0 and "b" in file.mode and S_ISREG(opened.st_mode)
+        return file.name if here and os.path.samestat(opened, os.stat(name)) else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 class LazySource(Source):

@@ -21,7 +21,7 @@ from ckptfix.errors import SelectionError, UnsupportedError
 from ckptfix.hints import Hint, adding, command, naming
 from ckptfix.tree.document import Inert, Node, OrderedMap, Tensor, kind
 from ckptfix.tree.walk import LEAVES, PATH_DEPTH, Path, children, has_names, script_constants, walk
-from ckptfix.words import listed
+from ckptfix.words import listed, plural, size
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ _AVERAGES = re.compile(
 _PLAIN = re.compile(r"(?i)(?:^|_)(?:online|current)(?:_|$)")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StateDict:
     """A state dict where it stands in a tree: `path` is joined by `/`, and `/` is the root."""
 
@@ -52,6 +52,18 @@ class StateDict:
     tensors. Its keys cannot be renamed where they are."""
     unknown: Mapping[str, str] = field(default_factory=dict)
     """Parts of a pickled model that may hold weights which are in no key: path, and class."""
+
+    def __repr__(self) -> str:
+        return f"StateDict({self.path!r}, {self.role}: {self.contents})"
+
+    @property
+    def contents(self) -> str:
+        """What it holds, for people: `267 tensors, 44.7 MiB`."""
+        if self.role == "optimizer":
+            return f"{plural(len(self.mapping['state']), 'parameter')} with state"
+        others = f", {plural(len(self.others), 'other')}" if self.others else ""
+        nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        return f"{plural(len(self.tensors), 'tensor')}, {size(nbytes)}{others}"
 
     @property
     def node(self) -> Node:

@@ -130,7 +130,8 @@ def _is_number(dtype: DType) -> bool:
 def _flat(side: Side) -> torch.Tensor:
     from ckptfix.torch_bridge.materialize import Materializer
 
-    return Materializer(byteorder=side.byteorder).tensor(side.tensor).detach().reshape(-1)
+    materializer = Materializer(byteorder=side.byteorder, mapped=True)
+    return materializer.tensor(side.tensor).detach().reshape(-1)
 
 
 def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[int, float, float]:

@@ -102,6 +102,20 @@ def without(document: Document, states: Iterable[StateDict], gone: Collection[st
     return exchanged(document, states, smaller, tensors=False)
 
 
+def with_mapping(document: Document, state: StateDict, mapping: dict[str, Node]) -> Document:
+    """The document with another mapping in the place of a state dict."""
+    if state.origin is not None:
+        raise has_no_keys(document, state)
+    return replace(
+        document,
+        root=rebuild(
+            document.root,
+            lambda node: mapping if node is state.mapping else node,
+            tensors=False,
+        ),
+    )
+
+
 def mapping_without(mapping: dict[str, Node], gone: Collection[str]) -> dict[str, Node]:
     """A state dict without some keys."""
     items = {key: value for key, value in mapping.items() if key not in gone}

@@ -96,7 +96,7 @@ def _check_unchanged(edit: Edit, descriptor: int) -> None:
 def _verify(edit: Edit) -> None:
     path, document = edit.source.name, edit.document
     try:
-        found = read(FileSource(path), Reading())
+        found = read(FileSource(path), Reading(document.limits))
     except CkptfixError as error:
         raise VerifyError(f"does not read back: {error}; it was put back", where=path) from error
     place = compare.difference(document.root, found.root)

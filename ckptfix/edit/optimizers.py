@@ -61,6 +61,15 @@ def follow(document: Document, state: StateDict, names: Mapping[str, str]) -> Fo
     return Followed(_replaced(document, changes), changed, left_out)
 
 
+def leave_out(document: Document) -> Followed:
+    """The document without its optimizers, where nobody can tell what they would have to hold."""
+    found = [state for state in find(document.root) if state.role == "optimizer"]
+    if not found:
+        return Followed(document, [], [])
+    gone = _replaced(document, {id(state.mapping): None for state in found})
+    return Followed(gone, [], [state.path for state in found])
+
+
 def _replaced(document: Document, changes: Mapping[int, Optimizer | None]) -> Document:
     gone = {key for key, new in changes.items() if new is None}
 

@@ -10,7 +10,6 @@ from ckptfix.contents.tensors import as_tensor, is_packed, is_special_tensor, sp
 from ckptfix.edit.compacting import gathered
 from ckptfix.errors import UnsafeError, UnsupportedError
 from ckptfix.hints import Hint
-from ckptfix.limits import DEFAULT
 from ckptfix.tree.document import (
     Document,
     Inert,
@@ -88,7 +87,7 @@ def flatten(document: Document, state: StateDict) -> Fitted:
 
 def _check_repeated(nbytes: int, key: str, document: Document) -> None:
     """Refuse a few bytes that would fill a disk."""
-    if nbytes > DEFAULT.repeated_bytes:
+    if nbytes > document.limits.repeated_bytes:
         raise UnsafeError(
             f"{key!r} repeats its elements: without strides it would take {nbytes} bytes more",
             where=document.name,

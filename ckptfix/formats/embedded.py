@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from ckptfix.bytes.source import BytesSource
 from ckptfix.errors import ReadError
 from ckptfix.formats import torch_legacy, torch_zip
-from ckptfix.limits import DEFAULT
 from ckptfix.tree.walk import packed_bytes
 
 if TYPE_CHECKING:
@@ -49,6 +48,6 @@ def _read(document: Document, value: bytes) -> Document | None:
     else:
         return None
     try:
-        return replace(read(source, DEFAULT), name=document.name)
+        return replace(read(source, document.limits), name=document.name)
     except ReadError:
         return None

@@ -237,7 +237,7 @@ def write_place(
 
     def check(written: Place) -> None:
         try:
-            found = read(written.open(), Reading())
+            found = read(written.open(), Reading(document.limits))
         except CkptfixError as error:
             raise VerifyError(f"does not read back: {error}", where=place) from error
         differs = container.difference(document, found)

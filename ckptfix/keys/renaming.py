@@ -99,6 +99,11 @@ def rename(keys: Iterable[str], rule: Rule) -> Renaming:
     return Renaming(without_collisions(renamed_by(keys, rule)), rule)
 
 
+def by_mapping(keys: Iterable[str], new: Mapping[str, str]) -> Renaming:
+    """The renaming of some keys, each to a name of its own; modules stay where they are."""
+    return Renaming(without_collisions({key: new.get(key, key) for key in keys}), str)
+
+
 def unchanged(keys: Iterable[str]) -> Renaming:
     """The renaming that leaves every key and every module as it is."""
     return Renaming({key: key for key in keys}, str)

@@ -178,7 +178,7 @@ def _write_index(index: bytes, document: Document, place: Place) -> None:
     def check(written: Place) -> None:
         try:
             told = shards.index_of(shard_index.read(written.open()), folder)
-            found = shards.read(told, Reading())
+            found = shards.read(told, Reading(document.limits))
         except CkptfixError as error:
             raise VerifyError(f"does not read back: {error}", where=folder) from error
         differs = safetensors.difference(document, found)

@@ -14,6 +14,7 @@ import torch
 from ckptfix.bytes.source import Source, too_short
 from ckptfix.bytes.span import Span
 from ckptfix.errors import UnsupportedError
+from ckptfix.torch_bridge.plain import described
 from ckptfix.tree.document import Global, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.tree.dtypes import BY_NAME, DType
 from ckptfix.tree.rebuild import rebuild
@@ -38,6 +39,9 @@ def describe(value: Any) -> Node:
         make = _NODES.get(type(value))
         if make is not None:
             return make(value)
+        plain = described(value)
+        if plain is not None:
+            return plain
         raise UnsupportedError(
             f"a {type(value).__module__}.{type(value).__qualname__} cannot be written by ckptfix",
             hint="save it with torch.save, or leave it out",

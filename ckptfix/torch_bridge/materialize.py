@@ -1,8 +1,10 @@
-"""Described tensors made into torch tensors, over a private memory map of their file.
+"""Described tensors made into torch tensors, in memory of their own or over a map of their file.
 
-Nothing is copied until it is written to: the system fills the map from the file, and a page that
-a program changes becomes its own. Only bytes that lie where their dtype cannot be read (old
-containers do not align them), that are computed, or that are in another byte order, are copied.
+Memory of their own is read from the file once: whatever becomes of the file then, they stay. Over a
+map nothing is read until it is used, and a page that a program changes becomes its own; but whoever
+writes to the file changes what is not read yet, and whoever cuts it short ends the process. Bytes
+that lie where their dtype cannot be read (old containers do not align them), that are computed, or
+that are in another byte order, are always read.
 """
 
 from __future__ import annotations
@@ -16,10 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.serialization import default_restore_location
 
+from ckptfix.bytes.engine import fill
+from ckptfix.bytes.source import everything
+from ckptfix.bytes.span import cut
 from ckptfix.contents.tensors import DEVICE_TENSORS, as_tensor, undressed
 from ckptfix.errors import CkptfixError, UnsupportedError
 from ckptfix.limits import DEFAULT
 from ckptfix.pickles.torch_objects import check_layout
+from ckptfix.torch_bridge import trusted
+from ckptfix.torch_bridge.plain import revived
 from ckptfix.tree.document import Global, Inert, Node, OrderedMap, Storage, Tensor
 from ckptfix.tree.dtypes import UNTYPED, swap_bytes
 from ckptfix.tree.rebuild import rebuild
@@ -44,15 +51,21 @@ class Materializer:
     """Makes tensors of one document. Tensors that share a storage there share memory here.
 
     `place` puts a storage from the CPU where it belongs, given the tag it was saved with;
-    `byteorder` is the document's.
+    `byteorder` is the document's; with `mapped` tensors lie over a private map of their file.
     """
 
-    def __init__(self, place: Place | None = None, byteorder: str = "little") -> None:
+    def __init__(
+        self, place: Place | None = None, byteorder: str = "little", *, mapped: bool = False
+    ) -> None:
         self._place = place
         self._swap = byteorder != sys.byteorder
+        self._mapped = mapped
         self._maps: dict[int, tuple[Source, mmap.mmap]] = {}
+        self._read: dict[int, Source] = {}
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._kept: list[Storage] = []
+        self._marked = trusted.marked()
+        self._depth = 0
 
     def tensor(self, tensor: Tensor, *, stay: bool = False) -> torch.Tensor:
         """The tensor that `tensor` describes; with `stay` on the CPU, wherever the others go."""
@@ -67,6 +80,20 @@ class Materializer:
             torch._C._set_neg(made, True)
         differentiable = dtype.is_complex or dtype.is_floating_point
         return made.requires_grad_(tensor.requires_grad and differentiable)
+
+    def copy_into(self, out: torch.Tensor, tensor: Tensor) -> None:
+        """Give a tensor that has memory the values of `tensor`; read straight into it if it can be.
+
+        Of the storages nothing is kept then.
+        """
+        dtype: torch.dtype = getattr(torch, tensor.dtype.name)
+        plain = not (self._swap or tensor.metadata) and tensor.is_contiguous
+        if not (plain and out.is_cpu and out.dtype == dtype and out.is_contiguous()):
+            out.copy_(self.tensor(tensor).reshape(out.shape))  # torch 0.3 had no 0-d tensors
+        elif tensor.numel:
+            spans = cut(tensor.storage.spans, tensor.offset * dtype.itemsize, tensor.nbytes)
+            self._read.update((id(span.source), span.source) for span in spans)
+            fill(out.detach().view(-1).view(torch.uint8).numpy().data, spans)
 
     def storage(self, storage: Storage) -> torch.UntypedStorage | torch.TypedStorage:
         """The storage that `storage` describes, as `torch.load` gives one that is in no tensor."""
@@ -89,15 +116,43 @@ class Materializer:
     def _on_cpu(self, storage: Storage, dtype: DType) -> torch.UntypedStorage:
         if not storage.nbytes:
             return torch.empty(0, dtype=torch.uint8).untyped_storage()
+        self._read.update((id(span.source), span.source) for span in storage.spans)
         span = storage.spans[0]
-        if len(storage.spans) == 1 and not self._swap and span.source.fileno() is not None:
+        may_map = self._mapped and len(storage.spans) == 1 and not self._swap
+        if may_map and span.source.fileno() is not None:
             begin = span.source.begin + span.offset
             if begin % dtype.word == 0:
                 return _flat(self._map(span.source), begin, span.length)
-        copied = bytearray(b"".join(part.read() for part in storage.spans))
         if self._swap:
+            copied = bytearray(b"".join(part.read() for part in storage.spans))
             swap_bytes(copied, storage.dtype.word)
-        return _flat(copied, 0, len(copied))
+            return _flat(copied, 0, len(copied))
+        own = torch.empty(sum(part.length for part in storage.spans), dtype=torch.uint8)
+        fill(own.numpy().data, storage.spans)
+        return own.untyped_storage()
+
+    def of_marked_class(self, node: Inert) -> torch.Tensor | None:
+        """A tensor of a class that the program has marked as safe, also in a parameter, or None."""
+        if node.function in _PARAMETERS and node.args and isinstance(node.args[0], Inert):
+            node = node.args[0]
+        if not self._marked or self._depth > _DEPTH:
+            return None
+        self._depth += 1
+        try:
+            return trusted.tensor(node, self._marked, lambda part: tree(part, self))
+        finally:
+            self._depth -= 1
+
+    def value(self, node: Inert) -> Any:
+        """What an inert object stands for that is no tensor; itself where that is not known."""
+        made = trusted.making(node, self._marked)
+        return revived(node) if made is None else made
+
+    def check(self) -> None:
+        """Raise `ReadError` where a file was written to while it was read."""
+        for source in self._read.values():
+            for one in everything(source):
+                one.check()
 
     def _map(self, source: Source) -> mmap.mmap:
         known = self._maps.get(id(source))
@@ -108,6 +163,10 @@ class Materializer:
             mapped = mmap.mmap(descriptor, end, access=mmap.ACCESS_COPY)
             known = self._maps[id(source)] = (source, mapped)
         return known[1]
+
+
+_DEPTH = 8
+"""How many tensors may lie around one another."""
 
 
 def _flat(data: mmap.mmap | bytearray, offset: int, length: int) -> torch.UntypedStorage:
@@ -154,8 +213,8 @@ def _freest_device() -> str:
 def tree(root: Node, materializer: Materializer) -> Any:
     """A tree with its tensors made, and the plain objects that torch checkpoints hold.
 
-    Devices, dtypes, sizes, sets, complex numbers and parameters become what they were, and so do
-    sparse and quantized tensors, and those without bytes; objects of other classes stay `Inert`.
+    Parameters, sparse and quantized tensors, and those without bytes, become what they were, and so
+    do objects whose values are known (`plain`); those of other classes stay `Inert`.
     RNG states stay on the CPU, where torch wants them.
     """
     rng = {id(node.storage) for node in _rng_states(root)}
@@ -171,15 +230,21 @@ def tree(root: Node, materializer: Materializer) -> Any:
         if isinstance(node, Inert):
             dense = as_tensor(node)
             made = special(node, materializer) if dense is None else materializer.tensor(dense)
-            return _revived(node) if made is None else _parameter(node, made)
+            if made is None:
+                made = materializer.of_marked_class(node)
+            return materializer.value(node) if made is None else _parameter(node, made)
         return _dtype(node) if type(node) is Global else node
 
-    return rebuild(root, change, _keep_metadata)
+    def finish(node: Node, made: Any) -> None:
+        if isinstance(node, OrderedMap) and node.metadata is not None:
+            made._metadata = OrderedDict(rebuild(node.metadata, change))
+
+    return rebuild(root, change, finish)
 
 
 def _check_keys(node: dict[Node, Node]) -> None:
     """Refuse a set that serves as a key; no pickle that was saved has one."""
-    if any(type(key) is Inert and isinstance(_revived(key), set) for key in node):
+    if any(type(key) is Inert and isinstance(revived(key), set) for key in node):
         raise UnsupportedError("a set serves as a key")
 
 
@@ -187,19 +252,22 @@ def _parameter(node: Inert, made: torch.Tensor) -> torch.Tensor:
     """What a parameter was; of numpy arrays and others that are seen as tensors, the tensor."""
     if node.function not in _PARAMETERS or not (made.is_floating_point() or made.is_complex()):
         return made
-    wants_grad = len(node.args) > 1 and node.args[1] is True
-    return torch.nn.Parameter(made.detach(), requires_grad=wants_grad)
+    return torch.nn.Parameter(made.detach(), requires_grad=_wants_gradient(node))
 
 
+def _wants_gradient(node: Inert) -> bool:
+    state = node.state if isinstance(node.state, tuple) else ()
+    if node.function == _PARAMETER and len(node.args) < 2:  # of 2017, as torch reads those
+        return bool(state[0] if len(state) == 3 else state[3] if len(state) == 5 else True)
+    return len(node.args) > 1 and node.args[1] is True
+
+
+_PARAMETER = Global("torch.nn.parameter", "Parameter")
 _PARAMETERS = (
     Global("torch._utils", "_rebuild_parameter"),
     Global("torch._utils", "_rebuild_parameter_with_state"),
+    _PARAMETER,
 )
-
-
-def _keep_metadata(node: Node, made: Any) -> None:
-    if isinstance(node, OrderedMap) and node.metadata is not None:
-        made._metadata = OrderedDict(node.metadata)
 
 
 def _dtype(node: Global) -> Any:
@@ -271,7 +339,7 @@ def _part(node: Node, materializer: Materializer) -> Any:
     if dense is not None:
         return materializer.tensor(dense)
     if isinstance(node, Inert):
-        return _revived(node)
+        return revived(node)
     if type(node) is Global:
         return _SCHEMES[node.name]
     return node
@@ -289,36 +357,7 @@ _SPECIAL: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-# --- plain objects
-
-_SCALARS = (str, int, float, bool, type(None), bytes)
-
-
-def _revived(node: Inert) -> Any:
-    """What an inert object of a few harmless classes stands for; others as they are."""
-    make = _HARMLESS.get(str(node.function))
-    if make is None or node.has_state or node.items or node.pairs or node.how != "reduce":
-        return node
-    parts = node.args[0] if len(node.args) == 1 else node.args
-    if not all(isinstance(part, _SCALARS) for part in (parts if _is_row(parts) else [parts])):
-        return node
-    try:
-        return make(*node.args)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return node
-
-
-def _is_row(node: Node) -> bool:
-    return isinstance(node, (list, tuple))
-
-
-_HARMLESS: dict[str, Callable[..., Any]] = {
-    "torch.device": torch.device,
-    "torch.Size": torch.Size,
-    **{f"{module}.set": set for module in ("builtins", "__builtin__")},
-    **{f"{module}.frozenset": frozenset for module in ("builtins", "__builtin__")},
-    **{f"{module}.complex": complex for module in ("builtins", "__builtin__")},
-}
+# --- random number generators
 
 
 def _rng_states(root: Node) -> list[Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,9 +42,14 @@ def decides(model: nn.Module) -> bool:
     modules = list(model.modules())
     if any(isinstance(one, torch.jit.ScriptModule) or _is_sharded(one) for one in modules):
         return False  # cannot be given stand-ins; and would have to be asked on all ranks at once
-    if any(_has_loader(one) for one in modules) or _has_own(model, "load_state_dict"):
+    return has_code(model)
+
+
+def has_code(model: nn.Module) -> bool:
+    """Whether loading into a model is more than copying into its parameters and buffers by name."""
+    if any(map(_has_loader, model.modules())) or _has_own(model, "load_state_dict"):
         return True
-    return not all(map(_is_plain, (*model.parameters(), *model.buffers())))
+    return not all(map(is_plain, (*model.parameters(), *model.buffers())))
 
 
 def _is_sharded(module: nn.Module) -> bool:
@@ -86,14 +92,34 @@ def strict_load(
     return _tried(whole, mapping, Materializer(byteorder=byteorder), _copied)
 
 
-def load(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
-    """`model.load_state_dict`, also where it is the model's own and knows no `strict`."""
-    try:
-        model.load_state_dict(state, strict=strict)
-    except TypeError as error:
-        if "strict" not in str(error):
-            raise
-        model.load_state_dict(state)
+def load(
+    model: nn.Module, state: Mapping[str, Any], *, strict: bool = True, assign: bool = False
+) -> None:
+    """`model.load_state_dict`, also where it is the model's own and knows no `strict`, or `assign`.
+
+    One that does not know `assign` nearly always calls torch's, with the versions of modules beside
+    the state dict; torch looks there for it.
+    """
+    ways: list[dict[str, bool]] = [{"strict": strict, "assign": True}] if assign else []
+    ways += [{"strict": strict}, {}]
+    for way in ways:
+        try:
+            model.load_state_dict(state, **way)
+        except TypeError as error:
+            if not way or not any(name in str(error) for name in way):
+                raise
+            if "assign" in way:
+                _say_assign(model, state)
+        else:
+            return
+
+
+def _say_assign(model: nn.Module, state: Any) -> None:
+    versions = getattr(state, "_metadata", None) or OrderedDict()
+    paths = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    state._metadata = OrderedDict(
+        (path, {**versions.get(path, {}), "assign_to_params_buffers": True}) for path in paths
+    )
 
 
 class _Described(Materializer):
@@ -172,7 +198,7 @@ def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
             UninitializedParameter if isinstance(tensor, nn.Parameter) else UninitializedBuffer
         )
         return kind(tensor.requires_grad, device="meta", dtype=tensor.dtype)  # type: ignore[no-any-return]
-    if not _is_plain(tensor):
+    if not is_plain(tensor):
         return _copied(tensor)
     return _as_it_was(torch.empty_like(tensor, device="meta"), tensor)
 
@@ -191,7 +217,7 @@ def _as_it_was(made: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(made, requires_grad=tensor.requires_grad)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor takes all that has its shape."""
     is_strided = tensor.layout is torch.strided and not tensor.is_quantized
     return is_strided and type(tensor) in _CLASSES

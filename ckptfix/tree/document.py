@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ckptfix.limits import DEFAULT, Limits
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -66,7 +68,7 @@ class OrderedMap(dict[Any, Any]):
         return found if isinstance(found, dict) else None
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Storage:
     """The flat buffer that one or more tensors view; compared by identity.
 
@@ -80,13 +82,16 @@ class Storage:
     spans: tuple[Span, ...] = ()
     key: str = ""
 
+    def __repr__(self) -> str:
+        return f"Storage({self.key!r}, {self.numel:,} of {self.dtype.name}, {self.device})"
+
     @property
     def nbytes(self) -> int:
         """Bytes of the buffer."""
         return self.numel * self.dtype.itemsize
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Tensor:
     """A strided view of a storage. `shape`, `stride` and `offset` count elements of `dtype`."""
 
@@ -100,6 +105,9 @@ class Tensor:
     """The `backward_hooks` pickled with it; None stands for the usual empty OrderedDict."""
     metadata: Node = None
     """Bits such as `conj` and `neg` that torch may pickle with it."""
+
+    def __repr__(self) -> str:
+        return f"Tensor({self.dtype.name} {list(self.shape)}, {self.storage.device})"
 
     @property
     def numel(self) -> int:
@@ -133,7 +141,7 @@ How = Literal["reduce", "newobj", "newobj_ex", "obj"]
 """How an object is made: a call, `cls.__new__`, the same with keywords, Python 2's instance."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Inert:
     """A pickled object of any class, kept as what would be needed to build it, and never built.
 
@@ -149,6 +157,17 @@ class Inert:
     state: Node = None
     items: list[Node] = field(default_factory=list)
     pairs: list[tuple[Node, Node]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"Inert({self.cls})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in Inert.__slots__:
+            raise AttributeError(name)
+        where = f".attributes[{name!r}]" if name in self.attributes else ".attributes and .state"
+        raise AttributeError(
+            f"a {self.cls} is not built, since that would run its code: see {where}", name=name
+        )
 
     @property
     def cls(self) -> str:
@@ -177,7 +196,7 @@ def _attributes(state: Node) -> Iterator[tuple[Any, Node]]:
             yield from part.items()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Document:
     """One checkpoint as read: its tree, and what its container keeps beside the tree."""
 
@@ -199,6 +218,11 @@ class Document:
     """What was noticed while reading."""
     constants: Node = None
     """The constants of a TorchScript program, which are among its `extras`."""
+    limits: Limits = DEFAULT
+    """What its reader was allowed, and whoever reads its copy is."""
+
+    def __repr__(self) -> str:
+        return f"Document({self.name!r}, {self.container})"
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

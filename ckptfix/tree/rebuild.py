@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptfix.errors import UnsafeError
 from ckptfix.tree.document import Global, Inert, Node, OrderedMap, Storage, Tensor
@@ -13,6 +13,17 @@ if TYPE_CHECKING:
 
 
 _SIMPLE = frozenset({Tensor, Storage, Global})  # nodes that hold no containers worth a detour
+
+
+class Making(NamedTuple):
+    """An object that is there before what it holds is made, and is given that afterwards.
+
+    What `change` may return for a node: `fill` is called with what became of `parts`.
+    """
+
+    made: Any
+    parts: Node
+    fill: Callable[[Any], None]
 
 
 REOPENED = 1_000_000
@@ -29,7 +40,8 @@ def rebuild(
     """A copy of a tree in which each node is what `change` makes of it.
 
     `change` is called once with each node that is no leaf, before its children are visited, and
-    returns the node itself where it stays; what it returns is visited in its stead. `finish` is
+    returns the node itself where it stays; what it returns is visited in its stead, apart from a
+    `Making`. `finish` is
     called with a container and its filled copy. Sharing and cycles are kept. Without `tensors`,
     those with nothing below them stay as they are, and `change` does not see them.
     """
@@ -73,7 +85,10 @@ class _Rebuilder:
         self.kept.append(node)
         if new is not node:
             self.kept.append(new)
-        if isinstance(new, (dict, list, Inert)):
+        if type(new) is Making:
+            self.done[id(node)] = new.made
+            self._later(lambda: new.fill(self.get(new.parts)), (new.parts,))
+        elif isinstance(new, (dict, list, Inert)):
             self._open(node, new)
         elif type(new) is tuple:
             self._reopen(node, len(new))

@@ -51,6 +51,20 @@ def test_a_parameter_is_the_tensor_in_it_however_it_was_pickled(
     assert unlike(dict(ckptfix.load_state_dict(tmp_path / "out.safetensors")), wanted) is None
 
 
+@pytest.mark.parametrize("reduced", STATES.values(), ids=STATES)
+def test_a_parameter_is_one_again_once_it_is_loaded(tmp_path: Path, reduced: tuple[Any, ...]):
+    saved = tmp_path / "in.pt"
+    torch.save({"w": Made(*reduced)}, saved)
+    ours, theirs = (load(saved)["w"] for load in (ckptfix.load, unsafely))
+    assert type(ours) is type(theirs) is nn.Parameter
+    assert torch.equal(ours, theirs)
+    assert ours.requires_grad == theirs.requires_grad
+
+
+def unsafely(path: Path) -> Any:
+    return torch.load(path, weights_only=False)
+
+
 def test_a_parameter_of_a_plain_pickle_is_the_tensor_in_it(tmp_path: Path):
     saved = tmp_path / "in.pkl"
     saved.write_bytes(pickle.dumps({"w": Made(*STATES["of 2017"]), "b": T}))

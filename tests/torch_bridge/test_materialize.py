@@ -44,6 +44,11 @@ def test_spans_are_joined_in_order(cuts: tuple[int, ...]):
     assert bits(Materializer().tensor(over(data, "float32", *cuts))) == data
 
 
+def test_what_is_large_is_read_in_blocks_by_several_workers():
+    data = bytes(range(256)) * (3 << 15)  # 24 MiB
+    assert bits(Materializer().tensor(over(data, "int32", 5, 9 << 20))) == data
+
+
 @pytest.mark.parametrize(
     ("dtype", "word"), [("uint8", 1), ("int16", 2), ("float32", 4), ("float64", 8),
                         ("complex64", 4), ("complex128", 8)]
@@ -73,9 +78,9 @@ def test_row_major_bytes_are_those_that_torch_makes(checkpoint: Path):
             assert (tuple(made.shape), made.stride()) == (node.shape, node.stride)
 
 
-def test_weights_lie_in_a_map_of_the_file_and_are_not_copied():
+def test_weights_may_lie_in_a_map_of_the_file_and_are_not_copied_then():
     [first, *_] = [n for _, n in walk(door.read(FIXTURES / "cpu.pt").root) if isinstance(n, Tensor)]
-    materializer = Materializer()
+    materializer = Materializer(mapped=True)
     made = materializer.tensor(first)
     [(source, mapped)] = materializer._maps.values()
     assert isinstance(mapped, mmap.mmap)
