@@ -196,6 +196,7 @@ class Checkpoint:
         source = self.document.name if Place(self.document.name).exists else ""
         output = door.resolve(path, to, source)
         fitted = reduce.fit(self.document, output.container, select)
+        reduce.check_joined(fitted.document)
         output.write(fitted.document, force=force, verify=verify)
         return fitted.left_out
 

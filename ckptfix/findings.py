@@ -135,7 +135,7 @@ CODES: dict[str, Meaning] = {
     "flat-parameters": Meaning(
         _ERROR,
         "parameters of FSDP1 lie flat, one after another; their shapes are not in the file",
-        "load it in the program that saved it, and save its full state dict",
+        "`ckptfix fix --model` or `--like`, which have the shapes",
     ),
     "ranks-differ": Meaning(
         _NOTE,

@@ -125,6 +125,8 @@ class Job:
         if self.output is None:
             return self._edit(document, done, {**data, **after()})
         fitted = reduce.fit(document, self.output.container, select)
+        if self.verb != "recover":
+            reduce.check_joined(fitted.document)
         left = [*left_out, *fitted.left_out]
         known = self._write(self.output, fitted.document)
         if left:

@@ -11,6 +11,7 @@ from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.packed import packed_weights, placeholders, without_bytes
 from ckptfix.contents.state_dicts import StateDict, find, of_models
 from ckptfix.door import beside, is_sharded, taking
+from ckptfix.edit import flat
 from ckptfix.edit.compacting import compact
 from ckptfix.findings import Finding
 from ckptfix.formats import embedded
@@ -36,8 +37,8 @@ def diagnose(document: Document) -> list[Finding]:
         if framework is not None:
             message = f"of {framework}, which keeps the weight of each Linear transposed"
             findings.append(Finding("other-framework", message, state.path))
-        findings += [*_prefixes(document, state), *without_weights(state), *_ties(state)]
-        findings += [*_unknown(state), *_flat(state)]
+        findings += [*_prefixes(document, state), *_ties(state), *_unknown(state)]
+        findings += list(_flat(document, state)) or list(without_weights(state))
     findings += [*_globals(document), *_bloat(document), *_constants(document)]
     findings += _embedded(document)
     if not states:
@@ -158,11 +159,14 @@ def _unknown(state: StateDict) -> Iterator[Finding]:
         yield Finding("unknown-state", f"what these parts hold is not known: {names}", state.path)
 
 
-def _flat(state: StateDict) -> Iterator[Finding]:
-    flat = [key for key in state.tensors if key.endswith("flat_param")]
-    if flat:
-        message = f"parameters lie flat in {listed(flat)}: their shapes are not in the file"
-        yield Finding("flat-parameters", message, state.path)
+def _flat(document: Document, state: StateDict) -> Iterator[Finding]:
+    keys = flat.flat_in(state.mapping)
+    if keys:
+        message = f"parameters lie flat in {listed(keys)}: their shapes are not in the file"
+        out = beside(document, "fixed")
+        select = state.selection
+        fix = command("fix", document.name, out, model="FILE.py:NAME", select=select)
+        yield Finding("flat-parameters", message, state.path, fix)
 
 
 def wasted(document: Document) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.contents.state_dicts import StateDict, choose, known
+from ckptfix.contents.state_dicts import StateDict, choose, find, known
 from ckptfix.contents.tensors import as_tensor, is_packed, is_special_tensor, special_class
+from ckptfix.edit import flat
 from ckptfix.edit.compacting import gathered
 from ckptfix.errors import UnsafeError, UnsupportedError
 from ckptfix.hints import Hint
@@ -166,3 +167,15 @@ def fit(document: Document, container: Writable, select: str | None = None) -> F
     fitted = Fitted(document, []) if select is None else only(document, choose(document, select))
     texts = [(f"__metadata__/{key}", "str") for key in document.metadata if key != "format"]
     return fitted._replace(left_out=[*fitted.left_out, *texts])
+
+
+def check_joined(document: Document) -> None:
+    """Refuse to write what was in pieces and is not put together. Raises `UnsupportedError`."""
+    if document.container in _IN_PIECES:
+        for state in find(document.root):
+            keys = flat.flat_in(state.mapping)
+            if keys:
+                raise flat.refuse(document, keys)
+
+
+_IN_PIECES = ("DCP folder", "files of ranks")

@@ -15,7 +15,7 @@ from ckptfix.formats import table
 from ckptfix.hints import Hint, shell
 from ckptfix.layouts.distributed_tensors import Decoder
 from ckptfix.layouts.in_pieces import kind, piece_in
-from ckptfix.pieces import replicas
+from ckptfix.pieces import boxes, replicas
 from ckptfix.pieces.joining import Joiner, Piece
 from ckptfix.tree import compare
 from ckptfix.tree.document import Inert, Node, OrderedMap, Storage, Tensor
@@ -116,6 +116,33 @@ def _read(place: Place, reading: Reading) -> Document:
 # --- joining them
 
 
+class _Vector(NamedTuple):
+    """A flat parameter."""
+
+    path: str
+    nodes: dict[int | None, Node]
+    """What each rank has of it."""
+    pieces: set[tuple[int, int]]
+    """Where the pieces that are there begin and end; and the end of the vector, and its begin."""
+
+    def tears(self, begin: int, end: int) -> bool:
+        """Whether a piece that is not there may go on where a stretch of the vector begins or ends.
+
+        What is next to a stretch is there where as many pieces begin as end.
+        """
+        return any(
+            at in {one for one, _ in self.pieces} ^ {other for _, other in self.pieces}
+            for at in (begin, end)
+        )
+
+
+class _Flat(NamedTuple):
+    """The part of a flat parameter that a storage of one rank holds: where in it that begins."""
+
+    vector: _Vector
+    begin: int
+
+
 class _Ranks:
     """The files of some ranks, being joined."""
 
@@ -126,9 +153,10 @@ class _Ranks:
             rank: Decoder(rank, document.byteorder) for rank, document in documents.items()
         }
         self.joiner = Joiner()
-        self.flat = dict(self._flat())
-        self.done: dict[tuple[int, ...], Node] = {}
         self.ranks = 0
+        self.flat = dict(self._flat())
+        self.vectors: dict[str, Tensor] = {}
+        self.done: dict[tuple[int, ...], Node] = {}
         self.differing: list[str] = []
 
     def document(self) -> Document:
@@ -207,7 +235,8 @@ class _Ranks:
         """What several nodes are together: a container yet to be filled, a tensor, a value."""
         first = next(iter(nodes.values()))
         if any(kind(node) is not None for node in nodes.values()):
-            return self._joined(path, nodes)
+            known = self.vectors.get(path.removeprefix("/"))
+            return self._joined(path, nodes) if known is None else known
         if all(isinstance(node, dict) for node in nodes.values()):
             if isinstance(first, OrderedMap):
                 return OrderedMap((), first.attributes)
@@ -220,34 +249,71 @@ class _Ranks:
         self._check_equal(path, nodes)
         return first
 
-    def _flat(self) -> Iterator[tuple[int, int]]:
-        """By storage, where in a flat parameter of FSDP1 what lies in it begins."""
+    def _flat(self) -> Iterator[tuple[int, _Flat]]:
+        """By storage of a rank, the flat parameter of FSDP1 whose part it holds."""
+        vectors: dict[tuple[str, ...], _Vector] = {}
         for rank, document in self.documents.items():
             for path, node in walk(document.root, tensors=False):
                 if path and path[-1].endswith(_FLAT) and kind(node) == "ShardedTensor":
-                    for (begin, *_), tensor in self.decoders[rank].part(node).pieces:
-                        yield id(tensor.storage), begin - tensor.offset
+                    part = self.decoders[rank].part(node)
+                    if len(part.shape) != 1:
+                        continue
+                    self.ranks = max(self.ranks, part.ranks)
+                    vector = vectors.setdefault(path, _Vector("/".join(path), {}, set()))
+                    vector.nodes[rank] = node
+                    vector.pieces.add((part.shape[0], 0))
+                    for (begin, *_), tensor in part.pieces:
+                        if not self.reading.has_lost(tensor.storage):
+                            vector.pieces.add((begin, begin + tensor.numel))
+                        yield id(tensor.storage), _Flat(vector, begin - tensor.offset)
 
     def _from_flat(self, path: str, nodes: dict[int | None, Node]) -> Tensor | None:
         """The parameter of which each rank has the part that lies in its flat parameter.
 
-        Its shape is in no file, so it has one dimension. None for other tensors.
+        It is a part of the whole vector then. Its shape is in no file, so it has one dimension.
+        None for other tensors.
         """
-        pieces: list[tuple[int, Tensor]] = []
+        parts: list[tuple[int, Tensor]] = []
+        flat: _Flat | None = None
         for node in nodes.values():
             if type(node) is not Tensor or len(node.shape) != 1:
                 return None
             if node.numel:
-                begin = self.flat.get(id(node.storage))
-                if begin is None:
+                flat = self.flat.get(id(node.storage))
+                if flat is None:
                     return None
-                pieces.append((begin + node.offset, node))
-        if not pieces:
-            return None
-        first = min(at for at, _ in pieces)
-        whole = (sum(tensor.numel for _, tensor in pieces),)
-        parts = [Piece((at - first,), tensor) for at, tensor in pieces]
-        return self.joiner.join(path.removeprefix("/"), pieces[0][1].dtype, whole, parts)
+                parts.append((flat.begin + node.offset, node))
+        if flat is None:
+            return self._not_seen(path) if len(nodes) < self.ranks else None
+        whole = self._vector(flat.vector)
+        parts = list({at: (at, tensor) for at, tensor in parts}.values())  # of replicas, one
+        begin = min(at for at, _ in parts)
+        numel = sum(tensor.numel for _, tensor in parts)
+        pieces = [Piece((at - begin,), tensor) for at, tensor in parts]
+        if not self.reading.has_lost(whole.storage):
+            try:
+                boxes.check((numel,), [piece.box for piece in pieces])
+            except CkptfixError as error:
+                raise error.within(path.removeprefix("/")).within(self.name) from None
+            return Tensor(whole.storage, whole.dtype, (numel,), (1,), whole.offset + begin)
+        lost = any(self.reading.has_lost(tensor.storage) for _, tensor in parts)
+        lost = lost or max(at + tensor.numel for at, tensor in parts) != begin + numel
+        if lost or flat.vector.tears(begin, begin + numel):
+            return self._not_seen(path)
+        return self.joiner.join(path.removeprefix("/"), parts[0][1].dtype, (numel,), pieces)
+
+    def _not_seen(self, path: str) -> Tensor:
+        """A parameter that may have elements on ranks whose files are not there."""
+        lost = Storage(UNTYPED, 0, "cpu")
+        what = "nothing says that it has no elements on other ranks"
+        self.reading.lose(lost, self._with_absent(DamagedError(what, code="piece-missing"), path))
+        return Tensor(lost, UNTYPED, (0,), (1,))
+
+    def _vector(self, vector: _Vector) -> Tensor:
+        """A flat parameter, whole."""
+        if vector.path not in self.vectors:
+            self.vectors[vector.path] = self._joined(vector.path, vector.nodes)
+        return self.vectors[vector.path]
 
     def _joined(self, path: str, nodes: dict[int | None, Node]) -> Tensor:
         """The tensor of which each rank has a part."""

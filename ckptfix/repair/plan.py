@@ -398,6 +398,8 @@ def _fitting(
 
 def _cures(document: Document, found: Match, wanted: Target) -> Iterable[Cure]:
     path, dropped = found.state.path, found.dropped
+    for row in found.state.made:
+        yield Cure(row.code, path, row.found, row.cure)
     if found.renaming.changed:
         yield _renaming_cure(found.state, found.renaming)
     disguised = [one for one in found.state.mapping.values() if without_disguise(one) is not one]
@@ -471,7 +473,7 @@ def _alone(made: Plan, document: Document, state: StateDict, mapping: OrderedMap
     """The plan reduced to the state dict, with what lies beside it named."""
     left_out = reduce.only(document, state).left_out
     cures = list(made.cures)
-    if state.mapping is not document.root:
+    if state.mapping is not document.root and not (state.made and state.node is document.root):
         beside = f", beside {len(left_out)} other things" if left_out else ""
         found = f"the state dict lies in a checkpoint{beside}"
         cures.append(Cure("nested", state.path, found, "taken out"))

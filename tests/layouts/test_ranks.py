@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import runpy
 import shutil
 import struct
 import subprocess
@@ -348,16 +349,82 @@ def test_a_deep_tree_of_ranks_takes_no_longer_than_it_is_deep(folder: Path) -> N
 # --- flat parameters
 
 
-def test_flat_parameters_are_joined_and_told(made: Path) -> None:
-    full = whole(made, "fsdp1_whole.pt")
-    found = ckptfix.load(made / "fsdp1_local_False_rank_0.pt")
-    names = ["scale", "first.weight", "first.bias", "norm.weight", "norm.bias"]
-    flat = torch.cat([full[name].flatten() for name in names])
-    assert same(found["_flat_param"][: len(flat)], flat)
-    last = torch.cat([full[name].flatten() for name in full if name.startswith("last")])
-    assert same(found["last._flat_param"][: len(last)], last)
-    told = ckptfix.open(made / "fsdp1_local_False_rank_0.pt").findings
-    assert [finding.code for finding in told] == ["flat-parameters"]
+def model_of(name: str) -> str:
+    return f"{FIXTURES / 'make_pieces.py'}:{name}"
+
+
+FLAT = [
+    ("fsdp1_local_False_rank_0.pt", "Net", "fsdp1_whole.pt"),
+    ("fsdp1_local_True_rank_1.pt", "Net", "fsdp1_whole.pt"),
+    ("fsdp1_local_False", "Net", "fsdp1_whole.pt"),
+    ("fsdp1_local_True", "Net", "fsdp1_whole.pt"),
+    ("fsdp1_tied_rank_0.pt", "Tied", "fsdp1_tied_whole.pt"),
+    ("fsdp1_mixed", "Tied", "fsdp1_tied_whole.pt"),
+]
+
+
+def built(name: str) -> torch.nn.Module:
+    """A model of the maker's."""
+    made: torch.nn.Module = runpy.run_path(str(FIXTURES / "make_pieces.py"))[name]()
+    return made
+
+
+@pytest.mark.parametrize(("name", "model", "known"), FLAT)
+def test_flat_parameters_are_the_full_state_dict_of_a_model(
+    made: Path, name: str, model: str, known: str
+) -> None:
+    found = ckptfix.load_state_dict(made / name, model=built(model))
+    assert same(dict(found), dict(whole(made, known)))
+    assert not ckptfix.open(made / name).check(built(model)).loads
+
+
+@pytest.mark.parametrize(("name", "known"), [(one, known) for one, _, known in FLAT[1:4:2]])
+def test_flat_parameters_are_those_of_another_checkpoint(
+    made: Path, tmp_path: Path, name: str, known: str
+) -> None:
+    done("fix", made / name, tmp_path / "out.pt", "--like", made / known)
+    assert same(dict(ckptfix.load(tmp_path / "out.pt")), dict(whole(made, known)))
+    (tmp_path / "keys.json").write_text(done("inspect", "--json", made / known))
+    out = tmp_path / "out.safetensors"
+    done("fix", made / name, out, "--like", tmp_path / "keys.json")
+    assert same(dict(ckptfix.load(out)), dict(whole(made, known)))
+
+
+@pytest.mark.parametrize("name", [one for one, *_ in FLAT])
+def test_flat_parameters_alone_are_refused(tmp_path: Path, name: str) -> None:
+    path = FIXTURES / "pieces" / name
+    for verb, out in (("convert", "out.pt"), ("fix", "out.safetensors")):
+        ran = ckptfix_command(verb, path, tmp_path / out)
+        assert ran.returncode == 2, (verb, ran.stdout)
+        assert "parameters lie flat in" in ran.stderr
+        assert f"hint: say which model it is for, {OR_WHICH}: ckptfix fix" in ran.stderr
+    with pytest.raises(UnsupportedError, match="parameters lie flat in"):
+        ckptfix.open(path).save(tmp_path / "out.pt")
+    assert not list(tmp_path.iterdir())
+    (told,) = ckptfix.open(path).findings
+    assert told.code == "flat-parameters"
+    assert "_flat_param" in told.message
+
+
+OR_WHICH = "or which checkpoint has its shapes (--like)"
+
+
+@pytest.mark.parametrize("name", [one for one, model, _ in FLAT if model == "Net"])
+def test_check_says_that_flat_parameters_have_to_be_split(name: str) -> None:
+    ran = ckptfix_command("check", FIXTURES / "pieces" / name, "--model", model_of("Net"))
+    assert ran.returncode == 1
+    assert "its parameters lie flat in" in ran.stdout
+    assert "ckptfix fix" in ran.stdout
+
+
+def test_flat_parameters_that_are_of_another_model_are_refused(tmp_path: Path) -> None:
+    path = FIXTURES / "pieces" / "fsdp1_local_False_rank_0.pt"
+    ran = ckptfix_command("fix", path, tmp_path / "out.pt", "--model", model_of("Tied"))
+    assert ran.returncode == 2
+    wanted = "_flat_param cannot be split into parameters: it has 53 elements, the parameters of"
+    assert wanted in ran.stderr
+    assert "hint: name the very model that was trained: ckptfix fix" in ran.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_parameters_under_their_own_names_are_joined_from_the_flat_ones(made: Path) -> None:
@@ -365,5 +432,36 @@ def test_parameters_under_their_own_names_are_joined_from_the_flat_ones(made: Pa
     found = ckptfix.load(made / "fsdp1_local_True_rank_0.pt")
     for name, tensor in full.items():
         assert same(found[name].flatten(), tensor.flatten()), name
-    told = ckptfix.open(made / "fsdp1_local_True_rank_0.pt").findings
-    assert [finding.code for finding in told] == ["flat-parameters"]
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_of_flat_parameters_that_is_recovered_which_is_sure_to_be_whole(
+    tmp_path: Path, rank: int
+) -> None:
+    for other in {0, 1, 2, 3} - {rank}:
+        shutil.copy(FIXTURES / "pieces" / f"fsdp1_local_True_rank_{other}.pt", tmp_path)
+    path = next(tmp_path.iterdir())
+    refused(path, "piece-missing", f"files of 1 of 4 ranks are not there: {rank}")
+    assert ckptfix_command("recover", path, tmp_path / "saved.pt").returncode == 1
+    found = torch.load(tmp_path / "saved.pt", weights_only=False)
+    full = whole(FIXTURES / "pieces", "fsdp1_whole.pt")
+    assert {key for key in full if "norm.running" in key} < set(found)
+    assert ("scale" in found) is (rank != 0)  # which lies on the first rank alone
+    assert "first.weight" not in found or rank == 3
+    for name, tensor in found.items():
+        assert same(tensor.flatten(), full[name].flatten()), name
+
+
+def test_a_pickled_piece_that_is_damaged_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    for rank in range(4):
+        shutil.copy(FIXTURES / "pieces" / f"fsdp1_local_True_rank_{rank}.pt", tmp_path)
+    path = tmp_path / "fsdp1_local_True_rank_1.pt"
+    with zipfile.ZipFile(path) as archive:
+        lost = archive.read("fsdp1_local_True_rank_1/data/1")
+    path.write_bytes(path.read_bytes().replace(lost, bytes(len(lost))))
+    assert ckptfix_command("recover", path, tmp_path / "saved.pt").returncode == 1
+    found = torch.load(tmp_path / "saved.pt", weights_only=False)
+    assert "first.weight" not in found
+    full = whole(FIXTURES / "pieces", "fsdp1_whole.pt")
+    for name, value in found.items():
+        assert name not in full or same(value.flatten(), full[name].flatten())
