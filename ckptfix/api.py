@@ -276,6 +276,8 @@ def diff(
     from ckptfix.diffs import documents
 
     one, other = (side if isinstance(side, Checkpoint) else open(side) for side in (a, b))
+    for side in (one, other):
+        reduce.check_one(side.document)
     paths = (select, select) if isinstance(select, str) else select
     return documents.diff(
         one.document, other.document, select=paths, keys_only=keys_only, read_data=read_data

@@ -137,6 +137,11 @@ CODES: dict[str, Meaning] = {
         "parameters of FSDP1 lie flat, one after another; their shapes are not in the file",
         "`ckptfix fix --model` or `--like`, which have the shapes",
     ),
+    "tensor-parallel": Meaning(
+        _WARNING,
+        "files of several ranks of tensor parallelism: each has a slice of most tensors",
+        "`ckptfix fix --model` or `--like`, whose shapes say how they are joined",
+    ),
     "ranks-differ": Meaning(
         _NOTE,
         "states of random number generators, of which each rank had its own",

@@ -15,7 +15,7 @@ from ckptfix.contents.specs import spec
 from ckptfix.contents.state_dicts import choose
 from ckptfix.contents.tensors import is_special_tensor, special_class
 from ckptfix.diagnose import damage
-from ckptfix.edit import averages, edits
+from ckptfix.edit import averages, edits, reduce
 from ckptfix.errors import UnsupportedError
 from ckptfix.formats import embedded
 from ckptfix.keys import globs, wrappers
@@ -62,6 +62,7 @@ def load(
         ReadError: the file is not a checkpoint, is damaged, unsafe or unsupported.
     """
     document = door.read(path)
+    reduce.check_one(document)
     if verify:
         damage.check_tensors(document, document.root)
     return materialize.tree(document.root, _materializer(document, map_location))
@@ -107,6 +108,7 @@ def load_state_dict(
     if average:
         document, select, _ = averages.take(document, select)
     if model is None:
+        reduce.check_one(document)
         mapping = choose(document, select).mapping
         gone = globs.matching(mapping, _patterns(drop), document.name)
         kept = edits.mapping_without(mapping, gone) if gone else mapping

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
 
+_SLICE = "one of {} files of tensor parallelism: OUT has its slices; fix --model joins them"
+
+
 class Job:
     """One output to be made of one source: from the options of a command to its exit code.
 
@@ -127,6 +130,8 @@ class Job:
         fitted = reduce.fit(document, self.output.container, select)
         if self.verb != "recover":
             reduce.check_joined(fitted.document)
+        if fitted.document.slices:
+            output.note(f"{self.source}: {_SLICE.format(len(fitted.document.slices))}")
         left = [*left_out, *fitted.left_out]
         known = self._write(self.output, fitted.document)
         if left:

@@ -49,8 +49,10 @@ def diagnose(document: Document) -> list[Finding]:
 def _noted(document: Document) -> Iterator[Finding]:
     """What was noticed while reading; where writing the document anew repairs it, the command."""
     anew = command("convert", document.name, beside(document, "repacked"))
+    fix = command("fix", document.name, beside(document, "fixed"), model="FILE.py:NAME")
+    commands = {**dict.fromkeys(_ANEW, anew), "tensor-parallel": fix}
     for note in document.notes:
-        yield note._replace(command=anew) if note.code in _ANEW else note
+        yield note._replace(command=commands.get(note.code))
 
 
 _ANEW = frozenset({"container-refused", "old-container", "hidden-call", "left-on-stack"})

@@ -117,7 +117,7 @@ class _Splitting:
         self.state, self.keys, self.wanted = state, keys, wanted
         self.there: dict[Path, str] = {}
         for key in state.mapping:
-            self.there.setdefault(_bare(key), key)
+            self.there.setdefault(bare(key), key)
         self.order: dict[Path, int] = {}
         """Where a key of the target stands among them."""
         self.again: set[str] = set()
@@ -127,11 +127,11 @@ class _Splitting:
     def _unit(self, key: str) -> _Unit:
         vector = self.state.tensors[key]
         named = {
-            _bare(other): tensor
+            bare(other): tensor
             for other, tensor in self.state.tensors.items()
             if tensor.storage is vector.storage and other != key
         }
-        return _Unit(key, _bare(key)[:-1], vector, named)
+        return _Unit(key, bare(key)[:-1], vector, named)
 
     def result(self) -> StateDict:
         """The state dict, split where that can be."""
@@ -142,10 +142,12 @@ class _Splitting:
             if found and not failed and not places.keys() & found.keys():
                 places |= found
                 for key in self.wanted.specs:
-                    path = (*removed, *_bare(key)[len(added) :])
+                    path = (*removed, *bare(key)[len(added) :])
                     self.order.setdefault(path, len(self.order))
             elif len(failed) > len(reasons):
                 reasons = failed
+        if not places and not reasons:
+            return self.state
         if not places:
             return replace(self.state, unmade=reasons, origin=self.state.node)
         return self._made(places)
@@ -163,7 +165,7 @@ class _Splitting:
         for removed in sorted(below, key=len):
             if not removed or below[removed] + own >= total:
                 yield removed, ()
-        first, *others = [_bare(key) for key in self.wanted.specs] or [()]
+        first, *others = [bare(key) for key in self.wanted.specs] or [()]
         shared = len(first) - 1
         for other in others:
             while first[:shared] != other[:shared]:
@@ -178,7 +180,7 @@ class _Splitting:
         """
         members: dict[Path, list[tuple[Path, str]]] = {}
         for key in self.wanted.specs:
-            path = _bare(key)
+            path = bare(key)
             if path[: len(added)] != added:
                 continue
             path = (*removed, *path[len(added) :])
@@ -290,9 +292,9 @@ class _Splitting:
                     old = self.there.get(place.path)
                     mapping.setdefault(old or ".".join(place.path), made[place.path])
             elif key not in self.again:
-                mapping[key] = made.get(_bare(key), node)
+                mapping[key] = made.get(bare(key), node)
         last = len(self.order)
-        rows = sorted(mapping.items(), key=lambda row: self.order.get(_bare(row[0]), last))
+        rows = sorted(mapping.items(), key=lambda row: self.order.get(bare(row[0]), last))
         whole = OrderedMap(rows)
         if isinstance(self.state.mapping, OrderedMap):
             whole.attributes = self.state.mapping.attributes
@@ -309,7 +311,7 @@ class _Splitting:
         )
 
 
-def _bare(key: str) -> Path:
+def bare(key: str) -> Path:
     """The components of a key without the names that wrappers add anywhere."""
     return tuple(part for part in key.split(".") if part not in _NO_CHILDREN)
 

@@ -169,7 +169,7 @@ def _states(document: Document, wanted: Target, select: str | None) -> list[Stat
         raise _no_names(document, wanted)
     for state in states:
         foreign.check(document, state.path, state.mapping)
-    return [joins.made_for(document, state, wanted) for state in states]
+    return joins.made_for(document, states, wanted)
 
 
 def _without(document: Document, states: list[StateDict], drop: Sequence[str]) -> list[StateDict]:

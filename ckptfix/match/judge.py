@@ -108,7 +108,7 @@ def as_it_stands(
         mapping.attributes = {"_metadata": OrderedMap(versions)}
     made = _Judge(document, state, wanted).of(mapping, specs(mapping))
     if state.made and made.fits:
-        return replace(made, refusals=[f"its {row.found}" for row in state.made])
+        return replace(made, refusals=[f"it has to be put together: {state.made[0].found}"])
     if document.container == _RANKS and made.fits:
         return replace(made, refusals=["its tensors are in pieces, which torch does not join"])
     return made

@@ -20,7 +20,7 @@ from ckptfix.diagnose.document import diagnose
 from ckptfix.door import beside
 from ckptfix.edit import averages, edits, masks, optimizers, reduce
 from ckptfix.edit.dangers import Removed, without_dangers
-from ckptfix.errors import KeyCollisionError
+from ckptfix.errors import KeyCollisionError, UnsupportedError
 from ckptfix.findings import CODES, Severity
 from ckptfix.hints import Hint, command
 from ckptfix.keys import globs, wrappers
@@ -134,6 +134,8 @@ def plan(
     if tensors_only:
         made = _written_once(made, mapping)
     if keep_training_state:
+        if document.slices:
+            raise _not_all_joined(document)
         kept = {old: new for old, new in found.renaming.keys.items() if new in mapping}
         order = {new: old for old, new in kept.items()}
         names = {order[new]: new for new in wanted.specs if new in order}
@@ -469,6 +471,15 @@ def _replaced(document: Document, state: StateDict, mapping: OrderedMap) -> Docu
     return replace(document, root=rebuild(document.root, change))
 
 
+def _not_all_joined(document: Document) -> UnsupportedError:
+    return UnsupportedError(
+        "is one of several slices: shapes say how the weights are joined, and nothing else",
+        where=document.name,
+        hint="leave out --keep-training-state",
+        code="tensor-parallel",
+    )
+
+
 def _alone(made: Plan, document: Document, state: StateDict, mapping: OrderedMap) -> Plan:
     """The plan reduced to the state dict, with what lies beside it named."""
     left_out = reduce.only(document, state).left_out
@@ -477,5 +488,5 @@ def _alone(made: Plan, document: Document, state: StateDict, mapping: OrderedMap
         beside = f", beside {len(left_out)} other things" if left_out else ""
         found = f"the state dict lies in a checkpoint{beside}"
         cures.append(Cure("nested", state.path, found, "taken out"))
-    alone = replace(document, root=mapping, extras={})
+    alone = replace(document, root=mapping, extras={}, slices=())
     return replace(made, document=alone, cures=cures, left_out=left_out)
