@@ -170,7 +170,7 @@ def test_a_rank_twice_is_refused(tmp_path: Path) -> None:
 
 def test_files_of_different_steps_are_refused(tmp_path: Path) -> None:
     model = Llama()
-    parts = [
+    parts: list[Any] = [
         {"module": part, "global_steps": 7 + rank}
         for rank, part in enumerate(slices(model.state_dict(), 2))
     ]
@@ -181,13 +181,13 @@ def test_files_of_different_steps_are_refused(tmp_path: Path) -> None:
 
 def test_keys_and_values_that_several_ranks_share_do_not_add_up(tmp_path: Path) -> None:
     model = Llama()
+    key = "layers.0.attention.wk.weight"
     parts = slices(model.state_dict(), 4)
-    for part, other in ((0, 1), (2, 3)):
-        parts[other]["layers.0.attention.wk.weight"] = parts[part]["layers.0.attention.wk.weight"]
-    for part in parts:
-        part["layers.0.attention.wk.weight"] = part["layers.0.attention.wk.weight"].repeat(2, 1)
+    halves = model.state_dict()[key].chunk(2)
+    for rank, part in enumerate(parts):
+        part[key] = halves[rank // 2].clone()
     path = write(tmp_path / "step", parts)
-    what = "layers.0.attention.wk.weight cannot be joined: its slices .* do not add up"
+    what = f"{key} cannot be joined: its slices .* do not add up"
     refused(tmp_path, path, "tensor-parallel", what, model)
 
 
