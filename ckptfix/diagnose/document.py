@@ -38,6 +38,7 @@ def diagnose(document: Document) -> list[Finding]:
             message = f"of {framework}, which keeps the weight of each Linear transposed"
             findings.append(Finding("other-framework", message, state.path))
         findings += [*_prefixes(document, state), *_ties(state), *_unknown(state)]
+        findings += _perhaps_tied(document, state)
         findings += list(_flat(document, state)) or list(without_weights(state))
     findings += [*_globals(document), *_bloat(document), *_constants(document)]
     findings += _embedded(document)
@@ -153,6 +154,21 @@ def _ties(state: StateDict) -> Iterator[Finding]:
         shown = " = ".join(groups[0])
         more = f", and {len(groups) - 1} more" if len(groups) > 1 else ""
         yield Finding("tied-tensors", f"one tensor, several names: {shown}{more}", state.path)
+
+
+def _perhaps_tied(document: Document, state: StateDict) -> Iterator[Finding]:
+    """Matrices of a DCP folder that are equal by their checksums: DCP loses that they were one."""
+    if document.container != "DCP folder":
+        return
+    groups: dict[object, list[str]] = {}
+    for key, tensor in state.tensors.items():
+        sums = tuple((span.length, span.crc) for span in tensor.storage.spans)
+        if len(tensor.shape) > 1 and tensor.numel and all(crc is not None for _, crc in sums):
+            groups.setdefault((tensor.dtype.name, tensor.shape, sums), []).append(key)
+    pairs = [" = ".join(keys) for keys in groups.values() if len(keys) == 2]
+    if pairs:
+        message = f"equal by their checksums, and perhaps one tensor: {listed(pairs)}"
+        yield Finding("tied-tensors", message, state.path)
 
 
 def _unknown(state: StateDict) -> Iterator[Finding]:

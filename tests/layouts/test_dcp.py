@@ -624,3 +624,17 @@ def test_items_packed_with_zstd_are_read_where_that_is_installed(tmp_path: Path)
     assert same(ckptfix.load(folder), state)
     done("convert", folder, tmp_path / "out.pt")
     assert same(torch.load(tmp_path / "out.pt", weights_only=False), state)
+
+
+# --- ties
+
+
+@pytest.mark.parametrize("split", [whole, along(0, 3)])
+def test_what_may_have_been_one_tensor_is_told(tmp_path: Path, split: Any) -> None:
+    embed = numbered((6, 4), torch.float32)
+    state = {"embed.weight": embed, "head.weight": embed, "other": embed + 1, "bias": embed[0]}
+    ones = {f"norm.{number}": torch.ones(2, 2) for number in range(3)}  # which are many
+    folder = save(tmp_path / "step", {**state, **ones, "bias.2": embed[0].clone()}, split)
+    (told,) = ckptfix.open(folder).findings
+    assert told.code == "tied-tensors"
+    assert told.message.endswith("perhaps one tensor: embed.weight = head.weight")
