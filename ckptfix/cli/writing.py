@@ -128,7 +128,9 @@ class Job:
         if self.output is None:
             return self._edit(document, done, {**data, **after()})
         fitted = reduce.fit(document, self.output.container, select)
-        if self.verb != "recover":
+        if self.verb == "recover":
+            reduce.check_one(fitted.document)
+        else:
             reduce.check_joined(fitted.document)
         if fitted.document.slices:
             output.note(f"{self.source}: {_SLICE.format(len(fitted.document.slices))}")

@@ -256,6 +256,9 @@ class _Folder:
             try:
                 yield path, self._value(name, wholes[name])
             except DamagedError as error:
+                if error.code == "piece-missing" and error.hint and error.hint.command is None:
+                    see = shell("ls", "-A", files=[self.folder.name])
+                    error.suggest(Hint(f"{error.hint.text}; see what is there", see))
                 self.reading.lack(_spelled(path), error)
 
     def _value(self, name: str, whole: Whole | None) -> Node:

@@ -89,12 +89,15 @@ def _check_numbers(files: list[tuple[int, int, int, str]], folder: Place) -> Non
         raise DamagedError(
             f"lacks files of pieces: {listed(absent)}",
             where=folder,
-            hint=Hint(
-                "copy or download them too; see what is there",
-                shell("ls", files=[folder.name]),
-            ),
+            hint=_see(folder),
             code="piece-missing",
         )
+
+
+def _see(folder: Place) -> Hint:
+    return Hint(
+        "copy or download what is missing too; see what is there", shell("ls", files=[folder.name])
+    )
 
 
 def _up_to(total: int, there: set[int]) -> list[int]:
@@ -125,6 +128,7 @@ def _joined(parts: list[Document], folder: Place, reading: Reading) -> OrderedMa
                 raise DamagedError("the bytes of one of its pieces are lost")
             root[key] = joiner.join(key, pieces[0].tensor.dtype, shape, pieces)
         except DamagedError as error:
+            error.suggest(_see(folder))
             reading.lack(key, error.within(repr(key)).within(folder))
         except CkptfixError as error:
             raise error.within(repr(key)).within(folder) from None

@@ -160,6 +160,8 @@ class Decoder:
         begin = tensor.offset * tensor.dtype.itemsize
         data = b"".join(span.read() for span in tensor.storage.spans)
         data = data[begin : begin + tensor.nbytes]
+        if len(data) < tensor.nbytes:
+            raise DamagedError("has a mesh whose ranks are cut off")
         return list(struct.unpack(f"{self._order}{tensor.numel}{code}", data))
 
     # --- ShardedTensor

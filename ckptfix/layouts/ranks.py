@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from ckptfix.bytes.descriptors import allow
 from ckptfix.bytes.place import Place
 from ckptfix.contents.tensors import as_tensor
-from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedError
+from ckptfix.errors import CkptfixError, DamagedError, ReadError, UnsafeError, UnsupportedError
 from ckptfix.findings import Finding
 from ckptfix.formats import table
 from ckptfix.hints import Hint, shell
-from ckptfix.layouts.distributed_tensors import Decoder
+from ckptfix.layouts.distributed_tensors import Decoder, Part
 from ckptfix.layouts.in_pieces import kind, piece_in
 from ckptfix.pieces import boxes, replicas
 from ckptfix.pieces.joining import Joiner, Piece
@@ -26,7 +26,6 @@ from ckptfix.words import listed
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from ckptfix.errors import ReadError
     from ckptfix.formats.reading import Reading
     from ckptfix.pieces.boxes import Box
     from ckptfix.tree.document import Document
@@ -53,16 +52,23 @@ class Family(NamedTuple):
 
 def joined(document: Document, piece: Inert, place: Place, reading: Reading) -> Document:
     """The document of which the one at `place`, with a piece in it, is that of one rank."""
-    found, said = _parsed(place.base), Decoder(None, document.byteorder).rank_in(piece)
+    found, said = _parsed(place.base), None
+    try:
+        said = Decoder(None, document.byteorder).rank_in(piece)
+    except DamagedError as error:
+        reading.skip(f"{place.base} does not say which rank it is of", error)
     if found is None or (said not in (None, found[1]) and not _RANK.fullmatch(place.base)):
         return _Ranks(place.name, {said: document}, reading).document()
     family, rank = found
     names = _of_family(family, place.folder.names())
     allow(len(names))
-    documents: dict[int | None, Document] = {
-        other: document if other == rank else _read(place.folder.below(name), reading)
-        for other, name in sorted(names.items())
-    }
+    documents: dict[int | None, Document] = {}
+    for other, name in sorted(names.items()):
+        try:
+            here = place.folder.below(name)
+            documents[other] = document if other == rank else _read(here, reading)
+        except ReadError as error:
+            reading.skip(f"{name} cannot be read", error)
     return _Ranks(place.name, documents, reading).document()
 
 
@@ -82,12 +88,19 @@ def of_folder(folder: Place, reading: Reading) -> Document | None:
         meant = [family for family in meant if "model" in family.head.lower()]
     if len(meant) != 1:
         return None
-    place = folder.below(families[meant[0]][0])
-    document = _read(place, reading)
-    piece = piece_in(document.root)
-    if piece is None:
+    for name in sorted(families[meant[0]]):
+        place = folder.below(name)
+        try:
+            document = _read(place, reading)
+        except ReadError:
+            if not reading.salvages:
+                raise
+            continue
+        piece = piece_in(document.root)
+        if piece is not None:
+            return replace(joined(document, piece, place, reading), name=folder.name)
         return None
-    return replace(joined(document, piece, place, reading), name=folder.name)
+    return None
 
 
 def _parsed(name: str) -> tuple[Family, int] | None:
@@ -243,6 +256,9 @@ class _Ranks:
             return {}
         if all(isinstance(node, list) and len(node) == len(first) for node in nodes.values()):
             return [None] * len(first)
+        whole = {rank: node for rank, node in nodes.items() if not self._has_lost(node)}
+        nodes = whole or nodes
+        first = next(iter(nodes.values()))
         flat = self._from_flat(path, nodes) if self.flat else None
         if flat is not None:
             return flat
@@ -255,10 +271,9 @@ class _Ranks:
         for rank, document in self.documents.items():
             for path, node in walk(document.root, tensors=False):
                 if path and path[-1].endswith(_FLAT) and kind(node) == "ShardedTensor":
-                    part = self.decoders[rank].part(node)
-                    if len(part.shape) != 1:
+                    part = self._part(rank, node)
+                    if part is None or len(part.shape) != 1:
                         continue
-                    self.ranks = max(self.ranks, part.ranks)
                     vector = vectors.setdefault(path, _Vector("/".join(path), {}, set()))
                     vector.nodes[rank] = node
                     vector.pieces.add((part.shape[0], 0))
@@ -304,10 +319,8 @@ class _Ranks:
 
     def _not_seen(self, path: str) -> Tensor:
         """A parameter that may have elements on ranks whose files are not there."""
-        lost = Storage(UNTYPED, 0, "cpu")
         what = "nothing says that it has no elements on other ranks"
-        self.reading.lose(lost, self._with_absent(DamagedError(what, code="piece-missing"), path))
-        return Tensor(lost, UNTYPED, (0,), (1,))
+        return self._lost(self._with_absent(DamagedError(what, code="piece-missing"), path))
 
     def _vector(self, vector: _Vector) -> Tensor:
         """A flat parameter, whole."""
@@ -320,11 +333,15 @@ class _Ranks:
         try:
             return self._tensor(path.removeprefix("/"), nodes)
         except DamagedError as error:
-            lost = Storage(UNTYPED, 0, "cpu")
-            self.reading.lose(lost, self._with_absent(error, path))
-            return Tensor(lost, UNTYPED, (0,), (1,))
-        except CkptfixError as error:
-            raise error.within(path.removeprefix("/")).within(self.name) from None
+            return self._lost(self._with_absent(error, path))
+        except ReadError as error:
+            return self._lost(error.within(path.removeprefix("/")).within(self.name))
+
+    def _lost(self, error: ReadError) -> Tensor:
+        """A tensor that cannot be had."""
+        lost = Storage(UNTYPED, 0, "cpu")
+        self.reading.lose(lost, error)
+        return Tensor(lost, UNTYPED, (0,), (1,))
 
     def _tensor(self, path: str, nodes: dict[int | None, Node]) -> Tensor:
 
@@ -333,8 +350,9 @@ class _Ranks:
         for rank, node in nodes.items():
             if kind(node) is None:
                 raise UnsupportedError(f"is in pieces, but not in the file of rank {rank}")
-            part = self.decoders[rank].part(node)
-            self.ranks = max(self.ranks, part.ranks)
+            part = self._part(rank, node)
+            if part is None:
+                continue
             described.add((part.dtype, part.shape))
             for piece in part.pieces:
                 if self.reading.has_lost(piece.tensor.storage):
@@ -350,8 +368,21 @@ class _Ranks:
         if len(described) > 1:
             shapes = ", ".join(f"{list(shape)} of {dtype}" for dtype, shape in sorted(described))
             raise UnsafeError(f"is not the same tensor in every file: {shapes}")
+        if not described:
+            raise DamagedError("what its pieces are cannot be read")
         ((dtype, shape),) = described
         return self.joiner.join(path, dtype, shape, [piece for _, piece in found.values()])
+
+    def _part(self, rank: int | None, node: Inert) -> Part | None:
+        """What a rank has of a tensor; None where its file is damaged, and that may be."""
+        try:
+            part = self.decoders[rank].part(node)
+        except DamagedError:
+            if self.reading.salvages:
+                return None
+            raise
+        self.ranks = max(self.ranks, part.ranks)
+        return part
 
     def _with_absent(self, error: ReadError, path: str) -> ReadError:
         """The error for a tensor that is not whole, with the ranks whose files are not there."""
@@ -367,6 +398,10 @@ class _Ranks:
             hint=Hint("copy or download them too; see what is there", shell("ls", files=[folder])),
             code="piece-missing",
         )
+
+    def _has_lost(self, node: Node) -> bool:
+        """Whether a value is a tensor whose bytes are lost."""
+        return type(node) is Tensor and self.reading.has_lost(node.storage)
 
     def _inside(self) -> UnsupportedError:
         return UnsupportedError(

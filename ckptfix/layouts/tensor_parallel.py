@@ -54,7 +54,7 @@ def of_folder(folder: Place, reading: Reading) -> Document | None:
     found = [ranks for one in _FILES if (ranks := _ranks(one, names))]
     if len(found) != 1 or len(found[0]) < 2 or any(_PARTITIONED in name for name in names):
         return None
-    document = table.read_place(folder.below(found[0][0]), reading)
+    document, *_ = [table.read_place(folder.below(name), reading) for name in found[0]]
     told = _told(document, [folder.below(name).name for name in found[0]])
     return replace(told, name=folder.name, container=NAME)
 

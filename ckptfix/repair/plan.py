@@ -225,6 +225,7 @@ _REASONS = {
     "key-collision": "one of the two has to get another name, or to go: rename does it",
     "unknown-state": "the model is carried along whole; save its state_dict() where its code is",
     "dangerous-globals": "it was asked to be carried along",
+    "flat-parameters": "a model has their shapes: add --model or --like",
 }
 
 

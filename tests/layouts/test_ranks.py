@@ -316,6 +316,39 @@ def test_what_is_whole_is_recovered(folder: Path) -> None:
     assert same(dict(found), {key: known[key] for key in found})
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("length", [300, 3_000, 9_000, 11_000])
+def test_what_is_whole_is_recovered_where_a_file_is_cut(
+    folder: Path, rank: int, length: int
+) -> None:
+    path = folder / f"model_world_size_4_rank_{rank}.pt"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(CkptfixError):
+        ckptfix.open(folder)
+    ran = ckptfix_command("recover", folder, folder / "saved.pt")
+    assert ran.returncode in (0, 1), ran.stderr
+    found = torch.load(folder / "saved.pt", weights_only=False)
+    known = whole(FIXTURES / "pieces", "whole.pt")
+    assert {"number", "same.everywhere", "replicas", "plain", "epoch"} <= set(found)
+    assert same(dict(found), {key: known[key] for key in found})
+    assert (len(found) == len(known)) is (ran.returncode == 0)
+
+
+def test_what_is_whole_is_recovered_beside_a_sum(tmp_path: Path) -> None:
+    for rank in range(4):
+        path = tmp_path / f"x_rank_{rank}.pt"
+        part = table.read_place(Place(FIXTURES / "pieces" / f"partial_rank_{rank}.pt"), Reading())
+        shutil.copy(FIXTURES / "pieces" / f"tensors_rank_{rank}.pt", path)
+        repacked(path, b"epoch", b"epoch", folder="archive")
+        edited(path, lambda root, sums=part.root: {**sums, **root})
+    refused(tmp_path, "partial", "sum: is a sum of which each rank has a part")
+    ran = ckptfix_command("recover", tmp_path, tmp_path / "saved.pt")
+    assert ran.returncode == 1, ran.stderr
+    assert "(sum): lost" in ran.stderr
+    assert same(dict(torch.load(tmp_path / "saved.pt", weights_only=False)),
+                whole(FIXTURES / "pieces", "whole.pt"))  # fmt: skip
+
+
 def edited(path: Path, change: Any) -> None:
     """Write a rank's file anew with another tree."""
     document = table.read_place(Place(path), Reading())

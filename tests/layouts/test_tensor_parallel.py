@@ -306,3 +306,17 @@ def test_bytes_of_slices_are_held_against_their_checksum(tmp_path: Path) -> None
         assert ran.returncode == 2
         assert "checksum" in ran.stderr
         assert not (tmp_path / out).exists()
+
+
+def test_a_folder_is_not_taken_for_its_first_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "step", slices(Llama().state_dict(), 2))
+    for arguments in (("recover", path.parent, tmp_path / "out.pt"),
+                      ("check", path.parent, "--read-data")):  # fmt: skip
+        ran = ckptfix_command(*arguments)
+        assert ran.returncode == 2
+        assert "holds the slices of 2 ranks" in ran.stderr
+        assert ran.stderr.count("\nhint: ") == 1
+    path.write_bytes(path.read_bytes()[:3000])
+    ran = ckptfix_command("check", path.parent)
+    assert ran.returncode == 1
+    assert "damaged" in ran.stdout
