@@ -55,8 +55,8 @@ def joined(document: Document, piece: Inert, place: Place, reading: Reading) -> 
     found, said = _parsed(place.base), None
     try:
         said = Decoder(None, document.byteorder).rank_in(piece)
-    except DamagedError as error:
-        reading.skip(f"{place.base} does not say which rank it is of", error)
+    except ReadError as error:
+        reading.skip(f"{place.base} does not say its rank", error.within(place.name))
     if found is None or (said not in (None, found[1]) and not _RANK.fullmatch(place.base)):
         return _Ranks(place.name, {said: document}, reading).document()
     family, rank = found
@@ -178,7 +178,11 @@ class _Ranks:
             self._check_rank(rank, one.archive)
         first, *others = self.documents.values()
         if any(other.byteorder != first.byteorder for other in others):
-            raise UnsupportedError("its files differ in byte order", where=self.name)
+            raise UnsupportedError(
+                "its files differ in byte order",
+                where=self.name,
+                hint="take the files of one save only",
+            )
         root = self._merged({rank: one.root for rank, one in self.documents.items()})
         if piece_in(root) is not None:  # what is taken as it is was not looked into
             raise self._inside()
@@ -349,7 +353,10 @@ class _Ranks:
         described = set()
         for rank, node in nodes.items():
             if kind(node) is None:
-                raise UnsupportedError(f"is in pieces, but not in the file of rank {rank}")
+                raise UnsupportedError(
+                    f"is in pieces, but not in the file of rank {rank}",
+                    hint="take the files of one save only",
+                )
             part = self._part(rank, node)
             if part is None:
                 continue
@@ -367,7 +374,10 @@ class _Ranks:
                     )
         if len(described) > 1:
             shapes = ", ".join(f"{list(shape)} of {dtype}" for dtype, shape in sorted(described))
-            raise UnsafeError(f"is not the same tensor in every file: {shapes}")
+            raise UnsafeError(
+                f"is not the same tensor in every file: {shapes}",
+                hint="take the files of one save only",
+            )
         if not described:
             raise DamagedError("what its pieces are cannot be read")
         ((dtype, shape),) = described

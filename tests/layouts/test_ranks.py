@@ -139,6 +139,8 @@ def refused(path: Path, code: str, match: str) -> None:
     ran = ckptfix_command("convert", path, path.parent / "out.pt")
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: ")
+    assert ran.stderr.count("\nhint: ") == 1
+    assert "see how it is used" not in ran.stderr
     assert not (path.parent / "out.pt").exists()
 
 
@@ -377,6 +379,45 @@ def test_a_deep_tree_of_ranks_takes_no_longer_than_it_is_deep(folder: Path) -> N
     for _ in range(20_000):
         (found,) = found.values()
     assert found == [7]
+
+
+def without(field: str, cls: str, node: Node) -> Node:
+    """An object of a class of torch's without one of its fields."""
+    if isinstance(node, Inert) and str(node.function).endswith(f".{cls}"):
+        return replace(node, state={key: one for key, one in node.state.items() if key != field})
+    return node
+
+
+@pytest.mark.parametrize(
+    ("field", "cls", "code", "match"),
+    [
+        ("mesh", "DTensorSpec", "unsupported", "has nothing where torch has a DeviceMesh"),
+        ("_layout", "DeviceMesh", "unsupported", "has nothing where torch has a _MeshLayout"),
+        ("_rank_map", "DeviceMesh", "damaged", "rows: has a mesh whose ranks cannot be read"),
+        ("placements", "DTensorSpec", "damaged", "rows: is a DTensor whose placements do not fit"),
+        ("dim", "Shard", "damaged", "rows: is cut in dimension None of 2"),
+    ],
+)
+def test_what_a_mesh_does_not_say_is_refused_by_name(
+    folder: Path, field: str, cls: str, code: str, match: str
+) -> None:
+    for rank in range(4):
+        path = folder / f"model_world_size_4_rank_{rank}.pt"
+        edited(path, lambda root: rebuild(root, lambda node: without(field, cls, node)))
+    refused(folder / "model_world_size_4_rank_1.pt", code, match)
+
+
+def test_a_mesh_without_the_place_of_its_rank_is_read_by_the_name_of_the_file(folder: Path) -> None:
+    for rank in range(4):
+        path = folder / f"model_world_size_4_rank_{rank}.pt"
+
+        def change(node: Node) -> Node:
+            return without("_rank", "DeviceMesh", without("_coordinate_on_dim", "DeviceMesh", node))
+
+        edited(path, lambda root, change=change: rebuild(root, change))
+    assert same(ckptfix.load(folder), whole(FIXTURES / "pieces", "whole.pt"))
+    (folder / "model_world_size_4_rank_1.pt").rename(folder / "alone.pt")
+    refused(folder / "alone.pt", "unsupported", "does not say which rank saved it")
 
 
 # --- flat parameters
