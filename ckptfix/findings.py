@@ -144,8 +144,9 @@ CODES: dict[str, Meaning] = {
     ),
     "ranks-differ": Meaning(
         _NOTE,
-        "states of random number generators, of which each rank had its own",
-        "none needed; that of the lowest rank is kept",
+        "values of which each rank had its own: states of random number generators, and what an "
+        "optimizer keeps of flat parameters",
+        "none needed; that of the lowest rank is kept, and the optimizer's is left out",
     ),
     "end-unproven": Meaning(
         _NOTE,

@@ -35,6 +35,7 @@ NAME = "files of ranks"
 _RANK = re.compile(r"(?P<head>.*rank[_-]?)(?P<rank>\d+)(?P<tail>\D*)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?P<head>.*?)(?P<rank>\d+)(?P<tail>\.[^.\d]+)")
 _FLAT = "flat_param"
+_OPTIMIZER = "optim"
 _LONGEST = 1000
 """Characters of a path; what lies deeper goes by the path of what holds it."""
 _EXTENSIONS = (".pt", ".pth", ".bin", ".ckpt")
@@ -171,6 +172,8 @@ class _Ranks:
         self.vectors: dict[str, Tensor] = {}
         self.done: dict[tuple[int, ...], Node] = {}
         self.differing: list[str] = []
+        self.parts: list[str] = []
+        """Where an optimizer keeps what is as flat as its parameters: each rank has a part."""
 
     def document(self) -> Document:
         """The document that they are together. Raises `ReadError` and its kin."""
@@ -191,6 +194,9 @@ class _Ranks:
             paths = ", ".join(self.differing)
             message = f"differs among the ranks; that of the lowest is kept: {paths}"
             notes[Finding("ranks-differ", message)] = None
+        if self.parts:
+            message = "each rank has a part of what is kept of flat parameters, which is left out: "
+            notes[Finding("ranks-differ", message + listed(self.parts))] = None
         return replace(
             first,
             root=root,
@@ -266,6 +272,9 @@ class _Ranks:
         flat = self._from_flat(path, nodes) if self.flat else None
         if flat is not None:
             return flat
+        if self._is_part(path, nodes):
+            self.parts.append(path.removeprefix("/"))
+            return None
         self._check_equal(path, nodes)
         return first
 
@@ -408,6 +417,13 @@ class _Ranks:
             hint=Hint("copy or download them too; see what is there", shell("ls", files=[folder])),
             code="piece-missing",
         )
+
+    def _is_part(self, path: str, nodes: dict[int | None, Node]) -> bool:
+        """Whether ranks have parts of what an optimizer keeps of a flat parameter."""
+        first = next(iter(nodes.values()))
+        if not self.flat or _OPTIMIZER not in path.lower() or type(first) is not Tensor:
+            return False
+        return not all(_equal(first, node) for node in nodes.values())
 
     def _has_lost(self, node: Node) -> bool:
         """Whether a value is a tensor whose bytes are lost."""

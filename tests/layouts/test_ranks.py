@@ -539,3 +539,24 @@ def test_a_pickled_piece_that_is_damaged_is_not_taken_for_the_end(tmp_path: Path
     full = whole(FIXTURES / "pieces", "fsdp1_whole.pt")
     for name, value in found.items():
         assert name not in full or same(value.flatten(), full[name].flatten())
+
+
+def test_a_training_checkpoint_with_flat_parameters_gives_its_model(tmp_path: Path) -> None:
+    for rank in range(4):
+        path = tmp_path / f"x_rank_{rank}.pt"
+        shutil.copy(FIXTURES / "pieces" / f"fsdp1_local_False_rank_{rank}.pt", path)
+        repacked(path, b"norm", b"norm", folder="archive")
+
+        def change(root: Any) -> Any:
+            (shard,) = root["_flat_param"].args[3][0]
+            part = shard.attributes["tensor"]
+            kept = {"exp_avg": replace(part, storage=replace(part.storage)), "step": 3.0}
+            groups = [{"lr": 0.1, "params": [0]}]
+            return {"model": root, "optimizer": {"state": {0: kept}, "param_groups": groups}}
+
+        edited(path, change)
+    found = ckptfix.load_state_dict(tmp_path, model=built("Net"))
+    assert same(dict(found), whole(FIXTURES / "pieces", "fsdp1_whole.pt"))
+    told = {one.code: one.message for one in ckptfix.open(tmp_path).findings}
+    assert told["ranks-differ"].endswith("left out: optimizer/state/0/exp_avg")
+    assert ckptfix.open(tmp_path).document.root["optimizer"]["state"][0]["exp_avg"] is None
