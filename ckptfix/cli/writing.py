@@ -85,7 +85,11 @@ class Job:
     def open(self) -> Document:
         """Read the source, once it is sure that the output could be written."""
         self.check()
-        return reading.read(self.source)
+        document = reading.read(self.source)
+        for note in document.notes:
+            if note.code == "end-unproven":
+                output.note(f"{self.source}: {note.message}")
+        return document
 
     @contextmanager
     def naming_the_source(self) -> Iterator[None]:
