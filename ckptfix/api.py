@@ -606,6 +606,7 @@ class Checkpoint:
         output = door.resolve(path, to, source)
         output.check(force=force)
         fitted = reduce.fit(self.document, output.container, select)
+        reduce.check_joined(fitted.document)
         around = output.around(self.document, self.document.name)
         output.write(fitted.document, force=force, verify=verify, texts=around.carried)
         return [*fitted.left_out, *around.left_out]
@@ -775,6 +776,8 @@ def diff(
     from ckptfix.diffs import documents
 
     one, other = (side if isinstance(side, Checkpoint) else open(side) for side in (a, b))
+    for side in (one, other):
+        reduce.check_one(side.document)
     paths = (select, select) if isinstance(select, str) else select
     return documents.diff(
         one.document, other.document, select=paths, keys_only=keys_only, read_data=read_data

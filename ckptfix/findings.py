@@ -140,12 +140,18 @@ CODES: dict[str, Meaning] = {
     "flat-parameters": Meaning(
         _ERROR,
         "parameters of FSDP1 lie flat, one after another; their shapes are not in the file",
-        "load it in the program that saved it, and save its full state dict",
+        "`ckptfix fix --model` or `--like`, which have the shapes",
+    ),
+    "tensor-parallel": Meaning(
+        _WARNING,
+        "files of several ranks of tensor parallelism: each has a slice of most tensors",
+        "`ckptfix fix --model` or `--like`, whose shapes say how they are joined",
     ),
     "ranks-differ": Meaning(
         _NOTE,
-        "states of random number generators, of which each rank had its own",
-        "none needed; that of the lowest rank is kept",
+        "values of which each rank had its own: states of random number generators, and what an "
+        "optimizer keeps of flat parameters",
+        "none needed; that of the lowest rank is kept, and the optimizer's is left out",
     ),
     "end-unproven": Meaning(
         _NOTE,

@@ -15,7 +15,7 @@ from ckptfix.contents.specs import spec
 from ckptfix.contents.state_dicts import choose
 from ckptfix.contents.tensors import as_tensor, is_special_tensor, special_class
 from ckptfix.diagnose import damage
-from ckptfix.edit import averages, edits
+from ckptfix.edit import averages, edits, reduce
 from ckptfix.errors import ArgumentError, KeyMismatchError, ReadError, UnsupportedError
 from ckptfix.formats import embedded
 from ckptfix.keys import globs, wrappers
@@ -84,6 +84,7 @@ def load(
         (3, torch.Size([4]))
     """
     document = door.read(path, limits)
+    reduce.check_one(document)
     if verify:
         damage.check_tensors(document, document.root)
     materializer = _materializer(document, map_location, mmap)
@@ -148,6 +149,7 @@ def load_state_dict(
     if average:
         document, select, _ = averages.take(document, select)
     if model is None:
+        reduce.check_one(document)
         mapping = choose(document, select).mapping
         gone = globs.matching(mapping, _patterns(drop), document.name)
         kept = edits.mapping_without(mapping, gone) if gone else mapping

@@ -7,8 +7,17 @@ from _thread import allocate_lock
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ckptfix.bytes.source import CHUNK, Source, read_exactly, read_into, too_short
-from ckptfix.errors import DamagedError, ReadError
+from ckptfix.bytes.source import (
+    CHUNK,
+    LazySource,
+    Reader,
+    Source,
+    read_exactly,
+    read_into,
+    too_short,
+)
+from ckptfix.errors import DamagedError, ReadError, UnsupportedError
+from ckptfix.hints import Hint, shell
 from ckptfix.words import reason
 
 if TYPE_CHECKING:
@@ -131,3 +140,23 @@ def inflate(packed: Span, wbits: int) -> Iterator[bytes]:
                 return
     if started and not engine.eof:
         raise DamagedError("compressed data is cut short", where=packed.source.name)
+
+
+def unzstd(packed: Span) -> Iterator[bytes]:
+    """What a span of zstd unpacks to, in pieces. Raises `UnsupportedError` without `zstandard`."""
+    try:
+        import zstandard
+    except ImportError:
+        raise UnsupportedError(
+            "its bytes are packed with zstd, which the package zstandard unpacks",
+            hint=Hint("install it", shell("pip", "install", "zstandard")),
+        ) from None
+    source, offset, length, _ = packed
+    part = Reader(LazySource(length, lambda: (source, offset), source.name))
+    engine = zstandard.ZstdDecompressor().stream_reader(part, read_across_frames=True)
+    try:
+        while chunk := engine.read(CHUNK):
+            yield chunk
+    except zstandard.ZstdError as error:
+        where = source.name
+        raise DamagedError(f"compressed data is damaged ({error})", where=where) from None

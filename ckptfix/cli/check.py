@@ -12,6 +12,7 @@ from ckptfix.contents.state_dicts import StateDict, choose
 from ckptfix.diagnose import damage
 from ckptfix.diagnose.document import diagnose
 from ckptfix.door import beside
+from ckptfix.edit import reduce
 from ckptfix.errors import ChangedMeaningError, CkptfixError, DamagedError, SelectionError
 from ckptfix.findings import Finding
 from ckptfix.formats import embedded
@@ -103,6 +104,7 @@ def _check(file: str, wanted: Target | None, given: _Given, *, read_data: bool) 
         document, select = options.averages(document, select)
     data: answers.Data | None = None
     if read_data:
+        reduce.check_one(document)
         with output.progress(f"reading {file}", lambda: nbytes(document.root)) as advance:
             data_read = damage.read_data(document, advance)
         found += damage.findings(data_read)

@@ -9,6 +9,7 @@ import click
 from ckptfix.cli import options, output, paths, reading, rows
 from ckptfix.cli.usage import Misuse
 from ckptfix.diffs.documents import diff
+from ckptfix.edit import reduce
 from ckptfix.report import Spec, shape
 from ckptfix.tree.walk import nbytes
 
@@ -70,6 +71,8 @@ def command(
     """
     selected = _selected(select)
     one, other = reading.read(a), reading.read(b)
+    for side in (one, other):
+        reduce.check_one(side)
     with output.progress("comparing", lambda: nbytes(one.root)) as advance:
         found = diff(
             one, other, select=selected, keys_only=keys_only, read_data=read_data, progress=advance

@@ -10,8 +10,8 @@ from ckptfix.contents.tensors import as_tensor
 from ckptfix.edit.counting import held_by
 from ckptfix.keys import wrappers
 from ckptfix.tree.document import Global, Inert, Node, Storage, Tensor, kind
-from ckptfix.tree.walk import children, storages
-from ckptfix.words import plural
+from ckptfix.tree.walk import children, files, storages
+from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _TENSORS, _VALUES, _DEPTH = 24, 12, 4
 _DEEPEST = 50  # with everything shown
+_FILES = 4
 _SHORT, _LONG, _FEW, _NESTED = 60, 100, 12, 4
 _INDENT = 4
 
@@ -32,8 +33,12 @@ def draw(document: Document, width: int, *, everything: bool = False) -> Tree:
     from rich.tree import Tree
 
     title = text((document.name, "bold"), f"  {document.container}, {size(document.nbytes)}")
+    pieces = everything and document.container in _IN_PIECES
+    if pieces:
+        names = {name for storage in storages(document.root) for name in files(storage)}
+        title.append_text(text(f", tensors in {plural(len(names), 'file')}"))
     tree = Tree(title, guide_style="dim")
-    drawing = _Drawing(find(document.root), width, everything)
+    drawing = _Drawing(find(document.root), width, everything, pieces=pieces)
     if drawing.is_state(document.root) or not _holds(document.root):
         drawing.add(tree, "/", document.root, 1)
     else:
@@ -45,10 +50,20 @@ def draw(document: Document, width: int, *, everything: bool = False) -> Tree:
     return tree
 
 
-class _Drawing:
-    """Turns nodes into branches; a node that was drawn before is only named again."""
+_IN_PIECES = frozenset({"DCP folder", "DCP safetensors folder", "files of ranks"})
+"""Containers in which a tensor may lie in several files."""
 
-    def __init__(self, states: list[StateDict], width: int, everything: bool) -> None:
+
+class _Drawing:
+    """Turns nodes into branches; a node that was drawn before is only named again.
+
+    With `pieces`, each tensor is said to lie in its files.
+    """
+
+    def __init__(
+        self, states: list[StateDict], width: int, everything: bool, *, pieces: bool
+    ) -> None:
+        self._pieces = pieces
         self._states = {id(state.node): state for state in states}
         rows = [] if everything else [row for state in states for row in _optimizer_rows(state)]
         self._rows = {id(row) for row in rows}
@@ -81,7 +96,9 @@ class _Drawing:
         tensors = list(state.tensors.items())
         shown = tensors[: self._limit(len(tensors), _TENSORS)]
         one_device = len({tensor.storage.device for tensor in state.tensors.values()}) == 1
-        for row in _tensor_rows(shown, self._width - depth * _INDENT, devices=not one_device):
+        room = self._width - depth * _INDENT
+        rows = _tensor_rows(shown, room, devices=not one_device, pieces=self._pieces)
+        for row in rows:
             branch.add(row)
         _add_more(branch, len(tensors) - len(shown), "key")
         self._add_values(branch, list(state.others.items()), depth)
@@ -150,7 +167,9 @@ _ROLES = {
 }
 
 
-def _tensor_rows(tensors: list[tuple[str, Tensor]], room: int, *, devices: bool) -> Iterable[Text]:
+def _tensor_rows(
+    tensors: list[tuple[str, Tensor]], room: int, *, devices: bool, pieces: bool
+) -> Iterable[Text]:
     """A line for each tensor, in columns as far as they fit into `room`."""
     cells = [
         (
@@ -159,18 +178,20 @@ def _tensor_rows(tensors: list[tuple[str, Tensor]], room: int, *, devices: bool)
             tensor.dtype.name,
             size(tensor.nbytes),
             tensor.storage.device if devices else "",
+            listed(files(tensor.storage), _FILES) if pieces else "",
         )
         for key, tensor in tensors
     ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]  # files come last
     if widths:
         widths[0] = min(widths[0], max(room - sum(widths[1:]) - 2 * (len(widths) - 1), 0))
-    for key, shape, dtype, nbytes, device in cells:
+    for key, shape, dtype, nbytes, device, where in cells:
         yield text(
             f"{key:{widths[0]}}  ",
             (f"{shape:{widths[1]}}", "cyan"),
             f"  {dtype:{widths[2]}}  {nbytes:>{widths[3]}}",
-            (f"  {device}" if device else "", "dim"),
+            (f"  {device:{widths[4]}}" if device else "", "dim"),
+            (f"  {where}" if where else "", "dim"),
         )
 
 

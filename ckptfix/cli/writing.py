@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
 
+_SLICE = "one of {} files of tensor parallelism: OUT has its slices; fix --model joins them"
+
+
 class Job:
     """One output to be made of one source: from the options of a command to its exit code.
 
@@ -87,7 +90,11 @@ class Job:
     def open(self) -> Document:
         """Read the source, once it is sure that the output could be written."""
         self.check()
-        return self.given(reading.read(self.source))
+        document = reading.read(self.source)
+        for note in document.notes:
+            if note.code == "end-unproven":
+                output.note(f"{self.source}: {note.message}")
+        return self.given(document)
 
     def given(self, document: Document) -> Document:
         """Keep what lies around the source, for what is said in the end; returns the document."""
@@ -160,6 +167,12 @@ class Job:
             assert isinstance(done, str)
             return self._edit(document, done, {**data, **after()}, exit_code)
         fitted = reduce.fit(document, self.output.container, select)
+        if self.verb == "recover":
+            reduce.check_one(fitted.document)
+        else:
+            reduce.check_joined(fitted.document)
+        if fitted.document.slices:
+            output.note(f"{self.source}: {_SLICE.format(len(fitted.document.slices))}")
         left = [*left_out, *fitted.left_out, *self._around.left_out]
         held = counting.held(fitted.document, self.output.container)
         if not isinstance(done, str):

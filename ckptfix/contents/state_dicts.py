@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ckptfix.contents import foreign
 from ckptfix.contents.modules import is_module, take
@@ -40,6 +40,14 @@ _AVERAGES = re.compile(
 _PLAIN = re.compile(r"(?i)(?:^|_)(?:online|current)(?:_|$)")
 
 
+class Made(NamedTuple):
+    """How a target's shapes made tensors of what is in the files: code, what, and what became."""
+
+    code: str
+    found: str
+    cure: str
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class StateDict:
     """A state dict where it stands in a tree: `path` is joined by `/`, and `/` is the root."""
@@ -52,6 +60,10 @@ class StateDict:
     tensors. Its keys cannot be renamed where they are."""
     unknown: Mapping[str, str] = field(default_factory=dict)
     """Parts of a pickled model that may hold weights which are in no key: path, and class."""
+    made: tuple[Made, ...] = ()
+    """What was done for a target to have its tensors, which a program that loads it would lack."""
+    unmade: Mapping[str, str] = field(default_factory=dict)
+    """Keys of which the target's shapes make no tensors, and why."""
 
     def __repr__(self) -> str:
         return f"StateDict({self.path!r}, {self.role}: {self.contents})"

@@ -11,6 +11,7 @@ from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.packed import packed_weights, placeholders, without_bytes
 from ckptfix.contents.state_dicts import StateDict, find, instead, of_models
 from ckptfix.door import beside, is_sharded, taking
+from ckptfix.edit import flat
 from ckptfix.edit.compacting import compact
 from ckptfix.findings import Finding
 from ckptfix.formats import embedded
@@ -36,8 +37,9 @@ def diagnose(document: Document) -> list[Finding]:
         if framework is not None:
             message = f"of {framework}, which keeps the weight of each Linear transposed"
             findings.append(Finding("other-framework", message, state.path))
-        findings += [*_prefixes(document, state), *without_weights(state), *_ties(state)]
-        findings += [*_unknown(state), *_flat(state)]
+        findings += [*_prefixes(document, state), *_ties(state), *_unknown(state)]
+        findings += _perhaps_tied(document, state)
+        findings += list(_flat(document, state)) or list(without_weights(state))
     findings += [*_globals(document), *_bloat(document), *_constants(document)]
     findings += _embedded(document)
     if not states:
@@ -50,8 +52,10 @@ def diagnose(document: Document) -> list[Finding]:
 def _noted(document: Document) -> Iterator[Finding]:
     """What was noticed while reading; where writing the document anew repairs it, the command."""
     anew = command("convert", document.name, beside(document, "repacked"))
+    fix = command("fix", document.name, beside(document, "fixed"), model="FILE.py:NAME")
+    commands = {**dict.fromkeys(_ANEW, anew), "tensor-parallel": fix}
     for note in document.notes:
-        yield note._replace(command=anew) if note.code in _ANEW else note
+        yield note._replace(command=commands.get(note.code))
 
 
 _ANEW = frozenset({"container-refused", "old-container", "hidden-call", "left-on-stack"})
@@ -155,17 +159,35 @@ def _ties(state: StateDict) -> Iterator[Finding]:
         yield Finding("tied-tensors", f"one tensor, several names: {shown}{more}", state.path)
 
 
+def _perhaps_tied(document: Document, state: StateDict) -> Iterator[Finding]:
+    """Matrices of a DCP folder that are equal by their checksums: DCP loses that they were one."""
+    if document.container != "DCP folder":
+        return
+    groups: dict[object, list[str]] = {}
+    for key, tensor in state.tensors.items():
+        sums = tuple((span.length, span.crc) for span in tensor.storage.spans)
+        if len(tensor.shape) > 1 and tensor.numel and all(crc is not None for _, crc in sums):
+            groups.setdefault((tensor.dtype.name, tensor.shape, sums), []).append(key)
+    pairs = [" = ".join(keys) for keys in groups.values() if len(keys) == 2]
+    if pairs:
+        message = f"equal by their checksums, and perhaps one tensor: {listed(pairs)}"
+        yield Finding("tied-tensors", message, state.path)
+
+
 def _unknown(state: StateDict) -> Iterator[Finding]:
     if state.unknown:
         names = listed((f"{path} ({cls})" for path, cls in state.unknown.items()), 4)
         yield Finding("unknown-state", f"what these parts hold is not known: {names}", state.path)
 
 
-def _flat(state: StateDict) -> Iterator[Finding]:
-    flat = [key for key in state.tensors if key.endswith("flat_param")]
-    if flat:
-        message = f"parameters lie flat in {listed(flat)}: their shapes are not in the file"
-        yield Finding("flat-parameters", message, state.path)
+def _flat(document: Document, state: StateDict) -> Iterator[Finding]:
+    keys = flat.flat_in(state.mapping)
+    if keys:
+        message = f"parameters lie flat in {listed(keys)}: their shapes are not in the file"
+        out = beside(document, "fixed")
+        select = state.selection
+        fix = command("fix", document.name, out, model="FILE.py:NAME", select=select)
+        yield Finding("flat-parameters", message, state.path, fix)
 
 
 def wasted(document: Document) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.contents.state_dicts import StateDict, beside_loose, choose, known
+from ckptfix.contents.state_dicts import StateDict, beside_loose, choose, find, known
 from ckptfix.contents.tensors import as_tensor, is_packed, is_special_tensor, special_class
+from ckptfix.door import beside
+from ckptfix.edit import flat
 from ckptfix.edit.compacting import gathered
 from ckptfix.errors import UnsafeError, UnsupportedError
-from ckptfix.hints import Hint
+from ckptfix.hints import Hint, command
+from ckptfix.layouts import tensor_parallel
 from ckptfix.tree.document import (
     Document,
     Inert,
@@ -168,3 +171,31 @@ def fit(document: Document, container: Writable, select: str | None = None) -> F
     fitted = Fitted(document, []) if select is None else only(document, choose(document, select))
     texts = [(f"__metadata__/{key}", "str") for key in document.metadata if key != "format"]
     return fitted._replace(left_out=[*fitted.left_out, *texts])
+
+
+def check_joined(document: Document) -> None:
+    """Refuse to write what was in pieces and is not put together. Raises `UnsupportedError`."""
+    check_one(document)
+    if document.container in _IN_PIECES:
+        for state in find(document.root):
+            keys = flat.flat_in(state.mapping)
+            if keys:
+                raise flat.refuse(document, keys)
+
+
+_IN_PIECES = ("DCP folder", "files of ranks")
+
+
+def check_one(document: Document) -> None:
+    """Refuse a folder of slices, of which the document is the first. Raises `UnsupportedError`."""
+    if document.container == tensor_parallel.NAME and document.slices:
+        raise UnsupportedError(
+            f"holds the slices of {len(document.slices)} ranks of tensor parallelism, and nothing "
+            "that says how they are joined",
+            where=document.name,
+            hint=Hint(
+                "say which model it is for, or which checkpoint has its shapes (--like)",
+                command("fix", document.name, beside(document, "fixed"), model="FILE.py:NAME"),
+            ),
+            code="tensor-parallel",
+        )

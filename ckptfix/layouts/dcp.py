@@ -62,6 +62,8 @@ METADATA = ".metadata"
 _OF_RANK = re.compile(r"__(\d+)\.metadata")
 _BESIDE = ("meta.pt", "common.pt")
 """Files in which trainers keep what is not in pieces."""
+_ZSTD = ("stream.zstd/1",)
+"""The only extension that torch has (`_extension.ZStandard`)."""
 _HOLES = 1000
 """Places in lists that no item is at; torch leaves them where an empty dict was."""
 
@@ -254,6 +256,9 @@ class _Folder:
             try:
                 yield path, self._value(name, wholes[name])
             except DamagedError as error:
+                if error.code == "piece-missing" and error.hint and error.hint.command is None:
+                    see = shell("ls", "-A", files=[self.folder.name])
+                    error.suggest(Hint(f"{error.hint.text}; see what is there", see))
                 self.reading.lack(_spelled(path), error)
 
     def _value(self, name: str, whole: Whole | None) -> Node:
@@ -313,6 +318,8 @@ class _Folder:
                 hint=f"{item.file} is cut short: copy or download it again",
                 code="piece-missing",
             )
+        if item.transforms == _ZSTD:
+            return self.items.unpacked(source, item.offset, item.length, item.file)
         if item.transforms:
             how = " and ".join(item.transforms)
             raise UnsupportedError(

@@ -15,10 +15,12 @@ from isal import isal_zlib
 
 from ckptfix.bytes.source import BytesSource, LazySource, ReadAhead
 from ckptfix.bytes.span import Span
-from ckptfix.errors import DamagedError
+from ckptfix.bytes.unpacked import UnpackedSource, unzstd
+from ckptfix.errors import DamagedError, UnsafeError
 from ckptfix.formats import table, torch_zip
 from ckptfix.formats.zip import archive as zips
 from ckptfix.formats.zip.layout import CRC_IN_CENTRAL, CRC_IN_LOCAL, DESCRIPTOR_MAGIC
+from ckptfix.limits import unpacked_bytes
 from ckptfix.tree.document import Node, Storage, Tensor
 from ckptfix.tree.walk import is_plain, storages
 
@@ -69,6 +71,21 @@ class Items:
         if not self._reading.salvages:
             self._keep(root, data, offset)
         return root
+
+    def unpacked(self, source: Source, offset: int, length: int, name: str) -> Node:
+        """What an item that is packed with zstd holds. Raises `ReadError` and its kin."""
+        packed, cap, kept = Span(source, offset, length), unpacked_bytes(length), bytearray()
+        size = 0
+        for chunk in unzstd(packed):
+            size += len(chunk)
+            if size > cap:
+                raise UnsafeError(f"{length} bytes of zstd unpack to more than {cap}")
+            if size <= _SMALL:
+                kept += chunk
+        part: Source = BytesSource(bytes(kept), name)
+        if size > _SMALL:
+            part = UnpackedSource(lambda: unzstd(packed), size, name, (source,))
+        return self._strictly(part, part, 0)
 
     def _like(self, template: _Template, data: bytes, source: Source, offset: int) -> Tensor | None:
         """The tensor in an item that is as another one was; None where it is not."""

@@ -51,7 +51,7 @@ def of_folder(folder: Place, reading: Reading) -> Document | None:
     _check_numbers(files, folder)
     texts = (set(part.metadata.items()) for part in parts)
     return Document(
-        _joined(parts, folder, reading),
+        _joined(parts, _absent(files, parts), folder, reading),
         NAME,
         folder.name,
         sum(part.nbytes for part in parts),
@@ -89,12 +89,15 @@ def _check_numbers(files: list[tuple[int, int, int, str]], folder: Place) -> Non
         raise DamagedError(
             f"lacks files of pieces: {listed(absent)}",
             where=folder,
-            hint=Hint(
-                "copy or download them too; see what is there",
-                shell("ls", files=[folder.name]),
-            ),
+            hint=_see(folder),
             code="piece-missing",
         )
+
+
+def _see(folder: Place) -> Hint:
+    return Hint(
+        "copy or download what is missing too; see what is there", shell("ls", files=[folder.name])
+    )
 
 
 def _up_to(total: int, there: set[int]) -> list[int]:
@@ -112,7 +115,46 @@ def _unproven(files: list[tuple[int, int, int, str]]) -> Finding:
     )
 
 
-def _joined(parts: list[Document], folder: Place, reading: Reading) -> OrderedMap:
+def _absent(
+    files: list[tuple[int, int, int, str]], parts: list[Document]
+) -> dict[str, tuple[int, int]]:
+    """By the name of a tensor: a file beside its own that some rank does not have, if there is one.
+
+    That need not be wrong: a rank that has nothing of any tensor in it writes none.
+    """
+    ranks = {rank for _, rank, _, _ in files}
+    there = {(number, rank) for number, rank, _, _ in files}
+    lacking = {number: [r for r in ranks if (number, r) not in there] for number, _ in there}
+    return {
+        key: (max(lacking[number]), number)
+        for (number, *_), part in zip(files, parts, strict=True)
+        for key in part.root
+        if lacking[number]
+    }
+
+
+def _may_go_on(shape: tuple[int, ...], pieces: list[Piece], least: int) -> bool:
+    """Whether a rank may have had a further piece: the last one is as long as the first.
+
+    An empty piece at the end says that there was none. Fewer than `least` pieces say nothing.
+    """
+    for d, whole in enumerate(shape):
+        lengths = {piece.offset[d]: piece.tensor.shape[d] for piece in pieces}
+        if (
+            len(lengths) >= least
+            and whole not in lengths
+            and lengths[max(lengths)] == lengths.get(0)
+        ):
+            return True
+    return False
+
+
+def _joined(
+    parts: list[Document],
+    absent: dict[str, tuple[int, int]],
+    folder: Place,
+    reading: Reading,
+) -> OrderedMap:
     """Every tensor of the files, whole."""
     from ckptfix.pieces.joining import Joiner
 
@@ -123,8 +165,17 @@ def _joined(parts: list[Document], folder: Place, reading: Reading) -> OrderedMa
         try:
             if any(reading.has_lost(piece.tensor.storage) for piece in pieces):
                 raise DamagedError("the bytes of one of its pieces are lost")
+            least = 1 if reading.salvages else 2  # one may be all that every rank has
+            if key in absent and _may_go_on(shape, pieces, least):
+                rank, number = absent[key]
+                raise DamagedError(
+                    f"its last piece is as long as the first, and shard-{rank:05d}-model-"
+                    f"{number:05d}-of-… is not there",
+                    code="piece-missing",
+                )
             root[key] = joiner.join(key, pieces[0].tensor.dtype, shape, pieces)
         except DamagedError as error:
+            error.suggest(_see(folder))
             reading.lack(key, error.within(repr(key)).within(folder))
         except CkptfixError as error:
             raise error.within(repr(key)).within(folder) from None

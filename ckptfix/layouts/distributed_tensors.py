@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from ckptfix.tree.dtypes import DType
 
 _MAX_DIMS = 64
+ELSEWHERE = "load it in the program that saved it, and save its full state dict"
+"""The hint for what is not known."""
 
 
 class Part(NamedTuple):
@@ -160,6 +162,8 @@ class Decoder:
         begin = tensor.offset * tensor.dtype.itemsize
         data = b"".join(span.read() for span in tensor.storage.spans)
         data = data[begin : begin + tensor.nbytes]
+        if len(data) < tensor.nbytes:
+            raise DamagedError("has a mesh whose ranks are cut off")
         return list(struct.unpack(f"{self._order}{tensor.numel}{code}", data))
 
     # --- ShardedTensor
@@ -204,7 +208,8 @@ def _fields(node: Node, name: str) -> dict[str, Node]:
     known = type(node) is Inert and type(node.function) is Global
     if not known or node.function.name.rpartition(".")[2] != name:
         what = node.cls if type(node) is Inert else type(node).__name__
-        raise UnsupportedError(f"has {what} where {name} is expected")
+        what = "nothing" if node is None else what
+        raise UnsupportedError(f"has {what} where torch has a {name}", hint=ELSEWHERE)
     return dict(node.attributes)
 
 
@@ -228,7 +233,7 @@ def _axes(layout: Node) -> tuple[list[list[int]], list[list[int]]]:
     fields = _fields(layout, "_MeshLayout")
     axes, counts, strides = fields.get("axes"), [], []
     if not isinstance(axes, (list, tuple)):
-        raise UnsupportedError("has a mesh whose layout is not known")
+        raise UnsupportedError("has a mesh whose layout is not known", hint=ELSEWHERE)
     for axis in axes:
         found = _fields(axis, "_FlatLayout")
         shape, stride = sizes(found.get("shape")), sizes(found.get("stride"))
@@ -262,7 +267,8 @@ def _cuts(
         inner = prod(counts[other] for other, along in order if along == d)
         if fields.get("split_factor") != inner:
             raise UnsupportedError(
-                f"is cut by {name} with the factor {fields.get('split_factor')}, not {inner}"
+                f"is cut by {name} with the factor {fields.get('split_factor')}, not {inner}",
+                hint=ELSEWHERE,
             )
         order.append((at, d))
     return _as_ordered(order, spec)
@@ -277,7 +283,7 @@ def _as_ordered(order: list[tuple[int, int]], spec: Mapping[str, Node]) -> list[
     for entry in told:
         args = entry.args if type(entry) is Inert else None
         if type(args) is not tuple or len(args) != 2 or type(args[1]) is not tuple:
-            raise UnsupportedError("has an order of cuts that is not known")
+            raise UnsupportedError("has an order of cuts that is not known", hint=ELSEWHERE)
         meant += [(at, args[0]) for at in args[1]]
     if sorted(meant) != sorted(order):
         raise UnsafeError("is cut in one way by its placements, and in another by their order")
@@ -291,7 +297,7 @@ def _not_placed(name: str) -> UnsupportedError:
             hint="redistribute it before it is saved; what is in the files is not the tensor",
             code="partial",
         )
-    return UnsupportedError(f"is placed by {name}, which is not known")
+    return UnsupportedError(f"is placed by {name}, which is not known", hint=ELSEWHERE)
 
 
 def _cut(box: Box, d: int, count: int, place: int) -> Box:

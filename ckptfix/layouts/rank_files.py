@@ -13,8 +13,10 @@ number generators, of which that of the lowest rank is taken, and named.
 
 FSDP1 also saves parameters flat (LOCAL_STATE_DICT), one after another in a vector `_flat_param`,
 and under their own names, where it keeps them, the part of each that a rank has, a view of its part
-of the vector. Vectors are joined, and so are those parts; the shapes of the parameters, and without
-their names where each begins, are in no file. `diagnose` says so.
+of the vector. Vectors are joined, and those parts are views of the whole vector then; the shapes of
+the parameters, and without their names where each begins, are in no file: `edit.flat` takes them
+from a target. Where a rank is missing, `recover` keeps a parameter that begins and ends where its
+neighbours are there. What an optimizer keeps of a vector is as flat, and is left out.
 
 Not every rank is needed: of replicas one is enough. What is missing is told by the piece that no
 file has.

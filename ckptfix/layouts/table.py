@@ -31,14 +31,23 @@ if TYPE_CHECKING:
             """The document of which a file holds pieces that cannot be read by themselves."""
 
 
-FOLDERS = ("dcp", "dcp_safetensors", "shards", "unpacked", "rank_files", "one_below")
+FOLDERS = (
+    "dcp",
+    "dcp_safetensors",
+    "shards",
+    "unpacked",
+    "rank_files",
+    "tensor_parallel",
+    "one_below",
+)
 """The modules that read folders, in the order in which they are asked."""
 
 FILES = {
     "shard index": ("shards",),
     "plain pickle": ("dcp",),
     "safetensors": ("dcp_safetensors",),
-    "torch zip": ("rank_files",),
+    "torch zip": ("rank_files", "tensor_parallel"),
+    "torch legacy": ("tensor_parallel",),
 }
 """By the container of a document: the modules of which it may be a part."""
 

@@ -40,7 +40,7 @@ from ckptfix.keys.renaming import (
     shared_prefix,
     shared_start,
 )
-from ckptfix.match import judge, meanings, mismatches, rules
+from ckptfix.match import joins, judge, meanings, mismatches, rules
 from ckptfix.tree.document import Document, OrderedMap, kind
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _states(document: Document, wanted: Target, select: str | None) -> list[Stat
         raise _no_names(document, wanted)
     for state in states:
         foreign.check(document, state.path, state.mapping)
-    return states
+    return joins.made_for(document, states, wanted)
 
 
 def _without(document: Document, states: list[StateDict], drop: Sequence[str]) -> list[StateDict]:
@@ -197,6 +197,9 @@ def _error(
     twice = _twice(document, best, wanted)
     if twice is not None:
         return twice
+    unmade = joins.refusal(document, best.state, fits=best.fits)
+    if unmade is not None:
+        return unmade
     if not whole:
         known(document, best.state)
     if not whole and (not partly or best.report.refusals):

@@ -107,6 +107,8 @@ def as_it_stands(
         versions = state.metadata if renaming is None else renaming.metadata(state.metadata)
         mapping.attributes = {"_metadata": OrderedMap(versions)}
     made = _Judge(document, state, wanted).of(mapping, specs(mapping))
+    if state.made and made.fits:
+        return replace(made, refusals=[f"it has to be put together: {state.made[0].found}"])
     if document.container == _RANKS and made.fits:
         return replace(made, refusals=["its tensors are in pieces, which torch does not join"])
     return made

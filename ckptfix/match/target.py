@@ -47,6 +47,8 @@ class Target:
     """What builds that model with values, where it is on the meta device."""
     notes: tuple[Finding, ...] = ()
     """What was noticed while it was read, where it is a checkpoint."""
+    in_order: bool = False
+    """Whether its keys are known to be in the order of its modules, as those of a model are."""
 
     def specs_for(self, state: StateDict) -> Mapping[str, Spec]:
         """`specs`, but for counters that BatchNorm gives to state dicts from before torch 0.4.1.
@@ -82,7 +84,8 @@ def of_module(module: nn.Module, name: str | None = None) -> Target:
     named = module.named_buffers(remove_duplicate=False)
     buffers = frozenset(key for key, _ in named if key in found)
     model = module if trial.decides(module) else None
-    return Target(name or type(module).__name__, found, _ties(module), buffers, model)
+    name = name or type(module).__name__
+    return Target(name, found, _ties(module), buffers, model, in_order=True)
 
 
 def _spec(key: str, value: Any) -> Spec:

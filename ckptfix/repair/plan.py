@@ -20,7 +20,7 @@ from ckptfix.diagnose.document import diagnose
 from ckptfix.door import beside
 from ckptfix.edit import averages, edits, masks, optimizers, reduce
 from ckptfix.edit.dangers import Removed, without_dangers
-from ckptfix.errors import KeyCollisionError
+from ckptfix.errors import KeyCollisionError, UnsupportedError
 from ckptfix.findings import CODES, Severity
 from ckptfix.hints import Hint, command
 from ckptfix.keys import globs, wrappers
@@ -153,6 +153,8 @@ def plan(
     if tensors_only:
         made = _written_once(made, mapping)
     if keep_training_state:
+        if document.slices:
+            raise _not_all_joined(document)
         kept = {old: new for old, new in found.renaming.keys.items() if new in mapping}
         order = {new: old for old, new in kept.items()}
         names = {order[new]: new for new in wanted.specs if new in order}
@@ -242,6 +244,7 @@ _REASONS = {
     "key-collision": "one of the two has to get another name, or to go: rename does it",
     "unknown-state": "the model is carried along whole; save its state_dict() where its code is",
     "dangerous-globals": "it was asked to be carried along",
+    "flat-parameters": "a model has their shapes: add --model or --like",
 }
 
 
@@ -417,6 +420,8 @@ def _fitting(
 
 def _cures(document: Document, found: Match, wanted: Target) -> Iterable[Cure]:
     path, dropped = found.state.path, found.dropped
+    for row in found.state.made:
+        yield Cure(row.code, path, row.found, row.cure)
     if found.renaming.changed:
         yield _renaming_cure(found.state, found.renaming)
     disguised = [one for one in found.state.mapping.values() if without_disguise(one) is not one]
@@ -486,13 +491,22 @@ def _replaced(document: Document, state: StateDict, mapping: OrderedMap) -> Docu
     return replace(document, root=rebuild(document.root, change))
 
 
+def _not_all_joined(document: Document) -> UnsupportedError:
+    return UnsupportedError(
+        "is one of several slices: shapes say how the weights are joined, and nothing else",
+        where=document.name,
+        hint="leave out --keep-training-state",
+        code="tensor-parallel",
+    )
+
+
 def _alone(made: Plan, document: Document, state: StateDict, mapping: OrderedMap) -> Plan:
     """The plan reduced to the state dict, with what lies beside it named."""
     left_out = reduce.only(document, state).left_out
     cures = list(made.cures)
-    if state.mapping is not document.root:
+    if state.mapping is not document.root and not (state.made and state.node is document.root):
         beside = f", beside {len(left_out)} other things" if left_out else ""
         found = f"the state dict lies in a checkpoint{beside}"
         cures.append(Cure("nested", state.path, found, "taken out"))
-    alone = replace(document, root=mapping, extras={})
+    alone = replace(document, root=mapping, extras={}, slices=())
     return replace(made, document=alone, cures=cures, left_out=left_out)

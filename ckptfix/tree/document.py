@@ -216,6 +216,9 @@ class Document:
     """The folder inside a zip that holds its records."""
     notes: tuple[Finding, ...] = ()
     """What was noticed while reading."""
+    slices: tuple[str, ...] = ()
+    """The paths of the files of all ranks of tensor parallelism, where it is one of theirs: each
+    may have a slice of every tensor."""
     constants: Node = None
     """The constants of a TorchScript program, which are among its `extras`."""
     limits: Limits = DEFAULT

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ckptfix.bytes.source import FileSource, everything
 from ckptfix.tree.document import Document, Global, Inert, Node, OrderedMap, Storage, Tensor
 
 if TYPE_CHECKING:
@@ -142,3 +143,11 @@ def script_constants(document: Document) -> list[Tensor]:
 def nbytes(root: Node) -> int:
     """Bytes of all storages of a tree."""
     return sum(storage.nbytes for storage in storages(root))
+
+
+def files(storage: Storage) -> list[str]:
+    """The names of the files in which the bytes of a storage lie; `__9_0` before `__10_0`."""
+    sources = (one for span in storage.spans for one in everything(span.source))
+    names = {one.name for one in sources if isinstance(one, FileSource)}
+    bare = {name.replace("\\", "/").rpartition("/")[2] for name in names}
+    return sorted(bare, key=lambda name: (len(name), name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import pickle
 import shutil
@@ -553,10 +554,10 @@ def test_nothing_in_it_is_run(tmp_path: Path) -> None:
 
 def test_bytes_that_are_packed_are_refused_by_name(folder: Path) -> None:
     def change(metadata: Any) -> None:
-        item(metadata, "w", 1).transform_descriptors = ["stream.zstd/1"]
+        item(metadata, "w", 1).transform_descriptors = ["stream.zstd/2"]
 
     edit(folder, change)
-    refused(folder, "unsupported", r"'w': its bytes are packed \(stream.zstd/1\)")
+    refused(folder, "unsupported", r"'w': its bytes are packed \(stream.zstd/2\)")
 
 
 def test_a_value_in_the_place_of_a_piece_is_refused(folder: Path) -> None:
@@ -588,3 +589,52 @@ def test_many_items_take_no_longer_than_they_are_many(tmp_path: Path) -> None:
     state = {f"layer.{n}.weight": torch.full((4,), n) for n in range(2000)}
     folder = save(tmp_path / "step", state, along(0, 2))
     assert same(ckptfix.load(folder), state)
+
+
+# --- packed items
+
+
+def packed(folder: Path, how: str) -> None:
+    """Have `.metadata` say that an item went through something."""
+
+    def change(metadata: Any) -> None:
+        vars(item(metadata, "w"))["transform_descriptors"] = [how]
+
+    edit(folder, change)
+
+
+@pytest.mark.parametrize("how", ["stream.zstd/1", "stream.zstd/2", "stream.other/1"])
+def test_items_that_cannot_be_unpacked_are_refused_by_name(tmp_path: Path, how: str) -> None:
+    folder = save(tmp_path / "step", {"w": torch.ones(3)})
+    packed(folder, how)
+    known = importlib.util.find_spec("zstandard") is not None
+    told = "zstd, which the package zstandard unpacks" if how == "stream.zstd/1" else f"({how})"
+    ran = ckptfix_command("convert", folder, tmp_path / "out.pt")
+    assert ran.returncode == 2
+    assert known or told in ran.stderr
+    assert ran.stderr.count("\nhint: ") == 1
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_items_packed_with_zstd_are_read_where_that_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("zstandard")
+    extensions = pytest.importorskip("torch.distributed.checkpoint._extension")
+    state = training() | {"large": numbered((300, 200), torch.float32)}
+    folder = save(tmp_path / "step", state, along(0, 2), _extensions=[extensions.ZStandard()])
+    assert same(ckptfix.load(folder), state)
+    done("convert", folder, tmp_path / "out.pt")
+    assert same(torch.load(tmp_path / "out.pt", weights_only=False), state)
+
+
+# --- ties
+
+
+@pytest.mark.parametrize("split", [whole, along(0, 3)])
+def test_what_may_have_been_one_tensor_is_told(tmp_path: Path, split: Any) -> None:
+    embed = numbered((6, 4), torch.float32)
+    state = {"embed.weight": embed, "head.weight": embed, "other": embed + 1, "bias": embed[0]}
+    ones = {f"norm.{number}": torch.ones(2, 2) for number in range(3)}  # which are many
+    folder = save(tmp_path / "step", {**state, **ones, "bias.2": embed[0].clone()}, split)
+    (told,) = ckptfix.open(folder).findings
+    assert told.code == "tied-tensors"
+    assert told.message.endswith("perhaps one tensor: embed.weight = head.weight")

@@ -78,6 +78,27 @@ def test_a_file_that_is_not_there(folder: Path) -> None:
         ckptfix.open(folder)
 
 
+def test_that_the_end_is_unproven_is_said_by_what_writes(folder: Path) -> None:
+    ran = ckptfix_command("convert", folder, folder.parent / "out.pt")
+    assert ran.returncode == 0
+    assert "that there was no rank after them is written nowhere" in ran.stderr
+
+
+def test_the_file_of_a_last_rank_that_is_not_there(folder: Path) -> None:
+    (folder / name(4, 1)).unlink()
+    what = "its last piece is as long as the first, and shard-00004-model-00001-of-… is not there"
+    with pytest.raises(DamagedError, match=what) as caught:
+        ckptfix.open(folder)
+    assert caught.value.code == "piece-missing"
+    ran = ckptfix_command("recover", folder, folder.parent / "saved.pt")
+    assert ran.returncode == 1
+    known = torch.load(MADE / "whole.pt", weights_only=False)
+    found = torch.load(folder.parent / "saved.pt", weights_only=False)
+    assert {"rows", "replicas"}.isdisjoint(found)
+    assert {"uneven", "columns", "number"} <= set(found)
+    assert same(dict(found), {key: known[key] for key in found})
+
+
 def test_one_of_the_files_to_be_is_not_there(folder: Path) -> None:
     for rank in range(1, 5):
         (folder / name(rank, 2)).unlink()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import runpy
 import shutil
 import struct
 import subprocess
@@ -138,6 +139,8 @@ def refused(path: Path, code: str, match: str) -> None:
     ran = ckptfix_command("convert", path, path.parent / "out.pt")
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: ")
+    assert ran.stderr.count("\nhint: ") == 1
+    assert "see how it is used" not in ran.stderr
     assert not (path.parent / "out.pt").exists()
 
 
@@ -315,6 +318,39 @@ def test_what_is_whole_is_recovered(folder: Path) -> None:
     assert same(dict(found), {key: known[key] for key in found})
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("length", [300, 3_000, 9_000, 11_000])
+def test_what_is_whole_is_recovered_where_a_file_is_cut(
+    folder: Path, rank: int, length: int
+) -> None:
+    path = folder / f"model_world_size_4_rank_{rank}.pt"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(CkptfixError):
+        ckptfix.open(folder)
+    ran = ckptfix_command("recover", folder, folder / "saved.pt")
+    assert ran.returncode in (0, 1), ran.stderr
+    found = torch.load(folder / "saved.pt", weights_only=False)
+    known = whole(FIXTURES / "pieces", "whole.pt")
+    assert {"number", "same.everywhere", "replicas", "plain", "epoch"} <= set(found)
+    assert same(dict(found), {key: known[key] for key in found})
+    assert (len(found) == len(known)) is (ran.returncode == 0)
+
+
+def test_what_is_whole_is_recovered_beside_a_sum(tmp_path: Path) -> None:
+    for rank in range(4):
+        path = tmp_path / f"x_rank_{rank}.pt"
+        part = table.read_place(Place(FIXTURES / "pieces" / f"partial_rank_{rank}.pt"), Reading())
+        shutil.copy(FIXTURES / "pieces" / f"tensors_rank_{rank}.pt", path)
+        repacked(path, b"epoch", b"epoch", folder="archive")
+        edited(path, lambda root, sums=part.root: {**sums, **root})
+    refused(tmp_path, "partial", "sum: is a sum of which each rank has a part")
+    ran = ckptfix_command("recover", tmp_path, tmp_path / "saved.pt")
+    assert ran.returncode == 1, ran.stderr
+    assert "(sum): lost" in ran.stderr
+    assert same(dict(torch.load(tmp_path / "saved.pt", weights_only=False)),
+                whole(FIXTURES / "pieces", "whole.pt"))  # fmt: skip
+
+
 def edited(path: Path, change: Any) -> None:
     """Write a rank's file anew with another tree."""
     document = table.read_place(Place(path), Reading())
@@ -345,19 +381,124 @@ def test_a_deep_tree_of_ranks_takes_no_longer_than_it_is_deep(folder: Path) -> N
     assert found == [7]
 
 
+def without(field: str, cls: str, node: Node) -> Node:
+    """An object of a class of torch's without one of its fields."""
+    if isinstance(node, Inert) and str(node.function).endswith(f".{cls}"):
+        return replace(node, state={key: one for key, one in node.state.items() if key != field})
+    return node
+
+
+@pytest.mark.parametrize(
+    ("field", "cls", "code", "match"),
+    [
+        ("mesh", "DTensorSpec", "unsupported", "has nothing where torch has a DeviceMesh"),
+        ("_layout", "DeviceMesh", "unsupported", "has nothing where torch has a _MeshLayout"),
+        ("_rank_map", "DeviceMesh", "damaged", "rows: has a mesh whose ranks cannot be read"),
+        ("placements", "DTensorSpec", "damaged", "rows: is a DTensor whose placements do not fit"),
+        ("dim", "Shard", "damaged", "rows: is cut in dimension None of 2"),
+    ],
+)
+def test_what_a_mesh_does_not_say_is_refused_by_name(
+    folder: Path, field: str, cls: str, code: str, match: str
+) -> None:
+    for rank in range(4):
+        path = folder / f"model_world_size_4_rank_{rank}.pt"
+        edited(path, lambda root: rebuild(root, lambda node: without(field, cls, node)))
+    refused(folder / "model_world_size_4_rank_1.pt", code, match)
+
+
+def test_a_mesh_without_the_place_of_its_rank_is_read_by_the_name_of_the_file(folder: Path) -> None:
+    for rank in range(4):
+        path = folder / f"model_world_size_4_rank_{rank}.pt"
+
+        def change(node: Node) -> Node:
+            return without("_rank", "DeviceMesh", without("_coordinate_on_dim", "DeviceMesh", node))
+
+        edited(path, lambda root, change=change: rebuild(root, change))
+    assert same(ckptfix.load(folder), whole(FIXTURES / "pieces", "whole.pt"))
+    (folder / "model_world_size_4_rank_1.pt").rename(folder / "alone.pt")
+    refused(folder / "alone.pt", "unsupported", "does not say which rank saved it")
+
+
 # --- flat parameters
 
 
-def test_flat_parameters_are_joined_and_told(made: Path) -> None:
-    full = whole(made, "fsdp1_whole.pt")
-    found = ckptfix.load(made / "fsdp1_local_False_rank_0.pt")
-    names = ["scale", "first.weight", "first.bias", "norm.weight", "norm.bias"]
-    flat = torch.cat([full[name].flatten() for name in names])
-    assert same(found["_flat_param"][: len(flat)], flat)
-    last = torch.cat([full[name].flatten() for name in full if name.startswith("last")])
-    assert same(found["last._flat_param"][: len(last)], last)
-    told = ckptfix.open(made / "fsdp1_local_False_rank_0.pt").findings
-    assert [finding.code for finding in told] == ["flat-parameters"]
+def model_of(name: str) -> str:
+    return f"{FIXTURES / 'make_pieces.py'}:{name}"
+
+
+FLAT = [
+    ("fsdp1_local_False_rank_0.pt", "Net", "fsdp1_whole.pt"),
+    ("fsdp1_local_True_rank_1.pt", "Net", "fsdp1_whole.pt"),
+    ("fsdp1_local_False", "Net", "fsdp1_whole.pt"),
+    ("fsdp1_local_True", "Net", "fsdp1_whole.pt"),
+    ("fsdp1_tied_rank_0.pt", "Tied", "fsdp1_tied_whole.pt"),
+    ("fsdp1_mixed", "Tied", "fsdp1_tied_whole.pt"),
+]
+
+
+def built(name: str) -> torch.nn.Module:
+    """A model of the maker's."""
+    made: torch.nn.Module = runpy.run_path(str(FIXTURES / "make_pieces.py"))[name]()
+    return made
+
+
+@pytest.mark.parametrize(("name", "model", "known"), FLAT)
+def test_flat_parameters_are_the_full_state_dict_of_a_model(
+    made: Path, name: str, model: str, known: str
+) -> None:
+    found = ckptfix.load_state_dict(made / name, model=built(model))
+    assert same(dict(found), dict(whole(made, known)))
+    assert not ckptfix.open(made / name).check(built(model)).loads
+
+
+@pytest.mark.parametrize(("name", "known"), [(one, known) for one, _, known in FLAT[1:4:2]])
+def test_flat_parameters_are_those_of_another_checkpoint(
+    made: Path, tmp_path: Path, name: str, known: str
+) -> None:
+    done("fix", made / name, tmp_path / "out.pt", "--like", made / known)
+    assert same(dict(ckptfix.load(tmp_path / "out.pt")), dict(whole(made, known)))
+    (tmp_path / "keys.json").write_text(done("inspect", "--json", made / known))
+    out = tmp_path / "out.safetensors"
+    done("fix", made / name, out, "--like", tmp_path / "keys.json")
+    assert same(dict(ckptfix.load(out)), dict(whole(made, known)))
+
+
+@pytest.mark.parametrize("name", [one for one, *_ in FLAT])
+def test_flat_parameters_alone_are_refused(tmp_path: Path, name: str) -> None:
+    path = FIXTURES / "pieces" / name
+    for verb, out in (("convert", "out.pt"), ("fix", "out.safetensors")):
+        ran = ckptfix_command(verb, path, tmp_path / out)
+        assert ran.returncode == 2, (verb, ran.stdout)
+        assert "parameters lie flat in" in ran.stderr
+        assert f"hint: say which model it is for, {OR_WHICH}: ckptfix fix" in ran.stderr
+    with pytest.raises(UnsupportedError, match="parameters lie flat in"):
+        ckptfix.open(path).save(tmp_path / "out.pt")
+    assert not list(tmp_path.iterdir())
+    (told,) = ckptfix.open(path).findings
+    assert told.code == "flat-parameters"
+    assert "_flat_param" in told.message
+
+
+OR_WHICH = "or which checkpoint has its shapes (--like)"
+
+
+@pytest.mark.parametrize("name", [one for one, model, _ in FLAT if model == "Net"])
+def test_check_says_that_flat_parameters_have_to_be_split(name: str) -> None:
+    ran = ckptfix_command("check", FIXTURES / "pieces" / name, "--model", model_of("Net"))
+    assert ran.returncode == 1
+    assert "its parameters lie flat in" in ran.stdout
+    assert "ckptfix fix" in ran.stdout
+
+
+def test_flat_parameters_that_are_of_another_model_are_refused(tmp_path: Path) -> None:
+    path = FIXTURES / "pieces" / "fsdp1_local_False_rank_0.pt"
+    ran = ckptfix_command("fix", path, tmp_path / "out.pt", "--model", model_of("Tied"))
+    assert ran.returncode == 2
+    wanted = "_flat_param cannot be split into parameters: it has 53 elements, the parameters of"
+    assert wanted in ran.stderr
+    assert "hint: name the very model that was trained: ckptfix fix" in ran.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_parameters_under_their_own_names_are_joined_from_the_flat_ones(made: Path) -> None:
@@ -365,5 +506,57 @@ def test_parameters_under_their_own_names_are_joined_from_the_flat_ones(made: Pa
     found = ckptfix.load(made / "fsdp1_local_True_rank_0.pt")
     for name, tensor in full.items():
         assert same(found[name].flatten(), tensor.flatten()), name
-    told = ckptfix.open(made / "fsdp1_local_True_rank_0.pt").findings
-    assert [finding.code for finding in told] == ["flat-parameters"]
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_of_flat_parameters_that_is_recovered_which_is_sure_to_be_whole(
+    tmp_path: Path, rank: int
+) -> None:
+    for other in {0, 1, 2, 3} - {rank}:
+        shutil.copy(FIXTURES / "pieces" / f"fsdp1_local_True_rank_{other}.pt", tmp_path)
+    path = next(tmp_path.iterdir())
+    refused(path, "piece-missing", f"files of 1 of 4 ranks are not there: {rank}")
+    assert ckptfix_command("recover", path, tmp_path / "saved.pt").returncode == 1
+    found = torch.load(tmp_path / "saved.pt", weights_only=False)
+    full = whole(FIXTURES / "pieces", "fsdp1_whole.pt")
+    assert {key for key in full if "norm.running" in key} < set(found)
+    assert ("scale" in found) is (rank != 0)  # which lies on the first rank alone
+    assert "first.weight" not in found or rank == 3
+    for name, tensor in found.items():
+        assert same(tensor.flatten(), full[name].flatten()), name
+
+
+def test_a_pickled_piece_that_is_damaged_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    for rank in range(4):
+        shutil.copy(FIXTURES / "pieces" / f"fsdp1_local_True_rank_{rank}.pt", tmp_path)
+    path = tmp_path / "fsdp1_local_True_rank_1.pt"
+    with zipfile.ZipFile(path) as archive:
+        lost = archive.read("fsdp1_local_True_rank_1/data/1")
+    path.write_bytes(path.read_bytes().replace(lost, bytes(len(lost))))
+    assert ckptfix_command("recover", path, tmp_path / "saved.pt").returncode == 1
+    found = torch.load(tmp_path / "saved.pt", weights_only=False)
+    assert "first.weight" not in found
+    full = whole(FIXTURES / "pieces", "fsdp1_whole.pt")
+    for name, value in found.items():
+        assert name not in full or same(value.flatten(), full[name].flatten())
+
+
+def test_a_training_checkpoint_with_flat_parameters_gives_its_model(tmp_path: Path) -> None:
+    for rank in range(4):
+        path = tmp_path / f"x_rank_{rank}.pt"
+        shutil.copy(FIXTURES / "pieces" / f"fsdp1_local_False_rank_{rank}.pt", path)
+        repacked(path, b"norm", b"norm", folder="archive")
+
+        def change(root: Any) -> Any:
+            (shard,) = root["_flat_param"].args[3][0]
+            part = shard.attributes["tensor"]
+            kept = {"exp_avg": replace(part, storage=replace(part.storage)), "step": 3.0}
+            groups = [{"lr": 0.1, "params": [0]}]
+            return {"model": root, "optimizer": {"state": {0: kept}, "param_groups": groups}}
+
+        edited(path, change)
+    found = ckptfix.load_state_dict(tmp_path, model=built("Net"))
+    assert same(dict(found), whole(FIXTURES / "pieces", "fsdp1_whole.pt"))
+    told = {one.code: one.message for one in ckptfix.open(tmp_path).findings}
+    assert told["ranks-differ"].endswith("left out: optimizer/state/0/exp_avg")
+    assert ckptfix.open(tmp_path).document.root["optimizer"]["state"][0]["exp_avg"] is None
