@@ -97,8 +97,8 @@ class Output(NamedTuple):
 
     @property
     def is_folder(self) -> bool:
-        """Whether it becomes a folder of shards."""
-        return self.container is SHARDS
+        """Whether it becomes a folder."""
+        return self.container in (SHARDS, DCP)
 
     def check(self, *, force: bool) -> None:
         """Refuse early what could not be written later. Raises `WriteError` and its kin."""
@@ -139,6 +139,12 @@ class Output(NamedTuple):
                     verify=verify,
                     share=share,
                 )
+            if self.container is DCP:
+                from ckptfix.layouts import dcp_writer
+
+                return dcp_writer.write(
+                    document, place, force=force, progress=progress, verify=verify
+                )
             from ckptfix.layouts import shard_writer
 
             size = max_shard_size or shard_writer.MAX_SHARD_SIZE
@@ -176,7 +182,10 @@ def write(
 SHARDS = SAFETENSORS._replace(name="safetensors folder", extensions=())
 """A folder of safetensors files: what stands here is for one of them."""
 
-TO = {"torch": TORCH_ZIP, "safetensors": SAFETENSORS, "shards": SHARDS}
+DCP = TORCH_ZIP._replace(name="DCP folder", extensions=())
+"""A folder as torch.distributed.checkpoint writes it: what stands here is for one item."""
+
+TO = {"torch": TORCH_ZIP, "safetensors": SAFETENSORS, "shards": SHARDS, "dcp": DCP}
 """The containers that can be written, as `--to` calls them."""
 
 
@@ -194,7 +203,9 @@ def resolve(
     if to is not None and to not in TO:
         what = f"{to!r} is not a container that is written"
         raise UnsupportedError(what, where=name, hint=f"take one of {', '.join(TO)}", code="to")
-    if to == "shards" or (to is None and _means_shards(name, source)):
+    if to in ("shards", "dcp"):
+        return Output(name, TO[to])
+    if to is None and _means_shards(name, source):
         return Output(name, SHARDS)
     container = None if to is None else TO[to]
     if source and not name.endswith(_SLASHES) and Place(name).is_folder:

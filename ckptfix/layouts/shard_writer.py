@@ -19,12 +19,12 @@ from ckptfix.errors import CkptfixError, OutputExistsError, VerifyError, WriteEr
 from ckptfix.formats import safetensors, shard_index
 from ckptfix.formats.reading import Reading
 from ckptfix.formats.table import SAFETENSORS, write_place
-from ckptfix.layouts import shards
+from ckptfix.layouts import dcp, shards
 from ckptfix.tree.document import OrderedMap
 from ckptfix.words import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from ckptfix.bytes.copy import Checked
     from ckptfix.bytes.place import Progress
@@ -64,30 +64,21 @@ def write(
     `verify` and what is returned are those of `write_place`. Raises `WriteError`; also where
     another process is writing there.
     """
-    check_free(folder, force=force)
-    made = folder.make_folder()
-    with folder.alone():
-        check_free(folder, force=force)  # another process may have written there meanwhile
-        former = _former(folder)
-        _refuse_input(document, folder, former)
+    known: set[Checked] = set()
+    with replaced(document, folder, _named_by_index, force=force) as (former, written):
         groups = _split(document.root, max_shard_size)
         names = _free_names(len(groups), former)
-        known: set[Checked] = set()
-        with _undone_on_error(folder, made) as written:
-            for name, group in zip(names, groups, strict=True):
-                part = document if len(groups) == 1 else replace(document, root=group)
-                place = folder.below(name)
-                known.add(
-                    write_place(
-                        part, place, SAFETENSORS, force=True, progress=progress, verify=verify
-                    )
-                )
-                written.append(name)
-            if len(groups) > 1:
-                weight_map = dict(zip(names, groups, strict=True))
-                _write_index(_index(document, weight_map), document, folder)
-                written.append(_INDEX)
-        _remove(folder, former.difference(written))
+        for name, group in zip(names, groups, strict=True):
+            part = document if len(groups) == 1 else replace(document, root=group)
+            place = folder.below(name)
+            known.add(
+                write_place(part, place, SAFETENSORS, force=True, progress=progress, verify=verify)
+            )
+            written.append(name)
+        if len(groups) > 1:
+            weight_map = dict(zip(names, groups, strict=True))
+            _write_index(_index(document, weight_map), document, folder)
+            written.append(_INDEX)
     return min(known, key=("copied", "shared", "checked", "verified").index)
 
 
@@ -156,11 +147,12 @@ def _write_index(index: bytes, document: Document, folder: Place) -> None:
 
 
 def _former(folder: Place) -> set[str]:
-    """The files of a checkpoint that ckptfix or huggingface_hub left in a folder."""
+    """The files of a checkpoint that ckptfix, huggingface_hub or DCP left in a folder."""
     if not folder.is_folder:
         return set()
     names = set(folder.names())
     found = {name for name in names if name in (shards.WHOLE, _INDEX) or _SHARD.fullmatch(name)}
+    found.update(dcp.files(names))
     return found | names.intersection(_named_by_index(folder) if _INDEX in names else ())
 
 
@@ -187,13 +179,36 @@ def _refuse_input(document: Document, folder: Place, former: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def _undone_on_error(folder: Place, made: bool) -> Iterator[list[str]]:
+def replaced(
+    document: Document, folder: Place, named: Callable[[Place], Iterable[str]], *, force: bool
+) -> Iterator[tuple[set[str], list[str]]]:
+    """The checkpoint in a folder, if there is one, is replaced by what the block writes there.
+
+    The block is given the names of its files, which have to stay until the end, and appends those
+    that it writes. They are removed where it fails, unless the head of the folder tells of them
+    already: `named` gives the files that it names. Raises `WriteError`.
+    """
+    check_free(folder, force=force)
+    made = folder.make_folder()
+    with folder.alone():
+        check_free(folder, force=force)  # another process may have written there meanwhile
+        former = _former(folder)
+        _refuse_input(document, folder, former)
+        with _undone_on_error(folder, named, made) as written:
+            yield former, written
+        _remove(folder, former.difference(written))
+
+
+@contextlib.contextmanager
+def _undone_on_error(
+    folder: Place, named: Callable[[Place], Iterable[str]], made: bool
+) -> Iterator[list[str]]:
     """What was written to a folder, by name, is removed where the block fails; so is one `made`."""
     written: list[str] = []
     try:
         yield written
     except BaseException:
-        if set(written).isdisjoint(_named_by_index(folder)):  # else it is in place already
+        if set(written).isdisjoint(named(folder)):  # else it is in place already
             for name in written:
                 with contextlib.suppress(WriteError):
                     folder.below(name).remove()
@@ -205,7 +220,7 @@ def _undone_on_error(folder: Place, made: bool) -> Iterator[list[str]]:
 
 def _remove(folder: Place, names: Iterable[str]) -> None:
     """Remove files of the former checkpoint: first those by which readers find it."""
-    heads = (_INDEX, shards.WHOLE)
+    heads = (dcp.METADATA, _INDEX, shards.WHOLE)
     for name in sorted(names, key=lambda name: (name not in heads, name)):
         folder.below(name).remove()
     folder.sync()
