@@ -209,7 +209,7 @@ class _Folder:
             self.folder.name,
             nbytes + sum(source.size for source in self.files.values()),
             "big" if "big" in self.items.orders else "little",
-            notes=(*self.items.notes, *self._stale()),
+            notes=(*self.metadata.notes, *self.items.notes, *self._stale()),
         )
 
     def _open(self) -> dict[str, FileSource]:

@@ -25,17 +25,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedError
+from ckptfix.findings import Finding
 from ckptfix.formats import plain_pickle
 from ckptfix.limits import DEFAULT, Limits
+from ckptfix.pickles.dangerous import is_dangerous
 from ckptfix.pickles.torch_objects import sizes
 from ckptfix.pieces.boxes import Box
 from ckptfix.tree.document import Global, Inert, Node
 from ckptfix.tree.dtypes import BY_NAME, DType
+from ckptfix.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ckptfix.bytes.source import Source
+    from ckptfix.pickles.torch_objects import Builder
+    from ckptfix.tree.document import Document
 
 CLASS = "Metadata"
 _MODULE = "torch.distributed."
@@ -71,6 +76,8 @@ class Metadata(NamedTuple):
     paths: dict[str, Path]
     copies: dict[tuple[str, Offset], list[Item]]
     """Further items of the same name and place, which other ranks saved."""
+    notes: tuple[Finding, ...] = ()
+    """What was noticed."""
 
 
 def is_metadata(node: Node) -> bool:
@@ -80,11 +87,21 @@ def is_metadata(node: Node) -> bool:
 
 def read(source: Source, limits: Limits = DEFAULT) -> Metadata:
     """What a `.metadata` says. Raises `ReadError` and its kin."""
-    document = plain_pickle.read(source, limits, _BUILDERS)
+    named: list[Global] = []
+    document = plain_pickle.read(source, limits, _BUILDERS, named)
     try:
-        return _of_root(document.root)
+        return _of_root(document.root)._replace(notes=tuple(_notes(document, named, source)))
     except CkptfixError as error:
         raise error.within(source.name) from None
+
+
+def _notes(document: Document, named: list[Global], source: Source) -> Iterator[Finding]:
+    """What torch would run that reads it, whether anything comes of it or not."""
+    yield from (note for note in document.notes if note.code == "hidden-call")
+    calls = [name.today for name in named if name not in _BUILDERS and is_dangerous(name)]
+    if calls:
+        message = f"{source.name} names {listed(calls)}, which would run or reach out where torch"
+        yield Finding("dangerous-globals", f"{message} loads it; ckptfix reads without running it")
 
 
 def _size(args: tuple[Node, ...], limits: Limits) -> tuple[int, ...] | None:
@@ -92,7 +109,27 @@ def _size(args: tuple[Node, ...], limits: Limits) -> tuple[int, ...] | None:
     return sizes(args[0]) if len(args) == 1 and type(args[0]) is tuple else None
 
 
-_BUILDERS = {Global("torch", "Size"): _size}
+def _as_it_is(args: tuple[Node, ...], limits: Limits) -> None:
+    """What is kept as it was pickled."""
+
+
+_CLASSES = (
+    "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "StorageMeta",
+    "ChunkStorageMetadata", "TensorProperties", "_StorageInfo", "_MEM_FORMAT_ENCODING",
+    "MEM_FORMAT_ENCODING",
+)  # fmt: skip
+_MODULES = (
+    "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem",
+    "torch.distributed._shard.checkpoint.metadata",
+    "torch.distributed._shard.checkpoint.filesystem",
+    "torch.distributed._shard.sharded_tensor.metadata",
+)  # fmt: skip
+_BUILDERS: dict[Global, Builder] = {
+    **{Global(module, name): _as_it_is for module in _MODULES for name in _CLASSES},
+    Global("pathlib", "PosixPath"): _as_it_is,
+    Global("torch", "Size"): _size,
+}
+"""What stands in every `.metadata`; only of one that names more are the names looked for."""
 
 
 def _of_root(root: Node) -> Metadata:
@@ -119,6 +156,7 @@ def merged(ranks: Sequence[Metadata]) -> Metadata:
     """
     first, *others = ranks
     for rank in others:
+        first = first._replace(notes=(*first.notes, *rank.notes))
         for name, whole in rank.wholes.items():
             known = first.wholes.setdefault(name, whole)
             if known is whole:

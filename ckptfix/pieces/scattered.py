@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.source import Source, too_short
 from ckptfix.bytes.span import Span, cut
+from ckptfix.pieces.boxes import Runs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
-    from ckptfix.pieces.boxes import Runs
+    from ckptfix.pieces.boxes import Box
 
 _HELD = 1 << 18
 """Bytes that are read before they are dealt out: they stay near the core."""
@@ -32,24 +33,24 @@ _SHORT = 4
 
 
 class Part(NamedTuple):
-    """The bytes of one box, row-major, and where its runs lie in the whole."""
+    """The bytes of one box, row-major."""
 
-    runs: Runs
+    box: Box
     spans: tuple[Span, ...]
 
 
 class ScatteredSource(Source):
-    """The row-major bytes of a tensor, of which every run lies in the file of some box.
+    """The row-major bytes of a tensor of that shape, which the boxes of `parts` tile.
 
-    `parts` makes what each box holds; it is called at the first read and once more after the last
-    byte was read, so that what is not being read takes no memory. The boxes tile the tensor.
+    Where their runs lie is found at the first read, and forgotten after the last byte was read, so
+    that what is not being read takes little memory.
     """
 
-    def __init__(self, size: int, parts: Callable[[], list[Part]], name: str) -> None:
-        self._make = parts
+    def __init__(self, shape: tuple[int, ...], itemsize: int, parts: list[Part], name: str) -> None:
+        self._shape, self._itemsize, self._parts = shape, itemsize, parts
         self._index: _Index | None = None
         self.name = name
-        self.size = size
+        self.size = prod(shape) * itemsize
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`."""
@@ -62,7 +63,7 @@ class ScatteredSource(Source):
     @property
     def below(self) -> Iterable[Source]:
         """The sources of all boxes."""
-        return [span.source for part in self._make() for span in part.spans]
+        return [span.source for part in self._parts for span in part.spans]
 
     @property
     def is_checked(self) -> bool:
@@ -71,32 +72,32 @@ class ScatteredSource(Source):
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Fill a buffer with the bytes from `offset`."""
-        index = self._index or _Index(self._make())
+        index = self._index or _Index(self._shape, self._itemsize, self._parts)
         end = offset + len(buffer)
-        for part in index.between(offset, end):
-            _fill(buffer, offset, part)
+        for runs, spans in index.between(offset, end):
+            _fill(buffer, offset, runs, spans)
         self._index = index if end < self.size else None
 
 
 class _Index:
-    """Parts by where they begin, of which those between two places are found quickly."""
+    """The runs of boxes, by where they begin: those between two places are found quickly."""
 
-    def __init__(self, parts: list[Part]) -> None:
-        self._parts = sorted(parts, key=lambda part: part.runs.begin)
-        self._begins = [part.runs.begin for part in self._parts]
-        self._ends = list(accumulate((part.runs.end for part in self._parts), max))
+    def __init__(self, shape: tuple[int, ...], itemsize: int, parts: list[Part]) -> None:
+        found = [(Runs(shape, box, itemsize), spans) for box, spans in parts]
+        self._found = sorted(found, key=lambda pair: pair[0].begin)
+        self._begins = [runs.begin for runs, _ in self._found]
+        self._ends = list(accumulate((runs.end for runs, _ in self._found), max))
 
-    def between(self, begin: int, end: int) -> list[Part]:
+    def between(self, begin: int, end: int) -> list[tuple[Runs, tuple[Span, ...]]]:
         """Those that may have a run between two places; none that has one is left out."""
-        return self._parts[bisect_right(self._ends, begin) : bisect_left(self._begins, end)]
+        return self._found[bisect_right(self._ends, begin) : bisect_left(self._begins, end)]
 
 
 _own = _local()
 
 
-def _fill(view: memoryview, begin: int, part: Part) -> None:
-    """Put what a part holds of the bytes from `begin` on into a buffer."""
-    runs, spans = part
+def _fill(view: memoryview, begin: int, runs: Runs, spans: tuple[Span, ...]) -> None:
+    """Put what a box holds of the bytes from `begin` on into a buffer."""
     length, end = runs.length, begin + len(view)
     touched = runs.first_from(begin - length + 1), runs.first_from(end)
     first, last = runs.first_from(begin), runs.first_from(end - length + 1)  # those that lie in it
