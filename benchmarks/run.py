@@ -43,7 +43,7 @@ HELD = 1.2
 """Times the size of a checkpoint that a program takes which holds it in memory."""
 LOADS = 4
 """Loads in a process for each run of the others; they take milliseconds."""
-SMALLER = defaultdict(lambda: 2.5, {"many-pieces": 20.0})  # each a zip of its own there
+SMALLER = defaultdict(lambda: 2.5, {"many-pieces": 50.0})  # of which each piece is a zip
 """How many times smaller than its input an output may be, by the kind of the input."""
 LOAD_WORK = "load"
 Record = dict[str, Any]
