@@ -8,7 +8,8 @@ strided as it lies, without the rest of its storage, and tagged `cpu`; anything 
 item.
 
 The files of items have names that are free, `.metadata` is written last and names them, and only
-then is what was there before removed. So the folder holds the old checkpoint or the new one, whole.
+then is what was there before removed. So the folder holds the old checkpoint or the new one, whole;
+where the old one was shards, there is a moment at which it holds both, which readers refuse.
 Sources: `torch.distributed.checkpoint` 2.13 (`_traverse`, `filesystem`, `default_planner`).
 """
 
