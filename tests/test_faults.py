@@ -200,7 +200,8 @@ def visible(files: Files) -> Files:
         return {name: files[name] for name in {".metadata", *(one.relative_path for one in told)}}
     index = next((name for name in files if name.endswith(".index.json")), None)
     if index is None:
-        return {name: data for name, data in files.items() if "-of-" not in name}
+        parts = ("-of-", ".distcp")
+        return {n: data for n, data in files.items() if not any(part in n for part in parts)}
     names = {index, *json.loads(files[index])["weight_map"].values()}
     return {name: files[name] for name in names}
 
