@@ -59,6 +59,15 @@ import sys, torch
 from safetensors.torch import load_file
 torch.save(load_file(sys.argv[1]), sys.argv[2])
 """
+DCP_TO_TORCH = """\
+import sys
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+dcp_to_torch_save(sys.argv[1], sys.argv[2])
+"""
+TORCH_TO_DCP = LOAD_MAPPED + (
+    "from torch.distributed.checkpoint import FileSystemWriter, save\n"
+    "save(state_dict, storage_writer=FileSystemWriter(sys.argv[2]), no_dist=True)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +100,9 @@ def copy_of(source: Path) -> Path:
 class Work:
     """One thing to be done, by several programs in turn.
 
-    `reads` is the input: a `.pt` or a `.safetensors` file of each size, or `many`, one file of many
-    small tensors. `writes` is the suffix of OUT, nothing where there is no output. With `in_place`,
-    IN is a fresh copy for each run.
+    `reads` is the input: a `.pt` or a `.safetensors` file or a folder of pieces (`rows`, `columns`)
+    of each size, or one of `COUNTED`, which are many small tensors. `writes` is the suffix of OUT,
+    nothing where there is no output. With `in_place`, IN is a fresh copy for each run.
     """
 
     name: str
@@ -116,6 +125,10 @@ def script(
     return Contender(name, (python, "-c", code, "IN", "OUT"), peer, holds)
 
 
+COUNTED = ("many", "many-pieces")
+"""The inputs of many small tensors, whose size is the number of them."""
+
+CP_FOLDER = Contender("cp -r", ("cp", "-r", "IN", "OUT"))
 CP = Contender("cp", ("cp", "IN", "OUT"))
 # ckptfix syncs what it writes; cp alone does not.
 CP_SYNC = Contender("cp + fsync", ("sh", "-c", 'cp "$0" "$1" && sync "$1"', "IN", "OUT"))
@@ -191,6 +204,50 @@ def works(peers: str) -> tuple[Work, ...]:
             (
                 ckptfix("inspect", "inspect", "IN"),
                 Contender("import torch", (sys.executable, "-c", "import torch")),
+            ),
+        ),
+        *_pieces(convert),
+    )
+
+
+def _pieces(convert: Contender) -> tuple[Work, ...]:
+    """Works on folders of torch.distributed.checkpoint."""
+    rivals = (CP_FOLDER, script("dcp_to_torch_save", DCP_TO_TORCH, holds=True))
+    return (
+        Work("rows", "DCP folder to .pt, rows of four ranks", "rows", ".pt", (convert, *rivals)),
+        Work(
+            "columns",
+            "DCP folder to .pt, columns of four ranks",
+            "columns",
+            ".pt",
+            (convert, *rivals),
+        ),
+        Work(
+            "to-dcp",
+            ".pt to a DCP folder",
+            "pt",
+            ".dcp",
+            (
+                ckptfix("convert --to dcp", "convert", "IN", "OUT", "--to", "dcp"),
+                CP,
+                script("torch.load(mmap) + dcp.save", TORCH_TO_DCP),
+            ),
+        ),
+        Work(
+            "many-pieces",
+            "DCP folder of many small tensors to .pt",
+            "many-pieces",
+            ".pt",
+            (convert, rivals[1]),
+        ),
+        Work(
+            "inspect-pieces",
+            "inspect of a DCP folder, beside that of one file",
+            "rows",
+            "",
+            (
+                ckptfix("inspect", "inspect", "IN"),
+                ckptfix("inspect, one file", "inspect", "COPY"),
             ),
         ),
     )

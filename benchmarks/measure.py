@@ -92,11 +92,12 @@ def _field(path: Path, name: str) -> int | None:
 
 
 def warm(path: Path) -> None:
-    """Read a file once, so that it lies in the page cache."""
+    """Read a file, or those of a folder, once, so that they lie in the page cache."""
     buffer = bytearray(8 << 20)
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
+    for one in path.iterdir() if path.is_dir() else [path]:
+        with one.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
 
 def settle() -> None:

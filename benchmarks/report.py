@@ -22,6 +22,7 @@ STRIP, TO_CPU, CONVERT = "ckptfix strip-prefix", "ckptfix to-cpu", "ckptfix conv
 RECIPE, MMAP_SAVE = "pasted recipe", "torch.load(mmap) + torch.save"
 SAVE_FILE, LOAD_FILE = "torch.load(mmap) + save_file", "load_file + torch.save"
 IN_PLACE = tuple(f"ckptfix {verb} --in-place" for verb in ("strip-prefix", "to-cpu", "rename"))
+DCP_TO_TORCH = "dcp_to_torch_save"
 COLUMNS = ("wall", "CPU", "peak RssAnon", "written")
 
 
@@ -62,6 +63,11 @@ BARS = (
     Bar("many", STRIP, RECIPE, 4, faster=True),
     Bar("inspect", "ckptfix inspect", "import torch", 0.2),
     Bar("load", *LOADERS, 1.2),
+    Bar("rows", CONVERT, "cp -r", 1.2),
+    Bar("rows", CONVERT, DCP_TO_TORCH, 4, faster=True),
+    Bar("columns", CONVERT, "cp -r", 2.5),
+    Bar("columns", CONVERT, DCP_TO_TORCH, 4, faster=True),
+    Bar("inspect-pieces", "ckptfix inspect", "ckptfix inspect, one file", 2),
 )
 """The bars of time against a rival; `cp` syncs nothing, ckptfix does, so both cp are shown."""
 
@@ -70,7 +76,15 @@ ENOUGH = 5
 IN_PLACE_SECONDS = 0.3
 IN_PLACE_WRITTEN = 4
 MOST_MEMORY = 64 * MIB
-BOUNDED = ("strip-prefix", "to-safetensors", "from-safetensors", "in-place")
+BOUNDED = (
+    "strip-prefix",
+    "to-safetensors",
+    "from-safetensors",
+    "in-place",
+    "rows",
+    "columns",
+    "to-dcp",
+)
 """The works whose memory has a bar."""
 SAME_MEMORY = 4 * MIB
 """What the peak may differ by between sizes and still be called the same: samples, and heaps."""
@@ -148,7 +162,13 @@ def _spread(ratios: list[float]) -> str:
 
 
 def _name(work: str, contender: str) -> str:
-    suffixes = {"to-safetensors": " .pt → .safetensors", "from-safetensors": " .safetensors → .pt"}
+    suffixes = {
+        "to-safetensors": " .pt → .safetensors",
+        "from-safetensors": " .safetensors → .pt",
+        "rows": " rows of four ranks → .pt",
+        "columns": " columns of four ranks → .pt",
+        "inspect-pieces": " of a DCP folder",
+    }
     return contender + suffixes.get(work, "")
 
 

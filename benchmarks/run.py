@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import defaultdict
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ if str(HERE.parent) not in sys.path:  # as a script, only its own folder is impo
 
 import ckptfix  # noqa: E402
 from benchmarks import machine, measure, report  # noqa: E402
-from benchmarks.contenders import Contender, Work, copy_of, missing, works  # noqa: E402
+from benchmarks.contenders import CKPTFIX, COUNTED, Contender, Work, copy_of, missing, works  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +43,8 @@ HELD = 1.2
 """Times the size of a checkpoint that a program takes which holds it in memory."""
 LOADS = 4
 """Loads in a process for each run of the others; they take milliseconds."""
+SMALLER = defaultdict(lambda: 2.5, {"many-pieces": 50.0})  # of which each piece is a zip
+"""How many times smaller than its input an output may be, by the kind of the input."""
 LOAD_WORK = "load"
 Record = dict[str, Any]
 
@@ -62,8 +65,8 @@ class Bench:
             if chosen and work.name not in chosen:
                 continue
             contenders = [one for one in work.contenders if self._takes_part(one)]
-            for amount in [self.options.tensors] if work.reads == "many" else self.options.sizes:
-                if work.reads == "many" or self._has_room(work.reads, amount):
+            for amount in [self.options.tensors] if work.reads in COUNTED else self.options.sizes:
+                if work.reads in COUNTED or self._has_room(work.reads, amount):
                     self._work(work, contenders, amount)
         if not chosen or LOAD_WORK in chosen:
             for amount in self.options.sizes:
@@ -75,7 +78,7 @@ class Bench:
         print(f"{work.title}, {label}", flush=True)
         source = self._input(work.reads, amount)
         if any("COPY" in one.command for one in contenders) and not copy_of(source).exists():
-            shutil.copyfile(source, copy_of(source))
+            copied(source, copy_of(source))
         for number in range(self.options.runs):
             shuffled = random.Random(number).sample(contenders, len(contenders))
             for contender in shuffled if number else contenders:  # tables have them as in round 0
@@ -93,7 +96,7 @@ class Bench:
                 if work.in_place:
                     shutil.copyfile(source, target)
                 sample = self._timed(contender, target if work.in_place else source, target)
-                if work.writes and size_of(target) < source.stat().st_size / 2.5:
+                if work.writes and size_of(target) < size_of(source) / SMALLER[work.reads]:
                     raise measure.RunError("its output is too small")
         except measure.RunError as error:
             if not contender.peer:
@@ -146,13 +149,13 @@ class Bench:
         if not path.exists():
             words = [sys.executable, str(HERE / "inputs.py"), kind, str(amount), str(path)]
             subprocess.run(words, check=True)
-            self.inputs[f"{kind} {label_of(kind, amount)}"] = {
-                "bytes": path.stat().st_size
-            } | structure(path)
+            self.inputs[f"{kind} {label_of(kind, amount)}"] = {"bytes": size_of(path)} | structure(
+                path
+            )
         return path
 
     def _place(self, kind: str, amount: int) -> Path:
-        suffix = ".safetensors" if kind == "safetensors" else ".pt"
+        suffix = {"safetensors": ".safetensors", "pt": ".pt", "many": ".pt"}.get(kind, "")
         return self.folder / f"{kind}-{amount}{suffix}"
 
     def _has_room(self, kind: str, amount: int) -> bool:
@@ -165,7 +168,7 @@ class Bench:
 
     def _fits(self, contender: Contender, work: Work, amount: int) -> bool:
         """Whether there is memory for a program, beside its output if that lies in memory."""
-        if not contender.holds or work.reads == "many":
+        if not contender.holds or work.reads in COUNTED:
             return True
         beside = amount if machine.describe(self.folder)["file_system"] == "tmpfs" else 0
         if machine.available_memory() >= HELD * amount + beside:
@@ -221,6 +224,15 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.exists())
 
 
+def copied(source: Path, copy: Path) -> None:
+    """One file that holds what the input holds."""
+    if source.is_dir():
+        words = [*CKPTFIX, "convert", str(source), str(copy), "--to", "torch"]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    else:
+        shutil.copyfile(source, copy)
+
+
 def structure(path: Path) -> Record:
     """Bytes of the pickle and of the directory of a torch zip: all that an edit in place writes."""
     if not zipfile.is_zipfile(path):
@@ -233,7 +245,7 @@ def structure(path: Path) -> Record:
 
 def label_of(kind: str, amount: int) -> str:
     """What a size is called: `2 GiB`, `50,000 tensors`."""
-    return f"{amount:,} tensors" if kind == "many" else report.bytes_text(amount)
+    return f"{amount:,} tensors" if kind in COUNTED else report.bytes_text(amount)
 
 
 def parse_size(text: str) -> int:

@@ -573,7 +573,8 @@ class Checkpoint:
     ) -> list[tuple[str, str]]:
         """Write it to a file, and read back the names and places of what that holds.
 
-        The extension names the container, unless `to` does: `torch`, `safetensors` or `shards`.
+        The extension names the container, unless `to` does: `torch`, `safetensors`, `shards` or
+        `dcp`.
         Bytes are held against the checksums on record while they are copied, where the container
         keeps them. Where only names or tags were edited and the file system can share blocks, the
         file shares those of the input, and they are not read.

@@ -127,8 +127,8 @@ class Output(NamedTuple):
 
     @property
     def is_folder(self) -> bool:
-        """Whether it becomes a folder of shards."""
-        return self.container is SHARDS
+        """Whether it becomes a folder."""
+        return self.container in (SHARDS, DCP)
 
     def check(self, *, force: bool) -> None:
         """Refuse early what could not be written later. Raises `WriteError` and its kin."""
@@ -159,7 +159,7 @@ class Output(NamedTuple):
         other = [one for one in found.texts if companions.is_there(one, place)]
         left_out += [(one.base, "file: OUT has another one") for one in other]
         texts = [one for one in found.texts if not place.below(one.base).exists]
-        return Around(texts, sorted(left_out), shard_writer.replaced(document, place))
+        return Around(texts, sorted(left_out), shard_writer.removed(document, place))
 
     def write(
         self,
@@ -191,6 +191,12 @@ class Output(NamedTuple):
                     progress=progress,
                     verify=verify,
                     share=share,
+                )
+            if self.container is DCP:
+                from ckptfix.layouts import dcp_writer
+
+                return dcp_writer.write(
+                    document, place, force=force, progress=progress, verify=verify, texts=texts
                 )
             from ckptfix.layouts import shard_writer
 
@@ -230,7 +236,10 @@ def write(
 SHARDS = SAFETENSORS._replace(name="safetensors folder", extensions=())
 """A folder of safetensors files: what stands here is for one of them."""
 
-TO = {"torch": TORCH_ZIP, "safetensors": SAFETENSORS, "shards": SHARDS}
+DCP = TORCH_ZIP._replace(name="DCP folder", extensions=())
+"""A folder as torch.distributed.checkpoint writes it: what stands here is for one item."""
+
+TO = {"torch": TORCH_ZIP, "safetensors": SAFETENSORS, "shards": SHARDS, "dcp": DCP}
 """The containers that can be written, as `--to` calls them."""
 
 
@@ -248,7 +257,9 @@ def resolve(
     if to is not None and to not in TO:
         what = f"{to!r} is not a container that is written"
         raise UnsupportedError(what, where=name, hint=f"take one of {', '.join(TO)}", code="to")
-    if to == "shards" or (to is None and _means_shards(name, source)):
+    if to in ("shards", "dcp"):
+        return Output(name, TO[to])
+    if to is None and _means_shards(name, source):
         return Output(name, SHARDS)
     container = None if to is None else TO[to]
     if source and not name.endswith(_SLASHES) and Place(name).is_folder:

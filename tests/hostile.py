@@ -26,7 +26,7 @@ import torch
 from tests.helpers import laughs, u4, u8, unmeasured
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 CANARY = "canary"
 SHELL = f"touch {CANARY}"
@@ -493,7 +493,119 @@ def _entry(begin: int = 0, end: int = 12, shape: tuple[int, ...] = (3,)) -> dict
     return {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
 
 
-FILES: dict[str, tuple[Callable[[], bytes], str]] = {
+_ITEM = zipped({"data.pkl": Speller(2).whole(SOUND.spell(Speller(2))), "data/0": _DATA})
+_HERE = ("__0_0.distcp", 0, len(_ITEM))
+
+
+def pieces(
+    shape: tuple[int, ...] = (3,),
+    chunks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]] = (((0,), (3,)),),
+    places: Sequence[tuple[tuple[int, ...], tuple[str, int, int]]] = (((0,), _HERE),),
+    path: tuple[str | int, ...] = ("w",),
+) -> dict[str, bytes]:
+    """A DCP folder that says this of its one tensor: its chunks (offsets, sizes), and where each
+    of them lies (file, offset, length)."""
+    s = Speller(4)
+
+    def size(numbers: Iterable[int]) -> bytes:
+        return s.call("torch", "Size", s.numbers(*numbers))
+
+    boxes = b"".join(
+        _object(s, "ChunkStorageMetadata", s.dict(offsets=size(offsets), sizes=size(sizes)))
+        for offsets, sizes in chunks
+    )
+    told = b"}"
+    for offsets, (file, begin, length) in places:
+        where = {"relative_path": s.text(file), "offset": s.number(begin),
+                 "length": s.number(length)}  # fmt: skip
+        index = _object(s, "MetadataIndex", s.dict(fqn=s.text("w"), offset=size(offsets)))
+        told += index + _object(s, "_StorageInfo", s.dict(**where)) + b"s"
+    properties = s.tuple(s.name("torch", "float32"), b"N", b"\x89", b"N", b"\x89")
+    whole = {"properties": _object(s, "TensorProperties", properties), "size": size(shape),
+             "chunks": b"(" + boxes + b"l"}  # fmt: skip
+    steps = [s.text(step) if isinstance(step, str) else s.number(step) for step in path]
+    fields = {
+        "state_dict_metadata": s.dict(w=_object(s, "TensorStorageMetadata", s.dict(**whole))),
+        "planner_data": s.dict(w=s.tuple(*steps)),
+        "storage_data": told,
+    }
+    return {".metadata": s.whole(_object(s, "Metadata", s.dict(**fields))), "__0_0.distcp": _ITEM}
+
+
+_TWO = (((0,), (3,)), ((3,), (3,)))
+_SECOND = ("__1_0.distcp", 0, len(_ITEM))
+
+FILES: dict[str, tuple[Callable[[], Files], str]] = {
+    "dcp: a name that leaves the folder": (
+        lambda: pieces(places=[((0,), ("../__0_0.distcp", 0, 9))]), "piece-name"
+    ),
+    "dcp: an absolute name": (lambda: pieces(places=[((0,), ("/etc/passwd", 0, 9))]), "piece-name"),
+    "dcp: a name of another drive": (
+        lambda: pieces(places=[((0,), ("C:x.distcp", 0, 9))]), "piece-name"
+    ),
+    "dcp: a name of a million letters": (
+        lambda: pieces(places=[((0,), ("x" * 1_000_000, 0, 9))]), "piece-name"
+    ),
+    "dcp: a slice past the end": (
+        lambda: pieces(places=[((0,), ("__0_0.distcp", 0, len(_ITEM) + 1))]), "piece-missing"
+    ),
+    "dcp: a slice of 2^62": (
+        lambda: pieces(places=[((0,), ("__0_0.distcp", 1 << 62, 1 << 62))]), "piece-missing"
+    ),
+    "dcp: a slice before the beginning": (
+        lambda: pieces(places=[((0,), ("__0_0.distcp", -9, 9))]), "unsafe"
+    ),
+    "dcp: a slice of nothing": (
+        lambda: pieces(places=[((0,), ("__0_0.distcp", 0, 0))]), "damaged"
+    ),
+    "dcp: a slice that begins in an item": (
+        lambda: pieces(places=[((0,), ("__0_0.distcp", 8, len(_ITEM) - 8))]), "damaged"
+    ),
+    "dcp: slices over each other": (
+        lambda: pieces((6,), _TWO, [((0,), _HERE), ((3,), ("__0_0.distcp", 1, 99))]),
+        "pieces-overlap"
+    ),
+    "dcp: two chunks in one slice": (
+        lambda: pieces((6,), _TWO, [((0,), _HERE), ((3,), _HERE)]), "pieces-overlap"
+    ),
+    "dcp: a file that is not there": (
+        lambda: pieces((6,), _TWO, [((0,), _HERE), ((3,), _SECOND)]), "piece-missing"
+    ),
+    "dcp: a file that is itself": (
+        lambda: pieces(places=[((0,), (".metadata", 0, 99))]), "damaged"
+    ),
+    "dcp: a chunk that lies nowhere": (lambda: pieces((6,), _TWO), "piece-missing"),
+    "dcp: two places for a chunk": (
+        lambda: pieces(places=[((0,), _HERE), ((0,), _SECOND[:1] + _HERE[1:])]), "piece-twice"
+    ),
+    "dcp: a chunk twice": (lambda: pieces((3,), [_TWO[0]] * 2), "pieces-overlap"),
+    "dcp: chunks over each other": (
+        lambda: {**pieces((5,), (_TWO[0], ((2,), (3,))), [((0,), _HERE), ((2,), _SECOND)]),
+                 "__1_0.distcp": _ITEM}, "pieces-overlap"
+    ),
+    "dcp: a gap": (lambda: pieces((6,)), "piece-missing"),
+    "dcp: no chunk": (lambda: pieces((6,), ()), "piece-missing"),
+    "dcp: a chunk past the end": (lambda: pieces((2,)), "piece-outside"),
+    "dcp: a chunk that begins before it": (
+        lambda: pieces((3,), [((-1,), (3,))], [((-1,), _HERE)]), "piece-outside"
+    ),
+    "dcp: a chunk that overflows": (
+        lambda: pieces((3,), [(((1 << 63) - 1,), (3,))], [(((1 << 63) - 1,), _HERE)]),
+        "piece-outside"
+    ),
+    "dcp: a chunk of other dimensions": (lambda: pieces((3, 1)), "piece-outside"),
+    "dcp: a shape that overflows": (
+        lambda: pieces((3, 1 << 62), [((0, 0), (3,))], [((0, 0), _HERE)]), "unsafe"
+    ),
+    "dcp: a shape of a million dimensions": (lambda: pieces((1,) * 1_000_000), "damaged"),
+    "dcp: a negative shape": (lambda: pieces((-3,)), "unsafe"),
+    "dcp: an item of another shape": (
+        lambda: pieces((1, 3), [((0, 0), (1, 3))], [((0, 0), _HERE)]), "unsafe"
+    ),
+    "dcp: a place in a list of 2^40": (lambda: pieces(path=("l", 1 << 40)), "unsafe"),
+    "dcp: a place before a list": (lambda: pieces(path=("l", -1)), "unsafe"),
+    "dcp: a path of a million keys": (lambda: pieces(path=("a",) * 1_000_000), "unsafe"),
+    "dcp: no path": (lambda: pieces(path=()), "damaged"),
     "zip: a name twice": (lambda: _twice("archive/data.pkl"), "unsafe"),
     "zip: names equal but for case": (lambda: _twice("archive/DATA.pkl"), "unsafe"),
     "zip: header and directory disagree": (

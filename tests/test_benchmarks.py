@@ -15,7 +15,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "run.py"
 WORKS = {
     "strip-prefix", "to-safetensors", "from-safetensors", "in-place", "many", "inspect", "load",
-    "cast", "read-data",
+    "cast", "read-data", "rows", "columns", "to-dcp", "many-pieces", "inspect-pieces",
 }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="they look into /proc")

@@ -168,6 +168,7 @@ COPIES = {
     "shard, where one file was": Job(large, IN_SHARDS, "out/", ("convert",)),
     "one file, where shards were": Job(large, ("convert",), "out/", IN_SHARDS),
     "shard and cast": Job(large, (*IN_SHARDS, "--dtype", "float16"), "out/"),
+    "pieces": Job(large, ("convert", "--to", "dcp"), "out/"),
     "page": Job(large, ("inspect", "--html"), "out.html"),
     "page of differences": Job(shards, ("diff", "--html"), "out.html"),
 }
@@ -193,10 +194,14 @@ def without_strays(files: Files) -> Files:
 
 
 def visible(files: Files) -> Files:
-    """What a reader finds: of shards, those that the index names."""
+    """What a reader finds: of shards or pieces, those that the head of them names."""
+    if ".metadata" in files:
+        told = pickle.loads(files[".metadata"]).storage_data.values()
+        return {name: files[name] for name in {".metadata", *(one.relative_path for one in told)}}
     index = next((name for name in files if name.endswith(".index.json")), None)
     if index is None:
-        return {name: data for name, data in files.items() if "-of-" not in name}
+        parts = ("-of-", ".distcp")
+        return {n: data for n, data in files.items() if not any(part in n for part in parts)}
     names = {index, *json.loads(files[index])["weight_map"].values()}
     return {name: files[name] for name in names}
 

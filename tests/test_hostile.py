@@ -191,7 +191,9 @@ def test_a_sound_file_is_read(doors: Doors, tmp_path: Path, tally: Any) -> None:
 @pytest.mark.parametrize("shard", hostile.WEIGHT_MAPS)
 def test_an_index_leads_to_no_other_place(shard: str, tmp_path: Path) -> None:
     outside = tmp_path / "evil.safetensors"
-    outside.write_bytes(hostile.FILES["safetensors: tail"][0]()[:-4])
+    tail = hostile.FILES["safetensors: tail"][0]()
+    assert isinstance(tail, bytes)
+    outside.write_bytes(tail[:-4])
     folder = tmp_path / "model"
     folder.mkdir()
     index = folder / "model.safetensors.index.json"

@@ -111,6 +111,20 @@ def test_64_mib_are_enough_for_256_in_pieces(ranks: Any, out: str, tmp_path: Pat
 
 
 @linux
+@pytest.mark.parametrize("before", [along(0, 4), along(1, 4)])
+def test_64_mib_are_enough_to_write_pieces(before: Any, tmp_path: Path) -> None:
+    state = {f"{n}.weight": torch.full((4096, 4096), n, dtype=torch.float32) for n in range(4)}
+    folder = save(tmp_path / "step", state, before, thread_count=4)
+    out = tmp_path / "out"
+    peak = peak_of_anonymous_memory("convert", folder, out, "--to", "dcp")
+    assert 4 * MIB < peak < 64 * MIB
+    found = door.read(out).root["3.weight"]
+    assert found.storage.spans[0].slice(123 << 12, 4096).read() == THREE * 1024
+    shutil.rmtree(out)
+    shutil.rmtree(folder)
+
+
+@linux
 @pytest.mark.slow
 def test_64_mib_are_enough_for_a_gib(tmp_path: Path) -> None:
     path = ddp_checkpoint(tmp_path / "ddp.pt", 1024 * MIB)

@@ -41,7 +41,8 @@ def command(
     nothing else: what is left out (optimizer, epoch, values that are not tensors) is named. With
     --weights-only a .pt file holds as much, for torch.load(weights_only=True). An OUT that ends in
     / becomes a folder of .safetensors files and their index, as Hugging Face's libraries load it;
-    from a folder, config, tokenizer and other texts go along. What -f removes there is named.
+    with --to dcp one that torch.distributed.checkpoint loads, which keeps everything. From a
+    folder, config, tokenizer and other texts go along. What -f removes there is named.
 
     --dtype casts the floating-point tensors of state dicts, nothing else: integers, complex and
     quantized tensors and an optimizer stay. Values that overflow, underflow or are NaN are counted.
@@ -52,6 +53,7 @@ def command(
       ckptfix convert model.pt model.safetensors
       ckptfix convert old_legacy.pt new.pt
       ckptfix convert model.pt folder/ --max-shard-size 2GB
+      ckptfix convert model.pt folder/ --to dcp
       ckptfix convert training.ckpt weights.pt --weights-only --dtype bfloat16
     """
     wanted = None if dtype is None else casting.dtype_of(dtype)

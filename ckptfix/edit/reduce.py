@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from ckptfix import door
 from ckptfix.contents.state_dicts import StateDict, beside_loose, choose, find, known
 from ckptfix.contents.tensors import as_tensor, is_packed, is_special_tensor, special_class
 from ckptfix.door import beside
@@ -169,6 +170,11 @@ def fit(document: Document, container: Writable, select: str | None = None) -> F
     if container.tensors_only:
         return flatten(document, choose(document, select))
     fitted = Fitted(document, []) if select is None else only(document, choose(document, select))
+    if container is door.DCP:
+        from ckptfix.layouts import dcp_writer
+
+        lost = dcp_writer.take_apart(fitted.document).lost
+        fitted = fitted._replace(left_out=[*fitted.left_out, *lost])
     texts = [(f"__metadata__/{key}", "str") for key in document.metadata if key != "format"]
     return fitted._replace(left_out=[*fitted.left_out, *texts])
 

@@ -44,14 +44,18 @@ def _says_so(head: bytes) -> bool:
 
 
 def read(
-    source: Source, limits: Limits = DEFAULT, builders: Mapping[Global, Builder] | None = None
+    source: Source,
+    limits: Limits = DEFAULT,
+    builders: Mapping[Global, Builder] | None = None,
+    named: list[Global] | None = None,
 ) -> Document:
     """The document in a plain pickle. Weights are part of a pickle, and are read with it.
 
-    `builders` are further calls that are understood.
+    `builders` are further calls that are understood; into `named` goes every class and function
+    that it names.
     """
     try:
-        return _read(source, limits, builders)
+        return _read(source, limits, builders, named)
     except DamagedError:
         if _says_so(source.head()):
             raise
@@ -64,7 +68,10 @@ def salvage(source: Source, found: Salvage) -> Document:
 
 
 def _read(
-    source: Source, limits: Limits, builders: Mapping[Global, Builder] | None = None
+    source: Source,
+    limits: Limits,
+    builders: Mapping[Global, Builder] | None = None,
+    named: list[Global] | None = None,
 ) -> Document:
     if source.size > limits.pickle_bytes:
         raise UnsafeError(
@@ -81,6 +88,7 @@ def _read(
         limits=limits,
         builders={**_BUILDERS, **(builders or {})},
         notes=notes,
+        named=named,
     )
     surplus = start + source.size - end
     if surplus and isinstance(root, _SCALARS):  # as where the magic number of a legacy file is torn

@@ -336,8 +336,11 @@ def parse_persistent_id(pid: Node) -> Storage:
     return Storage(dtype, numel, device, (), key)
 
 
-def write(document: Document, sink: Sink) -> None:
-    """Write a document as a torch zip. Equal documents give equal bytes."""
+def write(document: Document, sink: Sink, key: str | None = None) -> None:
+    """Write a document as a torch zip, from where the sink stands. Equal documents, equal bytes.
+
+    `key` is what messages call it where it is a part of another one.
+    """
     pickle, storages = pickles.write(document.root)
     folder = document.archive or "archive"
     writer = zip_writer.Writer(sink)
@@ -346,7 +349,7 @@ def write(document: Document, sink: Sink) -> None:
     writer.add(f"{folder}/.storage_alignment", [b"64"])
     writer.add(f"{folder}/byteorder", [document.byteorder.encode()])
     for index, storage in enumerate(storages):
-        named = partial(label, document.root, storage)
+        named = partial(label, document.root, storage) if key is None else f"{key!r}"
         writer.add(f"{folder}/data/{index}", storage.spans, named)
     for name, span in document.extras.items():
         writer.add(f"{folder}/{name}", [span])

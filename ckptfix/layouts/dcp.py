@@ -37,6 +37,7 @@ from ckptfix.errors import (
 )
 from ckptfix.findings import Finding
 from ckptfix.formats import table
+from ckptfix.formats.reading import Reading
 from ckptfix.hints import Hint, command, shell
 from ckptfix.layouts import dcp_metadata, shards
 from ckptfix.layouts.dcp_items import Items
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
     from ckptfix.bytes.place import Place
     from ckptfix.bytes.source import FileSource
-    from ckptfix.formats.reading import Reading
     from ckptfix.layouts.dcp_metadata import Item, Metadata, Path, Whole
 
 NAME = "DCP folder"
@@ -60,6 +60,7 @@ SUFFIX = ".distcp"
 METADATA = ".metadata"
 
 _OF_RANK = re.compile(r"__(\d+)\.metadata")
+_PIECES = re.compile(r"__\d+_\d+\.distcp")
 _BESIDE = ("meta.pt", "common.pt")
 """Files in which trainers keep what is not in pieces."""
 _ZSTD = ("stream.zstd/1",)
@@ -122,6 +123,14 @@ def heads(names: Iterable[str]) -> list[str]:
     return [METADATA] if METADATA in names else [ranks[rank] for rank in sorted(ranks)]
 
 
+def files(names: Iterable[str]) -> set[str]:
+    """Those of some names that DCP gives to files, and what is read beside them."""
+    names = set(names)
+    told = {name for name in names if name == METADATA or _OF_RANK.fullmatch(name)}
+    pieces = {name for name in names if _PIECES.fullmatch(name)}
+    return told | pieces | (names.intersection(_BESIDE) if told else set())
+
+
 def _unfinished(folder: Place, names: list[str]) -> DamagedError:
     count = plural(sum(name.endswith(SUFFIX) for name in names), f"{SUFFIX} file")
     return DamagedError(
@@ -174,6 +183,12 @@ def read(folder: Place, told_by: list[str], names: list[str], reading: Reading) 
     return _Folder(folder, metadata, names, reading).document(nbytes)
 
 
+def leaves(folder: Place, told_by: Place) -> dict[Path, Node]:
+    """Every value of a folder by its path, as one file says what is where."""
+    metadata = dcp_metadata.read(told_by.open())
+    return dict(_Folder(folder, metadata, [], Reading()).leaves())
+
+
 class _Folder:
     """One reading of a folder."""
 
@@ -187,7 +202,7 @@ class _Folder:
 
     def document(self, nbytes: int) -> Document:
         """The document, of which the files that say what is where have `nbytes`."""
-        leaves = dict(self._leaves())
+        leaves = dict(self.leaves())
         if len(self.items.orders) > 1:
             raise UnsupportedError("its items differ in byte order", where=self.folder)
         return Document(
@@ -196,7 +211,7 @@ class _Folder:
             self.folder.name,
             nbytes + sum(source.size for source in self.files.values()),
             "big" if "big" in self.items.orders else "little",
-            notes=(*self.items.notes, *self._stale()),
+            notes=(*self.metadata.notes, *self.items.notes, *self._stale()),
         )
 
     def _open(self) -> dict[str, FileSource]:
@@ -243,7 +258,7 @@ class _Folder:
 
     # --- items
 
-    def _leaves(self) -> Iterable[tuple[Path, Node]]:
+    def leaves(self) -> Iterable[tuple[Path, Node]]:
         """Every value by its path, in order. What is lost is told to the reading."""
         wholes, paths = self.metadata.wholes, self.metadata.paths
         order = [*paths, *(name for name in wholes if name not in paths)]

@@ -25,19 +25,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedError
+from ckptfix.findings import Finding
 from ckptfix.formats import plain_pickle
 from ckptfix.limits import DEFAULT, Limits
+from ckptfix.pickles.dangerous import is_dangerous
 from ckptfix.pickles.torch_objects import sizes
 from ckptfix.pieces.boxes import Box
 from ckptfix.tree.document import Global, Inert, Node
 from ckptfix.tree.dtypes import BY_NAME, DType
+from ckptfix.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ckptfix.bytes.source import Source
+    from ckptfix.pickles.torch_objects import Builder
+    from ckptfix.tree.document import Document
 
 CLASS = "Metadata"
+
+_MANY = 1000
+"""What a `.metadata` may say beside what it says of items, of which each is written for itself: a
+few bytes can refer to one long list again and again, and each time it would be looked through."""
+_DIMENSIONS = 64
+_NAME = 255
+"""Bytes of the name of a file, which no system lets be longer."""
 _MODULE = "torch.distributed."
 
 Offset = tuple[int, ...] | None
@@ -71,6 +83,8 @@ class Metadata(NamedTuple):
     paths: dict[str, Path]
     copies: dict[tuple[str, Offset], list[Item]]
     """Further items of the same name and place, which other ranks saved."""
+    notes: tuple[Finding, ...] = ()
+    """What was noticed."""
 
 
 def is_metadata(node: Node) -> bool:
@@ -80,27 +94,63 @@ def is_metadata(node: Node) -> bool:
 
 def read(source: Source, limits: Limits = DEFAULT) -> Metadata:
     """What a `.metadata` says. Raises `ReadError` and its kin."""
-    document = plain_pickle.read(source, limits, _BUILDERS)
+    named: list[Global] = []
+    document = plain_pickle.read(source, limits, _BUILDERS, named)
     try:
-        return _of_root(document.root)
+        return _of_root(document.root)._replace(notes=tuple(_notes(document, named, source)))
     except CkptfixError as error:
         raise error.within(source.name) from None
 
 
+def _notes(document: Document, named: list[Global], source: Source) -> Iterator[Finding]:
+    """What torch would run that reads it, whether anything comes of it or not."""
+    yield from (note for note in document.notes if note.code == "hidden-call")
+    calls = [name.today for name in named if name not in _BUILDERS and is_dangerous(name)]
+    if calls:
+        message = f"{source.name} names {listed(calls)}, which would run or reach out where torch"
+        yield Finding("dangerous-globals", f"{message} loads it; ckptfix reads without running it")
+
+
 def _size(args: tuple[Node, ...], limits: Limits) -> tuple[int, ...] | None:
     """`torch.Size((2, 3))`, of which there are hundreds of thousands: the tuple."""
-    return sizes(args[0]) if len(args) == 1 and type(args[0]) is tuple else None
+    if len(args) != 1 or type(args[0]) is not tuple or len(args[0]) > _DIMENSIONS:
+        return None
+    return sizes(args[0])
 
 
-_BUILDERS = {Global("torch", "Size"): _size}
+def _as_it_is(args: tuple[Node, ...], limits: Limits) -> None:
+    """What is kept as it was pickled."""
+
+
+_CLASSES = (
+    "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "StorageMeta",
+    "ChunkStorageMetadata", "TensorProperties", "_StorageInfo", "_MEM_FORMAT_ENCODING",
+    "MEM_FORMAT_ENCODING",
+)  # fmt: skip
+_MODULES = (
+    "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem",
+    "torch.distributed._shard.checkpoint.metadata",
+    "torch.distributed._shard.checkpoint.filesystem",
+    "torch.distributed._shard.sharded_tensor.metadata",
+)  # fmt: skip
+_BUILDERS: dict[Global, Builder] = {
+    **{Global(module, name): _as_it_is for module in _MODULES for name in _CLASSES},
+    Global("pathlib", "PosixPath"): _as_it_is,
+    Global("torch", "Size"): _size,
+}
+"""What stands in every `.metadata`; only of one that names more are the names looked for."""
 
 
 def _of_root(root: Node) -> Metadata:
     fields = _state(root, CLASS)
-    wholes = {name: _whole(node) for name, node in _pairs(fields, "state_dict_metadata")}
-    items: dict[tuple[str, Offset], Item] = {}
     if not isinstance(fields.get("storage_data"), dict):
         raise DamagedError("does not say where the bytes of any item lie")
+    room = 2 * len(fields["storage_data"]) + _MANY
+    wholes: dict[str, Whole | None] = {}
+    for name, node in _pairs(fields, "state_dict_metadata"):
+        whole = wholes[name] = _whole(node, room)
+        room -= 0 if whole is None else len(whole.boxes)
+    items: dict[tuple[str, Offset], Item] = {}
     for index, info in fields["storage_data"].items():
         found = _index(index)
         if found in items:
@@ -108,7 +158,12 @@ def _of_root(root: Node) -> Metadata:
         items[found] = _item(info, found)
     paths = fields.get("planner_data")
     known = paths.items() if isinstance(paths, dict) else ()
-    of_names = {name: _path(path) for name, path in known if name in wholes}
+    room = 100 * len(items) + _MANY
+    of_names: dict[str, Path] = {}
+    for name, path in known:
+        if name in wholes:
+            of_names[name] = _path(path, room)
+            room -= len(path)
     return Metadata(wholes, items, of_names, {})
 
 
@@ -119,6 +174,7 @@ def merged(ranks: Sequence[Metadata]) -> Metadata:
     """
     first, *others = ranks
     for rank in others:
+        first = first._replace(notes=(*first.notes, *rank.notes))
         for name, whole in rank.wholes.items():
             known = first.wholes.setdefault(name, whole)
             if known is whole:
@@ -165,7 +221,8 @@ def _pairs(fields: dict[str, Node], field: str) -> Iterator[tuple[str, Node]]:
     return iter(mapping.items())
 
 
-def _whole(node: Node) -> Whole | None:
+def _whole(node: Node, room: int) -> Whole | None:
+    """What is said of a tensor, of which there are no more than `room` pieces."""
     if type(node) is Inert and _is_class(node.function, "BytesStorageMetadata"):
         if isinstance(node.state, dict) and "storage_key" in node.state:
             raise _too_old()
@@ -178,6 +235,8 @@ def _whole(node: Node) -> Whole | None:
     chunks = fields.get("chunks")
     if not isinstance(chunks, list):
         raise DamagedError("has a tensor without a list of chunks")
+    if len(chunks) > room:
+        raise UnsafeError("has more chunks than it says of where they lie", code="piece-missing")
     boxes = []
     for chunk in chunks:
         box = _state(chunk, "ChunkStorageMetadata")
@@ -193,7 +252,7 @@ def _too_old() -> UnsupportedError:
 
 
 def _sizes(node: Node) -> tuple[int, ...]:
-    found = sizes(node)
+    found = sizes(node) if type(node) is tuple and len(node) <= _DIMENSIONS else None
     if found is None:
         raise DamagedError("has something else where a torch.Size is expected")
     return found
@@ -224,13 +283,15 @@ def _item(node: Node, index: tuple[str, Offset]) -> Item:
     transforms = fields.get("transform_descriptors") or ()
     if type(file) is not str or not _is_plain(file):
         raise UnsafeError(
-            f"puts {_called(*index)} in {file!r}, which is not a name of a file beside it",
+            f"puts {_called(*index)} in {repr(file)[:_NAME]}, "
+            "which is not a name of a file beside it",
             hint="a piece lies in a file like __0_0.distcp, without a path",
             code="piece-name",
         )
     if type(offset) is not int or type(length) is not int or offset < 0 or length < 0:
         raise UnsafeError(f"puts {_called(*index)} at byte {offset} of {length}")
-    if not isinstance(transforms, (list, tuple)) or not all(type(t) is str for t in transforms):
+    known = isinstance(transforms, (list, tuple)) and len(transforms) <= _MANY
+    if not known or not all(type(one) is str for one in transforms):
         raise DamagedError(f"says wrongly what the bytes of {_called(*index)} went through")
     return Item(file, offset, length, tuple(transforms))
 
@@ -238,14 +299,17 @@ def _item(node: Node, index: tuple[str, Offset]) -> Item:
 def _is_plain(name: str) -> bool:
     """Whether a name stays in its folder on every system."""
     return (
-        name.isprintable()
+        len(name) <= _NAME
+        and name.isprintable()
         and name == name.rstrip(". ")
         and name != ""
         and not set(name) & set('/\\:*?"<>|')
     )
 
 
-def _path(node: Node) -> Path:
+def _path(node: Node, room: int) -> Path:
+    if type(node) is tuple and len(node) > room:
+        raise UnsafeError("has paths of too many keys")
     if type(node) is not tuple or not node or not all(type(part) in (str, int) for part in node):
         raise DamagedError("has an item whose path is not made of keys and numbers")
     return node

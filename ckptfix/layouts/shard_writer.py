@@ -19,12 +19,12 @@ from ckptfix.errors import CkptfixError, OutputExistsError, VerifyError, WriteEr
 from ckptfix.formats import safetensors, shard_index
 from ckptfix.formats.reading import Reading
 from ckptfix.formats.table import SAFETENSORS, write_place
-from ckptfix.layouts import companions, shards
+from ckptfix.layouts import companions, dcp, shards
 from ckptfix.tree.document import OrderedMap
 from ckptfix.words import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from ckptfix.bytes.copy import Checked
     from ckptfix.bytes.place import Progress
@@ -65,12 +65,13 @@ def check_free(folder: Place, *, force: bool) -> None:
         return
     there = folder.names()
     found = {*shards.heads(there), *(name for name in there if _SHARD.fullmatch(name))}
+    found |= dcp.files(there)
     if found:
         what = f"holds a checkpoint already ({listed(sorted(found))})"
         raise OutputExistsError(what, where=folder)
 
 
-def replaced(document: Document, folder: Place) -> list[str]:
+def removed(document: Document, folder: Place) -> list[str]:
     """The files that writing a document into a folder would remove, in the order of their names.
 
     Raises `WriteError` where it is not to be written there.
@@ -98,32 +99,22 @@ def write(
     `verify` and what is returned are those of `write_place`. Raises `WriteError`; also where
     another process is writing there.
     """
-    check_free(folder, force=force)
-    made = folder.make_folder()
-    with folder.alone():
-        check_free(folder, force=force)  # another process may have written there meanwhile
-        former = _former(document, folder)
+    known: set[Checked] = set()
+    with replaced(document, folder, _named_by_index, force=force) as (former, written):
         groups = _split(document.root, max_shard_size)
         names = _free_names(len(groups), former)
-        known: set[Checked] = set()
-        with _undone_on_error(folder, former, made) as written:
-            written += filter(None, (companions.carry(text, folder) for text in texts))
-            for name, group in zip(names, groups, strict=True):
-                part = document if len(groups) == 1 else replace(document, root=group)
-                place = folder.below(name)
-                known.add(
-                    write_place(
-                        part, place, SAFETENSORS, force=True, progress=progress, verify=verify
-                    )
-                )
-                written.append(name)
-            if len(groups) > 1:
-                weight_map = dict(zip(names, groups, strict=True))
-                _write_index(
-                    _index(document, weight_map), document, folder.below(former.index_name)
-                )
-                written.append(former.index_name)
-        _remove(folder, former, former.files.difference(written))
+        written += filter(None, (companions.carry(text, folder) for text in texts))
+        for name, group in zip(names, groups, strict=True):
+            part = document if len(groups) == 1 else replace(document, root=group)
+            place = folder.below(name)
+            known.add(
+                write_place(part, place, SAFETENSORS, force=True, progress=progress, verify=verify)
+            )
+            written.append(name)
+        if len(groups) > 1:
+            index = _index(document, dict(zip(names, groups, strict=True)))
+            _write_index(index, document, folder.below(former.index_name))
+            written.append(former.index_name)
     return min(known, key=("copied", "shared", "checked", "verified").index)
 
 
@@ -206,7 +197,7 @@ def _former(document: Document, folder: Place) -> Former:
             hint="give another folder for the output",
             code="several-models",
         )
-    former.files.update(names & {*heads, *_named_by_index(folder, former)})
+    former.files.update(names & {*heads, *_named_by_index(folder, former)}, dcp.files(names))
     return former
 
 
@@ -234,13 +225,42 @@ def _refuse_input(document: Document, folder: Place, names: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def _undone_on_error(folder: Place, former: Former, made: bool) -> Iterator[list[str]]:
+def replaced(
+    document: Document,
+    folder: Place,
+    named: Callable[[Place, Former], Iterable[str]],
+    *,
+    force: bool,
+) -> Iterator[tuple[Former, list[str]]]:
+    """The checkpoint in a folder, if there is one, is replaced by what the block writes there.
+
+    The block is given what is there, which has to stay until the end, and appends the names of what
+    it writes. These files are removed where it fails, unless the head of the folder tells of them
+    already: `named` gives the files that it names. Raises `WriteError`.
+    """
+    check_free(folder, force=force)
+    made = folder.make_folder()
+    with folder.alone():
+        check_free(folder, force=force)  # another process may have written there meanwhile
+        former = _former(document, folder)
+        with _undone_on_error(folder, former, named, made) as written:
+            yield former, written
+        _remove(folder, former, former.files.difference(written))
+
+
+@contextlib.contextmanager
+def _undone_on_error(
+    folder: Place,
+    former: Former,
+    named: Callable[[Place, Former], Iterable[str]],
+    made: bool,
+) -> Iterator[list[str]]:
     """What was written to a folder, by name, is removed where the block fails; so is one `made`."""
     written: list[str] = []
     try:
         yield written
     except BaseException:
-        if set(written).isdisjoint(_named_by_index(folder, former)):  # else it is in place already
+        if set(written).isdisjoint(named(folder, former)):  # else it is in place already
             for name in written:
                 with contextlib.suppress(WriteError):
                     folder.below(name).remove()
@@ -252,7 +272,7 @@ def _undone_on_error(folder: Place, former: Former, made: bool) -> Iterator[list
 
 def _remove(folder: Place, former: Former, names: Iterable[str]) -> None:
     """Remove files of the former checkpoint: first those by which readers find it."""
-    heads = (former.index_name, former.whole)
+    heads = (dcp.METADATA, former.index_name, former.whole)
     for name in sorted(names, key=lambda name: (name not in heads, name)):
         folder.below(name).remove()
     folder.sync()

@@ -34,12 +34,14 @@ def read(
     limits: Limits = DEFAULT,
     builders: Mapping[Global, Builder] = BUILDERS,
     notes: list[Finding] | None = None,
+    named: list[Global] | None = None,
 ) -> tuple[Node, int]:
     """Read one pickle from `data` at `start`; returns its tree and the position after its STOP.
 
     `persistent` turns a persistent id into a node, as torch uses them for storages. `builders` are
     the calls that are understood. `name` is what messages call the pickle. What the pickle does
-    beside making its tree is put into `notes`. Raises `DamagedError` where the bytes are not a
+    beside making its tree is put into `notes`, every class and function that it names into `named`.
+    Raises `DamagedError` where the bytes are not a
     pickle or end too soon, and `UnsafeError` or `UnsupportedError` where they ask for what ckptfix
     refuses.
     """
@@ -53,6 +55,8 @@ def read(
     except Stop as stop:
         if notes is not None:
             notes += beside(machine, stop)
+        if named is not None:
+            named += machine.globals
         return stop.root, stop.position
     except CkptfixError as error:
         raise error.within(f"{name}: byte {position}") from None

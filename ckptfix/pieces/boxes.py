@@ -158,23 +158,41 @@ class Runs:
                 return found * prod(self.counts[position + 1 :])
         return found + (rest > 0)
 
-    def rows(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """The runs from `first` on before `last`, in rows that lie evenly.
-
-        Of each row: its first run, where that begins in the whole, and how many there are, each
-        `steps[-1]` bytes after the one before it.
-        """
-        width = self.counts[-1]
-        while first < last:
-            row, column = divmod(first, width)
-            count = min(width - column, last - first)
-            yield first, self._place(row) + column * self.steps[-1], count
-            first += count
-
-    def _place(self, row: int) -> int:
-        """Where a row of runs begins."""
+    def place(self, run: int) -> int:
+        """Where a run begins in the whole."""
         place = self.begin
-        for count, step in zip(self.counts[-2::-1], self.steps[-2::-1], strict=True):
-            row, digit = divmod(row, count)
+        for count, step in zip(self.counts[:0:-1], self.steps[:0:-1], strict=True):
+            run, digit = divmod(run, count)
             place += digit * step
-        return place
+        return place + run * self.steps[0]
+
+    def grids(self, first: int, last: int) -> Iterator[Grid]:
+        """The runs from `first` on before `last`, in order, in grids of those that lie evenly."""
+        return _grids(self.begin, self.counts, self.steps, first, last)
+
+
+class Grid(NamedTuple):
+    """Runs that lie evenly: where the first begins in the whole, how many, and how far apart."""
+
+    begin: int
+    counts: list[int]
+    steps: list[int]
+
+
+def _grids(
+    begin: int, counts: list[int], steps: list[int], first: int, last: int
+) -> Iterator[Grid]:
+    row = prod(counts[1:])
+    head, tail = -(-first // row), last // row
+    if head > tail:  # all in one row
+        row *= tail
+        yield from _grids(begin + tail * steps[0], counts[1:], steps[1:], first - row, last - row)
+        return
+    if first < head * row:
+        above = begin + (head - 1) * steps[0]
+        yield from _grids(above, counts[1:], steps[1:], first - (head - 1) * row, row)
+    if head < tail:
+        yield Grid(begin + head * steps[0], [tail - head, *counts[1:]], steps)
+    if last > tail * row:
+        below = begin + tail * steps[0]
+        yield from _grids(below, counts[1:], steps[1:], 0, last - tail * row)

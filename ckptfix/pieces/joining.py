@@ -84,13 +84,9 @@ class Joiner:
             return tuple(span for _, tensor in runs for span in self._bytes(tensor))
         if not runs:
             return ()
-        lying = [(piece.box, self._bytes(piece.tensor, check=True)) for piece in pieces]
-
-        def parts() -> list[Part]:
-            return [Part(Runs(shape, box, dtype.itemsize), spans) for box, spans in lying]
-
-        size = sum(tensor.nbytes for _, tensor in runs)
-        return (Span(ScatteredSource(size, parts, f"the pieces of {key!r}"), 0, size),)
+        parts = [Part(piece.box, self._bytes(piece.tensor, check=True)) for piece in pieces]
+        source = ScatteredSource(shape, dtype.itemsize, parts, f"the pieces of {key!r}")
+        return (Span(source, 0, source.size),)
 
     def _bytes(self, tensor: Tensor, *, check: bool = False) -> tuple[Span, ...]:
         """The bytes of a tensor in row-major order; `check`: although they are not copied whole."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise, product
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from ckptfix.errors import CkptfixError, DamagedError, UnsafeError, UnsupportedError
 from ckptfix.pieces.boxes import Box, Runs, check
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def split(draw: Any, shape: tuple[int, ...], cuts: int) -> list[Box]:
@@ -143,6 +146,12 @@ def test_a_hundred_thousand_boxes_in_a_grid_are_proved() -> None:
         check((side, side), grid[:-1])
 
 
+def places_of(runs: Runs, first: int, last: int) -> Iterator[int]:
+    for begin, counts, steps in runs.grids(first, last):
+        for index in product(*map(range, counts)):
+            yield begin + sum(at * step for at, step in zip(index, steps, strict=True))
+
+
 @given(tilings(), st.data())
 def test_runs_lie_where_their_elements_do(
     drawn: tuple[tuple[int, ...], list[Box]], data: st.DataObject
@@ -158,11 +167,7 @@ def test_runs_lie_where_their_elements_do(
         for element in product(*(range(o, o + s) for o, s in zip(*box, strict=True)))
     ]
     runs = Runs(shape, box, itemsize)
-    places = [
-        start + k * runs.steps[-1]
-        for _, start, count in runs.rows(0, runs.number)
-        for k in range(count)
-    ]
+    places = list(places_of(runs, 0, runs.number))
     assert len(places) == runs.number
     assert [p + b for p in places for b in range(0, runs.length, itemsize)] == elements
     assert (runs.begin, runs.end) == (elements[0], elements[-1] + itemsize)
@@ -171,5 +176,5 @@ def test_runs_lie_where_their_elements_do(
     assert runs.first_from(place) == sum(start < place for start in places)
     first = data.draw(st.integers(0, runs.number))
     last = data.draw(st.integers(first, runs.number))
-    rows = list(runs.rows(first, last))
-    assert [s + k * runs.steps[-1] for _, s, n in rows for k in range(n)] == places[first:last]
+    assert list(places_of(runs, first, last)) == places[first:last]
+    assert all(runs.place(run) == place for run, place in enumerate(places))

@@ -34,22 +34,23 @@ if TYPE_CHECKING:
 
 
 class Writer:
-    """Writes records one after another; each one's data begins at a multiple of `alignment`.
+    """Writes records one after another; each one's data begins at a multiple of `ALIGNMENT`.
 
-    CRC and sizes stand in the local header, so that no data descriptors are needed; where the CRC
-    is not known before the data has passed, the header is corrected afterwards.
+    The archive begins where the sink stands, and places in it are counted from there. CRC and sizes
+    stand in the local header, so that no data descriptors are needed; where the CRC is not known
+    before the data has passed, the header is corrected afterwards.
     """
 
-    def __init__(self, sink: Sink, alignment: int = 64) -> None:
+    def __init__(self, sink: Sink) -> None:
         self._sink = sink
-        self._alignment = alignment
-        self._paddings = [_PADDING.pack(b"FB", room) + b"Z" * room for room in range(alignment)]
+        self._begin = sink.position
         self._entries: dict[str, tuple[int, int, int]] = {}  # CRC, size, offset
         self._unsummed: dict[str, Sum] = {}
 
     def add(self, name: str, parts: Sequence[Span | bytes], label: Label | None = None) -> None:
         """Add a record made of `parts` in order; `label` is what messages call it."""
-        sink, offset, first = self._sink, self._sink.position, parts[0] if len(parts) == 1 else None
+        sink, first = self._sink, parts[0] if len(parts) == 1 else None
+        offset = sink.position - self._begin
         if type(first) is Span and first.crc is not None:
             _, _, size, crc = first
         else:
@@ -70,7 +71,7 @@ class Writer:
             _, size, offset = self._entries[name]
             self._entries[name] = (total.value(), size, offset)
             new = struct.pack("<I", total.value())
-            self._sink.patch(Patch(offset + CRC_IN_LOCAL, bytes(4), new))
+            self._sink.patch(Patch(self._begin + offset + CRC_IN_LOCAL, bytes(4), new))
         self._unsummed.clear()
         return [crc for crc, _, _ in self._entries.values()]
 
@@ -78,19 +79,19 @@ class Writer:
         label = name.encode()
         wide = struct.pack("<2H2Q", 1, 16, size, size) if size >= MAX32 else b""
         start = offset + LOCAL.size + len(label) + len(wide) + 4
-        extra = wide + self._paddings[-start % self._alignment]
+        extra = wide + _PADDINGS[-start % ALIGNMENT]
         before, narrow = (_WIDE_LOCAL, MAX32) if wide else (_NARROW_LOCAL, size)
         return before + _KNOWN.pack(crc, narrow, narrow, len(label), len(extra)) + label + extra
 
     def finish(self) -> None:
         """Write the directory and the end records."""
         self.crcs()
-        start = self._sink.position
+        start = self._sink.position - self._begin
         for name, entry in self._entries.items():
             self._sink.write(_central_header(name, *entry))
-        count, size = len(self._entries), self._sink.position - start
+        place = self._sink.position - self._begin
+        count, size = len(self._entries), place - start
         if count >= MAX16 or start >= MAX32 or size >= MAX32:
-            place = self._sink.position
             self._sink.write(
                 END64.pack(END64_MAGIC, END64.size - 12, 45, 45, 0, 0, count, count, size, start)
             )
@@ -105,7 +106,9 @@ def _cheap_crc(parts: Sequence[Span | bytes], size: int) -> int | None:
     return None if computed or size >= CHUNK else crc32(parts)
 
 
-_PADDING = struct.Struct("<2sH")
+ALIGNMENT = 64
+"""Bytes."""
+_PADDINGS = [struct.pack("<2sH", b"FB", room) + b"Z" * room for room in range(ALIGNMENT)]
 _DOS_EPOCH = 0x21  # 1 January 1980, the earliest date a zip can hold: equal inputs give equal files
 _KNOWN, _LISTED = struct.Struct("<3I2H"), struct.Struct("<3I2H10xI")
 """What headers differ in: CRC, both sizes, the lengths of the name and of the extra field; in the
