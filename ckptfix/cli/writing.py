@@ -16,8 +16,9 @@ from ckptfix.edit import reduce
 from ckptfix.errors import InPlaceError, RenameError, WriteError
 from ckptfix.formats.table import EXTENSIONS, split_extension
 from ckptfix.hints import Command, Hint, command
+from ckptfix.pickles.dangerous import dangers, name_of
 from ckptfix.tree.walk import nbytes
-from ckptfix.words import plural
+from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,8 +124,10 @@ class Job:
         was left out before; `after` is called once everything is written, and adds to `data`.
         """
         if self.output is None:
+            self._say_dangers(document)
             return self._edit(document, done, {**data, **after()})
         fitted = reduce.fit(document, self.output.container, select)
+        self._say_dangers(fitted.document)
         left = [*left_out, *fitted.left_out]
         known = self._write(self.output, fitted.document)
         if left:
@@ -155,6 +158,15 @@ class Job:
             for state, renaming in changes
         ]
         return self.finish(document, done, {"renamed": rows})
+
+    def _say_dangers(self, document: Document) -> None:
+        """Name what is carried along though it would run where OUT is unpickled."""
+        found = dict.fromkeys(map(name_of, dangers(document.root)))
+        if found and self.verb != "fix":
+            fix = command("fix", self.source, door.beside(document, "fixed"))
+            output.note(
+                f"carries calls along that would run: {listed(found)}; {fix} leaves them out"
+            )
 
     def _write(self, to: Output, document: Document) -> Checked | None:
         if self.dry_run:
