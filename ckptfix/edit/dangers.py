@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.contents.modules import is_module, take
-from ckptfix.contents.state_dicts import StateDict, choose_all, find, of_models
+from ckptfix.contents.state_dicts import choose_all, find, of_models
 from ckptfix.errors import UnsafeError
 from ckptfix.formats.table import split_extension
 from ckptfix.hints import Hint, command
@@ -58,7 +58,11 @@ def without_dangers(document: Document, select: str | None = None) -> Removed:
     _check_weights(document, select, root)
     left = dangers(root)
     if left:
-        raise UnsafeError(f"calls {name_of(left[0])} in a way that nothing can take out")
+        raise UnsafeError(
+            f"calls {name_of(left[0])} to make what cannot be made without that",
+            where=document.name,
+            hint=Hint("see what it holds", command("inspect", document.name)),
+        )
     return Removed(replace(document, root=root), remover.left_out)
 
 
@@ -68,7 +72,7 @@ def _check_weights(document: Document, select: str | None, root: Node) -> None:
     states = choose_all(document, selected) if selected else of_models(find(document.root))
     kept = {id(storage) for storage in storages(root)}
     for state in states:
-        if any(id(tensor.storage) not in kept for tensor in _tensors(state)):
+        if any(id(storage) not in kept for storage in storages(dict(state.mapping))):
             out = f"{split_extension(document.name)[0]}.weights.safetensors"
             raise UnsafeError(
                 f"the weights at {state.path!r} are a part of what is dangerous, and would go too",
@@ -78,10 +82,6 @@ def _check_weights(document: Document, select: str | None, root: Node) -> None:
                     command("convert", document.name, out, select=state.selection),
                 ),
             )
-
-
-def _tensors(state: StateDict) -> list[Tensor]:
-    return [node for _, node in walk(dict(state.mapping)) if isinstance(node, Tensor)]
 
 
 class _Remover:
