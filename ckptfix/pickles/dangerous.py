@@ -10,6 +10,7 @@ checkpoint is loaded, each function that is not known to be harmless is dangerou
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ckptfix.pickles import known_names as known
@@ -29,6 +30,7 @@ class Verdict(IntEnum):
     DANGEROUS = 2
 
 
+@lru_cache(maxsize=1024)  # thousands of parameters are made by one function
 def judge(name: Global, *, called: bool) -> Verdict:
     """What is known of a class or function; a name that only stands there is not `called`."""
     today = _qualified(name)

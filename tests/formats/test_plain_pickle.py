@@ -101,7 +101,7 @@ def test_what_a_storage_calls_as_it_is_loaded_is_found(tmp_path: Path) -> None:
     inner = io.BytesIO()
     torch.save(torch.ones(3).untyped_storage(), inner, _use_new_zipfile_serialization=False)
     call = b"cposix\nsystem\nX\x06\x00\x00\x00touch \x85R0"
-    start = inner.getvalue().index(b"\x80\x02(X\x07\0\0\0storage")  # the pickle of the storage itself
+    start = inner.getvalue().index(b"\x80\x02(X\x07\0\0\0storage")
     spoiled = inner.getvalue()[: start + 2] + call + inner.getvalue()[start + 2 :]
     path = tmp_path / "spoiled.pkl"
     data = b"B" + len(spoiled).to_bytes(4, "little") + spoiled
