@@ -65,6 +65,11 @@ CODES: dict[str, Meaning] = {
         "the file calls what runs commands or code, or reaches files or the network",
         "`ckptfix fix` leaves it out; ask where the file comes from",
     ),
+    "unknown-calls": Meaning(
+        _WARNING,
+        "the file calls functions of other packages, of which nobody knows what they do",
+        "`ckptfix convert --weights-only` leaves them out; ask where the file comes from",
+    ),
     "hidden-call": Meaning(
         _ERROR,
         "the pickle calls what is no part of the checkpoint, as injected code does",

@@ -19,6 +19,7 @@ from ckptfix.edit.reduce import Fitted
 from ckptfix.errors import InPlaceError, RenameError, SelectionError, WriteError
 from ckptfix.formats.table import EXTENSIONS, split_extension
 from ckptfix.hints import Command, Hint, command
+from ckptfix.pickles.dangerous import dangers, name_of
 from ckptfix.tree.walk import nbytes
 from ckptfix.words import listed, plural
 
@@ -165,6 +166,7 @@ class Job:
         """
         if self.output is None:
             assert isinstance(done, str)
+            self._say_dangers(document)
             return self._edit(document, done, {**data, **after()}, exit_code)
         fitted = reduce.fit(document, self.output.container, select)
         if self.verb == "recover":
@@ -173,6 +175,7 @@ class Job:
             reduce.check_joined(fitted.document)
         if fitted.document.slices:
             output.note(f"{self.source}: {_SLICE.format(len(fitted.document.slices))}")
+        self._say_dangers(fitted.document)
         left = [*left_out, *fitted.left_out, *self._around.left_out]
         held = counting.held(fitted.document, self.output.container)
         if not isinstance(done, str):
@@ -239,6 +242,15 @@ class Job:
         for path, keys in found if self.dry_run else ():
             lines = [f"{old} -> {new}" for old, new in keys.items()]
             output.changes(lines, "key", "" if path == "/" else path)
+
+    def _say_dangers(self, document: Document) -> None:
+        """Name what is carried along though it would run where OUT is unpickled."""
+        found = dict.fromkeys(map(name_of, dangers(document.root)))
+        if found and self.verb != "fix":
+            fix = command("fix", self.source, door.beside(document, "fixed"))
+            output.note(
+                f"carries calls along that would run: {listed(found)}; {fix} leaves them out"
+            )
 
     def _write(self, to: Output, document: Document) -> Checked | None:
         if self.dry_run:

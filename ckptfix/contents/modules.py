@@ -2,6 +2,7 @@
 
 An `nn.Module` keeps `_parameters`, `_buffers` and `_modules` in its state; its class need not be
 there. Some projects pickle it as a call that is given this state (StyleGAN's `persistence`).
+What `torch.compile` made of one is pickled as a call that is given the model.
 Buffers named in `_non_persistent_buffers_set` are left out, as `Module.state_dict` does. A
 TorchScript module (class `__torch__.…`) keeps all of them as plain attributes.
 
@@ -37,7 +38,20 @@ class Taken(NamedTuple):
 
 def is_module(node: Node) -> bool:
     """Whether a node is a pickled model, eager or scripted."""
-    return isinstance(node, Inert) and (_is_scripted(node) or _state(node) is not None)
+    for _ in range(_DEPTH):
+        if not isinstance(node, Inert):
+            return False
+        compiled = _compiled(node)
+        if compiled is None:
+            return _is_scripted(node) or _state(node) is not None
+        node = compiled
+    return False
+
+
+def _compiled(node: Inert) -> Node:
+    """The model of which `torch.compile` made this one."""
+    args = node.args
+    return args[0] if node.cls == _COMPILED and isinstance(args, tuple) and args else None
 
 
 def take(module: Inert) -> Taken:
@@ -67,11 +81,12 @@ def take(module: Inert) -> Taken:
 
 
 def unwrapped(module: Inert) -> Inert:
-    """The model in the `DataParallel` or `DistributedDataParallel` that was pickled round it."""
+    """The model in the `DataParallel`, `torch.compile`, … that was pickled round it."""
     for _ in range(_DEPTH):
         state = _state(module) or {}
-        inner = state.get("_modules", {}).get("module")
-        if module.cls not in _AROUND or not isinstance(inner, Inert) or not is_module(inner):
+        held = state.get("_modules", {}).get("module") if module.cls in _AROUND else None
+        inner = _compiled(module) or held
+        if not isinstance(inner, Inert) or not is_module(inner):
             break
         module = inner
     return module
@@ -83,6 +98,7 @@ _AROUND = frozenset(
         "torch.nn.parallel.distributed.DistributedDataParallel",
     }
 )
+_COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 _DEPTH = 64
 _MODULES = 1_000_000
 _Parts = tuple[list[tuple[str, Node]], list[tuple[str, Node]], str | None]
@@ -90,6 +106,9 @@ _Parts = tuple[list[tuple[str, Node]], list[tuple[str, Node]], str | None]
 
 
 def _eager(node: Inert) -> _Parts:
+    compiled = _compiled(node)
+    if compiled is not None:
+        return [], [("_orig_mod", compiled)], None
     state = _state(node) or {}
     hidden = _strings(state.get("_non_persistent_buffers_set"))
     tensors = [(name, value) for name, value in _named(state["_parameters"]) if value is not None]

@@ -19,7 +19,7 @@ from ckptfix.formats.table import EXTENSIONS, split_extension
 from ckptfix.hints import command, shell
 from ckptfix.keys import wrappers
 from ckptfix.pickles.allowed import is_allowed
-from ckptfix.pickles.dangerous import dangers, name_of
+from ckptfix.pickles.dangerous import dangers, name_of, unknown_calls
 from ckptfix.tree.document import Document, Global, Inert, Tensor
 from ckptfix.tree.walk import script_constants, storages, walk
 from ckptfix.words import listed
@@ -235,9 +235,16 @@ def _globals(document: Document) -> Iterator[Finding]:
     if calls:
         yield Finding(
             "dangerous-globals",
-            f"names {listed(calls)}, which would run or reach out where it is unpickled; "
-            "ckptfix reads without running it",
+            f"names {listed(calls)}, which would run or reach out where it is unpickled, or which "
+            "no checkpoint calls; ckptfix reads without running it",
             command=command("fix", document.name, beside(document, "fixed")),
+        )
+    unknown = dict.fromkeys(map(name_of, unknown_calls(document.root)))
+    if unknown:
+        yield Finding(
+            "unknown-calls",
+            f"calls {listed(unknown)}: what that does where it is unpickled is not known; "
+            "ckptfix reads without calling it",
         )
     names = (name for name in globals_of(document) if not is_allowed(name))
     refused = [name.today for name in names if name.today not in calls]

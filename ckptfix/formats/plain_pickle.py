@@ -7,6 +7,7 @@ with their bytes. Source: `torch.storage.TypedStorage.__reduce__`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptfix import pickles
@@ -86,7 +87,7 @@ def _read(
         name=source.name,
         start=start,
         limits=limits,
-        builders={**_BUILDERS, **(builders or {})},
+        builders={**BUILDERS, _STORAGE: partial(_storage, notes), **(builders or {})},
         notes=notes,
         named=named,
     )
@@ -102,16 +103,23 @@ def _read(
     return Document(root, NAME, source.name, source.size, notes=tuple(notes))
 
 
-def _storage(args: Arguments, limits: Limits) -> Storage | None:
-    """`_load_from_bytes(b)`: the storage that is the root of the checkpoint in `b`."""
+def _storage(notes: list[Finding], args: Arguments, limits: Limits) -> Storage | None:
+    """`_load_from_bytes(b)`: the storage that is the root of the checkpoint in `b`.
+
+    Loading runs what that checkpoint calls beside it, so it is noted.
+    """
     if len(args) != 1 or type(args[0]) is not bytes:
         return None
     inner = BytesSource(args[0], "a storage in the pickle")
     found = (torch_zip if torch_zip.recognises(inner) else torch_legacy).read(inner, limits)
-    return found.root if isinstance(found.root, Storage) else None
+    if not isinstance(found.root, Storage):
+        return None
+    notes += [note for note in found.notes if note.code in _BESIDE and note not in notes]
+    return found.root
 
 
-_BUILDERS = {**BUILDERS, Global("torch.storage", "_load_from_bytes"): _storage}
+_STORAGE = Global("torch.storage", "_load_from_bytes")
+_BESIDE = frozenset({"hidden-call", "left-on-stack"})
 
 
 def _refuse(_: Node) -> Node:

@@ -136,7 +136,7 @@ def plan(
         UnsupportedError: with `tensors_only`, the target wants a value that is not a tensor.
     """
     given = document
-    removed = Removed(document, []) if keep_dangerous else without_dangers(document)
+    removed = Removed(document, []) if keep_dangerous else without_dangers(document, select)
     applied = masks.apply_masks(removed.document, select) if apply_masks else None
     document = removed.document if applied is None else applied.document
     before = [*_dangers(removed), *_masks(applied)]

@@ -77,6 +77,18 @@ def with_a_command() -> str:
     return "in.pt"
 
 
+def with_a_call_that_nobody_knows() -> str:
+    torch.save({"w": torch.ones(2), "f": Made()}, "in.pt")
+    return "in.pt"
+
+
+class Made:
+    """Pickles as a call of a function of some project."""
+
+    def __reduce__(self):
+        return (of_paddle, ())
+
+
 def of_paddle() -> str:
     state = {"fc.weight": np.ones((2, 2), "f4"), "fc.bias": np.ones(2, "f4")}
     names = {
@@ -105,6 +117,7 @@ PRODUCED: dict[str, Any] = {
     "device-tag": lambda: FIXTURES / "cuda.pt",
     "blocked-globals": lambda: FIXTURES / "uninstalled_class.pt",
     "dangerous-globals": with_a_command,
+    "unknown-calls": with_a_call_that_nobody_knows,
     "other-framework": of_paddle,
     "view-bloat": lambda: FIXTURES / "views.pt",
     "tied-tensors": lambda: FIXTURES / "tied.pt",

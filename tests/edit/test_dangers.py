@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import zipfile
 from argparse import Namespace
 from collections import OrderedDict, defaultdict
 from functools import partial
@@ -10,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from torch import nn
 
 import ckptfix
 from tests.oracles import ckptfix_command, unlike
@@ -45,7 +49,7 @@ AROUND = {
         lambda: {"model": W, "epoch": 3, "args": Namespace(lr=1, f=os.system)},
         "args/f",
     ),
-    "in slots": (lambda: {"model": W, "epoch": 3, "s": Slotted()}, "s"),
+    "in slots": (lambda: {"model": W, "epoch": 3, "s": Slotted()}, "s/f"),
     "made with it": (lambda: {"model": W, "epoch": 3, "f": partial(os.system, "touch ran")}, "f"),
     "a default": (lambda: {"model": W, "epoch": 3, "d": defaultdict(partial(os.system, ""))}, "d"),
     "a method of it": (
@@ -118,3 +122,182 @@ def test_data_that_weights_only_refuses_is_no_danger() -> None:
     assert "blocked-globals" in codes
     assert "dangerous-globals" not in codes
     assert ckptfix_command("fix", "in.pt", "out.pt").returncode == 0
+
+
+# --- the weights are never left out
+
+
+def dangerous_parameter() -> Any:
+    weight: Any = nn.Parameter(torch.arange(4.0).reshape(2, 2))
+    weight.hook = command()
+    weight.lr_scale = 0.5
+    return weight
+
+
+def dangerous_tensor() -> Any:
+    weight: Any = torch.arange(3.0)
+    weight.hook = os.system
+    return weight
+
+
+class Quiet(torch.Tensor):
+    """A tensor of another class."""
+
+
+def dangerous_subclass() -> Any:
+    weight: Any = torch.arange(3.0).as_subclass(Quiet)
+    weight.hook = os.system
+    return weight
+
+
+def dangerous_sparse() -> Any:
+    weight: Any = nn.Parameter(torch.eye(2).to_sparse())
+    weight.hook = command()
+    return weight
+
+
+WEIGHTS = [dangerous_parameter, dangerous_tensor, dangerous_subclass, dangerous_sparse]
+
+
+@pytest.mark.parametrize("make", WEIGHTS)
+def test_an_attribute_of_a_weight_does_not_cost_the_weight(make: Any) -> None:
+    weight = make()
+    torch.save({"model": {"a.weight": weight, "b": torch.ones(2)}, "epoch": 3}, "in.pt")
+    ran = ckptfix_command("fix", "in.pt", "out.pt")
+    assert ran.returncode == 0, ran.stderr
+    assert "(posix.system)" in ran.stderr
+    assert "dangerous-globals" not in {found.code for found in ckptfix.open("out.pt").findings}
+    made = torch.load("out.pt", weights_only=False)["model"]
+    assert list(made) == ["a.weight", "b"]
+    assert type(made["a.weight"]) is type(weight)
+    assert torch.equal(made["a.weight"].to_dense(), weight.to_dense())
+    assert not hasattr(made["a.weight"], "hook")
+    assert getattr(made["a.weight"], "lr_scale", None) == getattr(weight, "lr_scale", None)
+    assert not Path("ran").exists()
+
+
+def test_a_target_finds_a_weight_with_such_an_attribute() -> None:
+    torch.save({"a.weight": dangerous_parameter()}, "in.pt")
+    torch.save({"a.weight": torch.zeros(2, 2)}, "like.pt")
+    ran = ckptfix_command("fix", "in.pt", "out.pt", "--like", "like.pt")
+    assert ran.returncode == 0, ran.stderr
+    assert torch.equal(torch.load("out.pt")["a.weight"], dangerous_parameter())
+
+
+def traced() -> Any:
+    return torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_of_a_model_that_is_made_by_running_its_code_the_weights_stay() -> None:
+    model = traced()
+    torch.save({"net": model, "epoch": 3}, "in.pt")
+    assert "dangerous-globals" in {found.code for found in ckptfix.open("in.pt").findings}
+    ran = ckptfix_command("fix", "in.pt", "out.pt")
+    assert ran.returncode == 0, ran.stderr
+    assert "left out of it: net (torch.fx.graph_module.reduce_graph_module, apart" in ran.stderr
+    made = torch.load("out.pt")
+    assert made["epoch"] == 3
+    assert unlike(dict(made["net"]), dict(model.state_dict())) is None
+
+
+def test_such_a_model_and_nothing_else_becomes_its_state_dict() -> None:
+    model = traced()
+    torch.save(model, "in.pt")
+    ran = ckptfix_command("fix", "in.pt", "out.pt")
+    assert ran.returncode == 0, ran.stderr
+    assert unlike(dict(torch.load("out.pt")), dict(model.state_dict())) is None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: {"model": Call(exec, "pass", {"model": W}), "epoch": 3},
+        lambda: {"model": Call(os.system, W), "epoch": 3},
+        lambda: Call(exec, "pass", W),
+        lambda: {"model": {command(): W["w"]}, "epoch": 3},
+    ],
+)
+def test_weights_that_would_go_too_are_refused(make: Any) -> None:
+    torch.save(make(), "in.pt")
+    ran = ckptfix_command("fix", "in.pt", "out.pt")
+    assert ran.returncode == 2
+    assert not Path("out.pt").exists()
+    assert "error: in.pt: " in ran.stderr
+
+
+def test_what_the_refusal_says_takes_the_weights_alone() -> None:
+    torch.save({"model": Call(exec, "pass", {"model": W}), "epoch": 3}, "in.pt")
+    ran = ckptfix_command("fix", "in.pt", "out.pt")
+    hint = shlex.split(ran.stderr.partition("hint: ")[2].partition(": ckptfix ")[2])
+    assert ckptfix_command(*hint).returncode == 0
+    assert torch.equal(safetensors.torch.load_file(hint[2])["w"], W["w"])
+
+
+def test_a_state_dict_that_is_selected_is_the_one_that_stays() -> None:
+    torch.save({"model": W, "other": Call(exec, "pass", {"v": torch.ones(2)})}, "in.pt")
+    assert ckptfix_command("fix", "in.pt", "out.pt").returncode == 2
+    ran = ckptfix_command("fix", "in.pt", "out.pt", "--select", "model")
+    assert ran.returncode == 0, ran.stderr
+    assert unlike(dict(torch.load("out.pt")["model"]), W) is None
+
+
+def sorted_(state: dict[str, Any]) -> dict[str, Any]:
+    return dict(sorted(state.items()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile imports
+@pytest.mark.parametrize("around", [lambda m: m, nn.DataParallel], ids=["alone", "in a wrapper"])
+def test_a_compiled_model_is_a_model(around: Any) -> None:
+    inner = nn.Linear(2, 2)
+    torch.save({"net": around(torch.compile(inner)), "epoch": 3}, "in.pt")
+    assert "dangerous-globals" not in {found.code for found in ckptfix.open("in.pt").findings}
+    weights = dict(inner.state_dict())
+    assert ckptfix_command("fix", "in.pt", "out.pt").returncode == 0
+    made = torch.load("out.pt", weights_only=False)
+    assert made["epoch"] == 3
+    assert unlike(dict(made["net"].state_dict()), weights) is None
+    assert ckptfix_command("fix", "in.pt", "out.safetensors").returncode == 0
+    assert unlike(sorted_(safetensors.torch.load_file("out.safetensors")), sorted_(weights)) is None
+    assert ckptfix_command("convert", "in.pt", "whole.safetensors").returncode == 0
+    assert len(safetensors.torch.load_file("whole.safetensors")) == 2
+    assert unlike(dict(ckptfix.load_state_dict("in.pt", model=nn.Linear(2, 2))), weights) is None
+
+
+def test_deep_and_wide_arguments_take_no_time() -> None:
+    value: Any = (os.system,)
+    for _ in range(30):
+        value = (*(value,) * 50, {"a": value})
+    torch.save({"model": W, "x": Call(dict.fromkeys, value)}, "in.pt")
+    assert ckptfix_command("fix", "in.pt", "out.pt").returncode == 0
+
+
+# --- what carries it along says so
+
+
+CARRYING = {
+    "convert": [],
+    "to-cpu": [],
+    "strip-prefix": ["--partial"],
+    "add-prefix": [],
+    "rename": ["--sub", "w", "u"],
+}
+
+
+@pytest.mark.parametrize("verb", CARRYING)
+def test_a_verb_that_carries_a_call_along_says_so(verb: str) -> None:
+    torch.save({"module.w": W["w"], "module.v": W["w"], "hook": command()}, "cpu.pt")
+    with zipfile.ZipFile("cpu.pt") as saved, zipfile.ZipFile("in.pt", "w") as tagged:
+        for name in saved.namelist():
+            on_gpu = saved.read(name).replace(b"X\x03\0\0\0cpu", b"X\x04\0\0\0cuda")
+            tagged.writestr(name, on_gpu)
+    ran = ckptfix_command(verb, "in.pt", "out.pt", *CARRYING[verb])
+    assert ran.returncode == 0, ran.stderr
+    assert "note: carries calls along that would run: posix.system; " in ran.stderr
+    assert "ckptfix fix in.pt in.fixed.pt leaves them out" in ran.stderr
+
+
+def test_a_container_of_tensors_carries_none_and_says_nothing_of_it() -> None:
+    torch.save({"w": W["w"], "v": W["w"] + 1, "hook": command()}, "in.pt")
+    ran = ckptfix_command("convert", "in.pt", "out.safetensors")
+    assert ran.returncode == 0
+    assert "carries" not in ran.stderr

@@ -1,5 +1,6 @@
 """What `pickle.dump` makes of tensors and arrays, without a container."""
 
+import io
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -93,3 +94,17 @@ def test_a_storage_without_bytes_is_an_object_that_is_carried_along(tmp_path: Pa
     path.write_bytes(b"\x80\x02ctorch.storage\n_load_from_bytes\nK\x01\x85R.")
     root = door.read(path).root
     assert (str(root.function), root.args) == ("torch.storage._load_from_bytes", (1,))
+
+
+def test_what_a_storage_calls_as_it_is_loaded_is_found(tmp_path: Path) -> None:
+    """The bytes of a storage are a checkpoint of their own, with a pickle of its own."""
+    inner = io.BytesIO()
+    torch.save(torch.ones(3).untyped_storage(), inner, _use_new_zipfile_serialization=False)
+    call = b"cposix\nsystem\nX\x06\x00\x00\x00touch \x85R0"
+    start = inner.getvalue().index(b"\x80\x02(X\x07\0\0\0storage")
+    spoiled = inner.getvalue()[: start + 2] + call + inner.getvalue()[start + 2 :]
+    path = tmp_path / "spoiled.pkl"
+    data = b"B" + len(spoiled).to_bytes(4, "little") + spoiled
+    path.write_bytes(b"\x80\x03ctorch.storage\n_load_from_bytes\n" + data + b"\x85R.")
+    codes = {finding.code for finding in ckptfix.open(path).findings}
+    assert "hidden-call" in codes
