@@ -230,7 +230,7 @@ CODES: dict[str, Meaning] = {
     ),
 }
 CODES |= {
-    known.code: Meaning(_ERROR, known.cause, f"`{known.command}`")
+    known.code: Meaning(_ERROR, known.cause, known.said)
     for known in KNOWN
     if known.code not in CODES  # some are noticed in files, too
 }

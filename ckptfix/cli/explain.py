@@ -49,8 +49,9 @@ def command(words: tuple[str, ...]) -> int:
             "code": row.known.code,
             "severity": CODES[row.known.code].severity,
             "excerpt": row.excerpt,
-            "cause": row.known.cause,
-            "command": str(row.command),
+            "cause": row.cause,
+            "command": None if row.command is None else str(row.command),
+            "advice": row.cure if isinstance(row.cure, str) else None,
         }
         for row in found
     ]
@@ -82,5 +83,6 @@ def _draw(console: Console, found: list[Explanation]) -> None:
         excerpt = output.printable(row.excerpt)
         excerpt = excerpt if len(excerpt) <= _EXCERPT else f"{excerpt[: _EXCERPT - 1]}…"
         console.print(Text.assemble((row.known.code, "bold red"), f": {excerpt}"))
-        console.print(Text(row.known.cause))
-        console.print(Text(f"  {output.printable(row.command)}", "cyan"), soft_wrap=True)
+        console.print(Text(output.printable(row.cause)))
+        style = "cyan" if row.command is not None else ""
+        console.print(Text(f"  {output.printable(row.cure)}", style), soft_wrap=True)
