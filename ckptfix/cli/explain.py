@@ -10,7 +10,7 @@ import click
 
 from ckptfix.cli import options, output, paths
 from ckptfix.diagnose.explain import Explanation, explain
-from ckptfix.findings import CODES
+from ckptfix.findings import with_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,10 +44,11 @@ def command(words: tuple[str, ...]) -> int:
     if file.isatty():
         output.note("paste the error, then press Ctrl-D")
     found = explain(file.read())
+    codes = with_errors()
     rows = [
         {
             "code": row.known.code,
-            "severity": CODES[row.known.code].severity,
+            "severity": codes[row.known.code].severity,
             "excerpt": row.excerpt,
             "cause": row.cause,
             "command": None if row.command is None else str(row.command),
