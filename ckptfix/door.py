@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.place import Place
-from ckptfix.errors import DamagedError, UnsupportedError
+from ckptfix.errors import DamagedError, ReadError, UnsupportedError
 from ckptfix.formats.reading import Reading, Salvage
 from ckptfix.formats.table import (
     EXTENSIONS,
@@ -24,7 +24,7 @@ from ckptfix.formats.table import (
     write_place,
 )
 from ckptfix.hints import Command, Hint, command
-from ckptfix.layouts import table
+from ckptfix.layouts import split, table
 from ckptfix.limits import DEFAULT, Limits
 
 if TYPE_CHECKING:
@@ -43,10 +43,13 @@ def read(path: str | os.PathLike[str], limits: Limits = DEFAULT) -> Document:
     `notes` say so. Raises `ReadError` and its kin: not a checkpoint, damaged, unsafe or
     unsupported.
     """
+    place = Place(path)
     try:
-        return _read(Place(path), Reading(limits))
-    except DamagedError as error:
-        if error.code == DamagedError.code:
+        return _read(place, Reading(limits))
+    except ReadError as error:
+        if not isinstance(error, UnsupportedError) and split.is_part(place):
+            raise split.error(place) from error
+        if isinstance(error, DamagedError) and error.code == DamagedError.code:
             error.suggest(_recovery(path, error.hint))
         raise
 
@@ -83,6 +86,9 @@ def _read(place: Place, reading: Reading) -> Document:
         return document
     from ckptfix.layouts import shards
 
+    only = shards.only_file(place)
+    if only is not None:
+        return _read(only, reading)
     raise shards.missing(place, reading)
 
 
