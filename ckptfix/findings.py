@@ -83,6 +83,11 @@ CODES: dict[str, Meaning] = {
         "`torch.load` does not take the container by default",
         "`ckptfix convert` packs it as torch does today",
     ),
+    "metadata-format": Meaning(
+        _WARNING,
+        "the metadata of a safetensors file names another framework than torch (`np`, `mlx`)",
+        "`ckptfix convert` writes `pt`",
+    ),
     "view-bloat": Meaning(
         _WARNING,
         "storages are larger than the tensors that use them",

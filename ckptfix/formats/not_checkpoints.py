@@ -87,7 +87,8 @@ _KINDS = (
     _kind(rb"ARROW1", "an Arrow table"),
     _kind(rb"SQLite format 3\0", "an SQLite database"),
     _kind(rb"MATLAB \d", "a MATLAB file", "load it with scipy.io.loadmat"),
-    _kind(rb"x[\x01\x5e\x9c\xda]", "a file that joblib packed with zlib", "load it with joblib.load"),
+    _kind(rb"x[\x01\x5e\x9c\xda]", "a file that joblib packed with zlib",
+          "load it with joblib.load"),
     _kind(rb"outs:\s|wdir:|md5: [0-9a-f]{32}", "a pointer of DVC, not the file that it stands for",
           "fetch it: dvc pull"),
     _kind(rb"[./]*(?:\.git)?/annex/objects/", "a pointer of git-annex, not the file that it stands "

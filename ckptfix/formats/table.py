@@ -134,6 +134,16 @@ def _strictly(name: str, source: Source, limits: Limits) -> Document:
         raise
 
 
+def read_among(source: Source, limits: Limits, among: Iterable[str]) -> Document:
+    """The document in a file that is in one of some formats. Raises as `read` does."""
+    return _module(recognised(source, Reading(limits), among)).read(source, limits)
+
+
+def is_among(source: Source, among: Iterable[str]) -> bool:
+    """Whether a file is in one of some formats."""
+    return any(_module(name).recognises(source) for name in among)
+
+
 def recognised(source: Source, reading: Reading, among: Iterable[str] = ORDER) -> str:
     """The module of the format that a file is in. Raises `ReadError` where it is none of them."""
     for name in among:

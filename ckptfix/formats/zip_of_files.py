@@ -16,7 +16,7 @@ from ckptfix.bytes.source import BytesSource, LazySource
 from ckptfix.bytes.unpacked import InflatedSource, UnpackedSource
 from ckptfix.errors import NotACheckpointError, ReadError, UnsafeError
 from ckptfix.findings import Finding
-from ckptfix.formats import safetensors, torch_legacy
+from ckptfix.formats.table import is_among, read_among
 from ckptfix.formats.zip.layout import LOCAL_MAGIC
 from ckptfix.hints import Hint, shell
 from ckptfix.limits import unpacked_bytes
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 NAME = "zip"
 _HEAD = 4096
+_AMONG = ("torch_legacy", "safetensors")
+"""What a member is beside torch's zip."""
 _KINDS: tuple[tuple[str, str, str], ...] = (
     (r"\A[^/]*\.npy\Z", "numpy arrays (.npz)", "load it with numpy.load"),
     (
@@ -122,7 +124,7 @@ def _is_checkpoint(span: Span) -> bool:
     head = BytesSource(span.slice(0, min(span.length, _HEAD)).read())
     if head.head(len(LOCAL_MAGIC)) == LOCAL_MAGIC:
         return True
-    return torch_legacy.recognises(head) or safetensors.recognises(head)
+    return is_among(head, _AMONG)
 
 
 def _document(name: str, span: Span, source: Source, reading: Reading, of_zip: ReadZip) -> Document:
@@ -134,9 +136,7 @@ def _document(name: str, span: Span, source: Source, reading: Reading, of_zip: R
     else:
         inner = UnpackedSource(span.chunks, span.length, label, (span.source,))
     if inner.head(len(LOCAL_MAGIC)) != LOCAL_MAGIC:
-        if torch_legacy.recognises(inner):
-            return torch_legacy.read(inner, reading.limits)
-        return safetensors.read(inner, reading.limits)
+        return read_among(inner, reading.limits, _AMONG)
     document = of_zip(inner, reading)
     if isinstance(span.source, InflatedSource) and _is_deflated(document):
         raise UnsafeError(
