@@ -158,7 +158,7 @@ def test_a_format_of_others_is_pt_once_it_is_written_anew(form: str) -> None:
     texts = {"license": "MIT", "format": form}
     safetensors.torch.save_file({"w": torch.ones(2)}, "in.safetensors", texts)
     written = run_as_it_stands(findings("in.safetensors")["metadata-format"].command)
-    with safetensors.safe_open(written, "pt") as opened:  # type: ignore[no-untyped-call]
+    with safetensors.safe_open(written, "pt") as opened:
         assert opened.metadata() == {"license": "MIT", "format": "pt"}
     assert findings(written) == {}
 
