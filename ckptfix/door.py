@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.place import Place, unused
 from ckptfix.bytes.source import Source, of_object
-from ckptfix.errors import ArgumentError, DamagedError, UnsupportedError
+from ckptfix.errors import ArgumentError, DamagedError, ReadError, UnsupportedError
 from ckptfix.formats.reading import Reading, Salvage
 from ckptfix.formats.table import (
     EXTENSIONS,
@@ -27,7 +27,7 @@ from ckptfix.formats.table import (
 )
 from ckptfix.formats.table import read as read_source
 from ckptfix.hints import Command, Hint, command
-from ckptfix.layouts import table
+from ckptfix.layouts import split, table
 from ckptfix.limits import DEFAULT, Limits
 
 if TYPE_CHECKING:
@@ -57,10 +57,13 @@ def read(given: File, limits: Limits = DEFAULT) -> Document:
         return _with(limits, read_source(path, Reading(limits)))
     if "\0" in os.fspath(path):
         raise ArgumentError("a path has a zero byte", hint="give the path of a checkpoint")
+    place = Place(path)
     try:
-        return _with(limits, _read(Place(path), Reading(limits)))
-    except DamagedError as error:
-        if error.code == DamagedError.code:
+        return _with(limits, _read(place, Reading(limits)))
+    except ReadError as error:
+        if not isinstance(error, UnsupportedError) and split.is_part(place):
+            raise split.error(place) from error
+        if isinstance(error, DamagedError) and error.code == DamagedError.code:
             error.suggest(_recovery(path, error.hint))
         raise
 
@@ -102,6 +105,9 @@ def _read(place: Place, reading: Reading) -> Document:
         return document
     from ckptfix.layouts import shards
 
+    only = shards.only_file(place)
+    if only is not None:
+        return _read(only, reading)
     raise shards.missing(place, reading)
 
 

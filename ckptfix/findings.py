@@ -5,8 +5,6 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptfix.known_errors import KNOWN
-
 if TYPE_CHECKING:
     from ckptfix.hints import Command
 
@@ -89,6 +87,11 @@ CODES: dict[str, Meaning] = {
         _WARNING,
         "`torch.load` does not take the container by default",
         "`ckptfix convert` packs it as torch does today",
+    ),
+    "metadata-format": Meaning(
+        _WARNING,
+        "the metadata of a safetensors file names another framework than torch (`np`, `mlx`)",
+        "`ckptfix convert` writes `pt`",
     ),
     "view-bloat": Meaning(
         _WARNING,
@@ -247,20 +250,25 @@ CODES: dict[str, Meaning] = {
         "taken out; `--keep-training-state` leaves it there",
     ),
 }
-CODES |= {
-    known.code: Meaning(_ERROR, known.cause, f"`{known.command}`")
-    for known in KNOWN
-    if known.code not in CODES  # some are noticed in files, too
-}
-"""Severity, meaning and cure of each code, of findings and of errors that `explain` knows;
-`docs/findings.md` is this table."""
+"""Severity, meaning and cure of the code of each finding."""
+
+
+def with_errors() -> dict[str, Meaning]:
+    """The same with the errors that `explain` knows; `docs/findings.md` is this table.
+
+    Some of those are noticed in files, too, and stand here as that.
+    """
+    from ckptfix.known_errors import KNOWN  # late, since only `explain` and the docs need them
+
+    return {known.code: Meaning(_ERROR, known.cause, known.said) for known in KNOWN} | CODES
 
 
 def as_markdown() -> str:
     """The table, as `docs/findings.md` has it."""
+    codes = CODES | with_errors()
     rows = ["| code | severity | meaning | cure |", "|---|---|---|---|"]
     rows += [
-        f"| `{code}` | {row.severity} | {row.meaning} | {row.cure} |" for code, row in CODES.items()
+        f"| `{code}` | {row.severity} | {row.meaning} | {row.cure} |" for code, row in codes.items()
     ]
     return "\n".join(rows)
 

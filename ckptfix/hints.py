@@ -50,7 +50,13 @@ class Command(NamedTuple):
 
     def filled(self, words: Mapping[str, str]) -> Command:
         """The same with words in the place of others, such as a path for FILE."""
-        return self._replace(arguments=tuple(words.get(each, each) for each in self.arguments))
+        return self._replace(
+            arguments=tuple(words.get(each, each) for each in self.arguments),
+            options=tuple(
+                (name, tuple(words.get(each, each) for each in values))
+                for name, values in self.options
+            ),
+        )
 
 
 _CALLS = {

@@ -205,14 +205,13 @@ def test_a_zip_of_two_checkpoints_is_refused_and_both_are_named(tmp_path: Path) 
     assert "hint: " in done.stderr
 
 
-def test_a_zip_around_a_checkpoint_is_called_that(tmp_path: Path) -> None:
+def test_a_zip_around_a_checkpoint_is_read_and_said_to_be_one(tmp_path: Path) -> None:
     rows(tmp_path)
     with zipfile.ZipFile(tmp_path / "around.zip", "w") as archive:
         archive.write(tmp_path / "whole.pt", "run/whole.pt")
-    done = run("check", tmp_path / "around.zip")
-    assert done.returncode == 2
-    assert "run/whole.pt" in done.stderr
-    assert "hint: unpack it, and give one of them: unzip " in done.stderr
+    done = run("inspect", tmp_path / "around.zip")
+    assert done.returncode == 0
+    assert "container-refused: it is packed with zip" in done.stdout
 
 
 def test_names_in_a_folder_that_torch_does_not_take_cannot_be_changed_in_place(

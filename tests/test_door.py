@@ -92,6 +92,47 @@ def test_files_that_are_not_there_are_named(name: str, tmp_path: Path) -> None:
     assert caught.value.message.startswith(f"{tmp_path / name}: ")
 
 
+@pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin", "x.safetensors", "a.pth.tar"])
+def test_the_one_checkpoint_in_a_folder_is_opened(name: str, tmp_path: Path) -> None:
+    for other in ("config.json", "._model.pt", "train.log", "vocab.txt"):
+        (tmp_path / other).write_text("{}")
+    torch.save({"w": torch.ones(2)}, tmp_path / name)
+    assert list(door.read(tmp_path).root) == ["w"]
+    assert list(door.salvage(tmp_path)[0].root) == ["w"]
+    assert door.read(tmp_path).name == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("optimizer", ["adam_optimizer.pt", "a_optim.pth", "optimizer.bin"])
+def test_several_in_a_folder_are_listed_the_model_before_its_optimizer(
+    optimizer: str, tmp_path: Path
+) -> None:
+    for name in (optimizer, "model_final.pth", "rng_state.pth"):
+        torch.save({"w": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(ReadError, match=rf"it holds model_final\.pth, {optimizer}") as caught:
+        door.read(tmp_path)
+    assert str(caught.value.hint).endswith("model_final.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        (".snapshot_metadata", "torchsnapshot"),
+        ("saved_model.pb", "TensorFlow"),
+        ("manifest.ocdbt", "Orbax"),
+    ],
+)
+def test_folders_of_others_are_called_by_their_name(name: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UnsupportedError, match=f"a folder of {what}"):
+        door.read(tmp_path)
+
+
+def test_one_shard_without_its_index_is_not_the_checkpoint_in_a_folder(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(DamagedError, match="no index"):
+        door.read(tmp_path)
+
+
 def test_folders_without_a_checkpoint_are_named(tmp_path: Path) -> None:
     with pytest.raises(ReadError, match="folder"):
         door.read(tmp_path)

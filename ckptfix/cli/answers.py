@@ -355,7 +355,8 @@ class Explained(TypedDict):
     severity: Annotated[Literal["error", "warning", "note"], "how much it matters"]
     excerpt: Annotated[str, "the line that tells of it"]
     message: Annotated[str, "what it means"]
-    command: Annotated[str, "what repairs it, as a line of shell"]
+    command: Annotated[str | None, "what repairs it, as a line of shell, where a command does"]
+    advice: Annotated[str | None, "what to do, where no command does it"]
 
 
 class Explain(TypedDict):

@@ -10,7 +10,7 @@ import click
 
 from ckptfix.cli import options, output, paths
 from ckptfix.diagnose.explain import Explanation, explain
-from ckptfix.findings import CODES
+from ckptfix.findings import with_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,13 +43,15 @@ def command(words: tuple[str, ...]) -> int:
     given = None if isinstance(file, io.StringIO) or words in ((), ("-",)) else " ".join(words)
     if given is not None:
         file.close()
+    codes = with_errors()
     rows: list[answers.Explained] = [
         {
             "code": row.known.code,
-            "severity": CODES[row.known.code].severity.value,
+            "severity": codes[row.known.code].severity.value,
             "excerpt": row.excerpt,
-            "message": row.known.cause,
-            "command": str(row.command),
+            "message": row.cause,
+            "command": None if row.command is None else str(row.command),
+            "advice": row.cure if isinstance(row.cure, str) else None,
         }
         for row in found
     ]
@@ -81,5 +83,6 @@ def _draw(console: Console, found: list[Explanation]) -> None:
         excerpt = output.printable(row.excerpt)
         excerpt = excerpt if len(excerpt) <= _EXCERPT else f"{excerpt[: _EXCERPT - 1]}…"
         console.print(Text.assemble((row.known.code, "bold red"), f": {excerpt}"))
-        console.print(Text(row.known.cause))
-        console.print(Text(f"  {output.printable(row.command)}", "cyan"), soft_wrap=True)
+        console.print(Text(output.printable(row.cause)))
+        style = "cyan" if row.command is not None else ""
+        console.print(Text(f"  {output.printable(row.cure)}", style), soft_wrap=True)

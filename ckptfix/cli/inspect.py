@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
@@ -10,9 +9,9 @@ import click
 from ckptfix.cli import findings, options, output, paths, reading, tree
 from ckptfix.cli.usage import Misuse
 from ckptfix.contents.state_dicts import StateDict, find
+from ckptfix.contents.tensors import device_tags
 from ckptfix.diagnose.document import diagnose, globals_of, wasted
 from ckptfix.tree.document import kind
-from ckptfix.tree.walk import storages
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,7 +83,7 @@ def _data(document: Document, found: list[Finding]) -> answers.Inspect:
         "bytes": document.nbytes,
         "byteorder": document.byteorder,
         "metadata": dict(document.metadata),
-        "devices": Counter(storage.device for storage in storages(document.root)),
+        "devices": device_tags(document.root),
         "wasted_bytes": wasted(document),
         "globals": [str(name) for name in globals_of(document)],
         "state_dicts": [_state_data(state) for state in find(document.root)],

@@ -9,6 +9,7 @@ Sources: `torch._utils._rebuild_parameter`, `torch._tensor._rebuild_from_type_v2
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ckptfix.bytes.source import BytesSource
@@ -18,10 +19,11 @@ from ckptfix.limits import DEFAULT
 from ckptfix.pickles.torch_objects import BUILDERS
 from ckptfix.tree.document import Global, Inert, Node, Storage, Tensor, contiguous_stride
 from ckptfix.tree.dtypes import BY_NAME, DType
-from ckptfix.tree.walk import walk
+from ckptfix.tree.walk import storages, walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeGuard
 
 
 def as_tensor(node: Node) -> Tensor | None:
@@ -120,6 +122,19 @@ CPU, and the device as the third argument."""
 
 _DEPTH = 8
 """How many wrappers may lie around a tensor; an object may hold itself."""
+
+
+def device_tags(root: Node) -> Counter[str]:
+    """How many storages, and tensors of devices without storages, have each tag."""
+    tags = Counter(storage.device for storage in storages(root))
+    calls = {id(node): node for _, node in walk(root) if is_device_tensor(node)}
+    tags.update(str(node.args[2]) for node in calls.values())
+    return tags
+
+
+def is_device_tensor(node: Node) -> TypeGuard[Inert]:
+    """Whether a node rebuilds a tensor on a device that has no storages of its own."""
+    return isinstance(node, Inert) and node.function in DEVICE_TENSORS and len(node.args) == 4
 
 
 def _first_argument(node: Inert) -> Node:

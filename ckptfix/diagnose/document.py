@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from ckptfix.bytes.place import unused
@@ -10,6 +9,7 @@ from ckptfix.contents.foreign import framework_of
 from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.packed import packed_weights, placeholders, without_bytes
 from ckptfix.contents.state_dicts import StateDict, find, instead, of_models
+from ckptfix.contents.tensors import device_tags
 from ckptfix.door import beside, is_sharded, taking
 from ckptfix.edit import flat
 from ckptfix.edit.compacting import compact
@@ -21,7 +21,7 @@ from ckptfix.keys import wrappers
 from ckptfix.pickles.allowed import is_allowed
 from ckptfix.pickles.dangerous import dangers, name_of, unknown_calls
 from ckptfix.tree.document import Document, Global, Inert, Tensor
-from ckptfix.tree.walk import script_constants, storages, walk
+from ckptfix.tree.walk import script_constants, walk
 from ckptfix.words import listed
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ def _noted(document: Document) -> Iterator[Finding]:
         yield note._replace(command=commands.get(note.code))
 
 
-_ANEW = frozenset({"container-refused", "old-container", "hidden-call", "left-on-stack"})
+_ANEW = frozenset(
+    {"container-refused", "old-container", "hidden-call", "left-on-stack", "metadata-format"}
+)
 
 
 def _containers(document: Document) -> Iterator[Finding]:
@@ -95,7 +97,7 @@ def _embedded(document: Document) -> Iterator[Finding]:
 
 
 def _devices(document: Document) -> Iterator[Finding]:
-    tags = Counter(storage.device for storage in storages(document.root))
+    tags = device_tags(document.root)
     away = [tag for tag in tags if tag != "cpu"]
     if away:
         yield Finding(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.state_dicts import StateDict, optimizers
-from ckptfix.contents.tensors import DEVICE_TENSORS, as_tensor, disguise
+from ckptfix.contents.tensors import as_tensor, disguise, is_device_tensor
 from ckptfix.door import beside, taking
 from ckptfix.errors import SelectionError, UnsupportedError
 from ckptfix.hints import Hint, command
@@ -229,7 +229,7 @@ def to_cpu(document: Document) -> tuple[Document, Counter[str]]:
         return known
 
     def change(node: Node) -> Node:
-        if isinstance(node, Inert) and node.function in DEVICE_TENSORS and len(node.args) == 4:
+        if is_device_tensor(node):
             data, dtype, device, requires_grad = node.args
             tags[str(device)] += device != "cpu"
             if disguise(node):  # no torch builds one of those any longer

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckptfix import pickles
 from ckptfix.bytes.source import BytesSource
-from ckptfix.errors import DamagedError, UnsafeError
+from ckptfix.errors import DamagedError, NotACheckpointError, UnsafeError
 from ckptfix.findings import Finding
 from ckptfix.formats import not_checkpoints, torch_legacy, torch_zip
 from ckptfix.limits import DEFAULT, Limits
@@ -74,6 +74,9 @@ def _read(
     builders: Mapping[Global, Builder] | None = None,
     named: list[Global] | None = None,
 ) -> Document:
+    other = not_checkpoints.pickled(source)
+    if other is not None:
+        raise other
     if source.size > limits.pickle_bytes:
         raise UnsafeError(
             f"is a pickle of {source.size} bytes, more than are read", where=source.name
@@ -81,16 +84,24 @@ def _read(
     refused = "it is a pickle without a container, which torch.load refuses"
     notes = [Finding("container-refused", refused)]
     data, start = torch_legacy.mapped(source)
-    root, end = pickles.read(
-        data,
-        _refuse,
-        name=source.name,
-        start=start,
-        limits=limits,
-        builders={**BUILDERS, _STORAGE: partial(_storage, notes), **(builders or {})},
-        notes=notes,
-        named=named,
-    )
+    try:
+        root, end = pickles.read(
+            data,
+            _refuse,
+            name=source.name,
+            start=start,
+            limits=limits,
+            builders={**BUILDERS, _STORAGE: partial(_storage, notes), **(builders or {})},
+            notes=notes,
+            named=named,
+        )
+    except _LonePickleError:
+        raise NotACheckpointError(
+            "is data.pkl of a torch archive by itself: the tensors lie in the other files of it",
+            where=source.name,
+            hint="unpack the whole archive, and give its folder; or give the archive",
+            code="lone-pickle",
+        ) from None
     surplus = start + source.size - end
     if surplus and isinstance(root, _SCALARS):  # as where the magic number of a legacy file is torn
         raise DamagedError(
@@ -122,5 +133,11 @@ _STORAGE = Global("torch.storage", "_load_from_bytes")
 _BESIDE = frozenset({"hidden-call", "left-on-stack"})
 
 
-def _refuse(_: Node) -> Node:
+def _refuse(pid: Node) -> Node:
+    if type(pid) is tuple and pid[:1] == ("storage",):
+        raise _LonePickleError("a storage is named in a pickle that has no container")
     raise UnsafeError("a persistent id stands in a pickle that has no container")
+
+
+class _LonePickleError(NotACheckpointError):
+    """A pickle speaks of tensors that lie elsewhere."""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ckptfix.bytes.span import Span, cut
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
+from ckptfix.findings import Finding
 from ckptfix.formats.reading import Reading
 from ckptfix.formats.several import after
 from ckptfix.formats.table import SAFETENSORS
@@ -91,8 +92,17 @@ def _read(source: Source, reading: Reading) -> Document:
     told = {VERSIONS} if root.attributes else set()  # what the tree says now may change with it
     told.update(name for name in root if name not in entries)
     metadata = {key: text for key, text in metadata.items() if key not in told}
-    notes = () if available <= announced else (after(source, start + announced, "the tensors"),)
-    return Document(root, NAME, source.name, source.size, metadata=metadata, notes=notes)
+    notes = [*_noted(metadata.get("format", "pt"))]
+    if available > announced:
+        notes.append(after(source, start + announced, "the tensors"))
+    return Document(root, NAME, source.name, source.size, metadata=metadata, notes=tuple(notes))
+
+
+def _noted(form: str) -> Iterator[Finding]:
+    """Who the file says that it is for, where that is not torch: transformers refuses it then."""
+    if form != "pt":
+        message = f"its metadata says format {form!r}, and transformers loads 'pt' into torch"
+        yield Finding("metadata-format", message)
 
 
 def _header(source: Source, limits: Limits) -> tuple[dict[str, Any], int]:
@@ -240,7 +250,8 @@ def write(document: Document, sink: Sink) -> None:
     them.
     """
     tensors, aliases = without_ties(document.root)
-    metadata = {"format": "pt", **document.metadata, **aliases, **module_versions(document.root)}
+    kept = {key: text for key, text in document.metadata.items() if key != "format"}
+    metadata = {"format": "pt", **kept, **aliases, **module_versions(document.root)}
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0

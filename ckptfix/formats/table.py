@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from ckptfix.bytes.source import FileSource
 from ckptfix.errors import (
     CkptfixError,
+    DamagedError,
     InPlaceError,
     ReadError,
     UnsupportedError,
@@ -112,12 +113,35 @@ def read(source: Source, reading: Reading) -> Document:
     if isinstance(reading, Salvage):
         document = _module(name).salvage(source, reading)
     else:
-        document = _module(name).read(source, reading.limits)
+        document = _strictly(name, source, reading.limits)
     if not packed:
         return document
     message = f"it is packed with {' and '.join(packed)}, which torch.load does not unpack"
     notes = (Finding("container-refused", message), *document.notes)
     return replace(document, name=outer.name, notes=notes)
+
+
+def _strictly(name: str, source: Source, limits: Limits) -> Document:
+    try:
+        return _module(name).read(source, limits)
+    except DamagedError as error:
+        from ckptfix.formats import not_checkpoints
+
+        if error.code == DamagedError.code and not_checkpoints.transferred_as_text(source):
+            what = "was transferred as a text: a byte was put before each line feed in it"
+            hint = "transfer it again as binary (FTP: `binary`; git: mark it `-text` or use LFS)"
+            raise DamagedError(what, where=source.name, hint=hint, code="text-mode") from error
+        raise
+
+
+def read_among(source: Source, limits: Limits, among: Iterable[str]) -> Document:
+    """The document in a file that is in one of some formats. Raises as `read` does."""
+    return _module(recognised(source, Reading(limits), among)).read(source, limits)
+
+
+def is_among(source: Source, among: Iterable[str]) -> bool:
+    """Whether a file is in one of some formats."""
+    return any(_module(name).recognises(source) for name in among)
 
 
 def recognised(source: Source, reading: Reading, among: Iterable[str] = ORDER) -> str:
@@ -139,10 +163,14 @@ def is_a(name: str, source: Source) -> bool:
 
 def _by_its_end(source: Source) -> str:
     """The format of a file whose beginning is lost: an archive says what it is at its end."""
+    from ckptfix.formats import not_checkpoints
     from ckptfix.formats.zip import recovery
 
     if recovery.listed(source):
         return "torch_zip"
+    other = not_checkpoints.named(source)
+    if other is not None and other.code != "empty":
+        raise other
     raise UnsupportedError(
         "is not a checkpoint, or its beginning is lost",
         where=source.name,

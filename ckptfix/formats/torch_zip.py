@@ -78,8 +78,33 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source, limits: Limits = DEFAULT) -> Document:
-    """The document in a torch zip; reads the directory, the headers and the pickle."""
+    """The document in a torch zip; reads the directory, the headers and the pickle.
+
+    Where it is no torch zip, the checkpoints that were packed into it.
+    """
     archive = zips.read(source, limits)
+    if not _names_tensors(archive.spans):
+        from ckptfix.formats import zip_of_files  # late, since few archives are that
+
+        found = zip_of_files.read(archive.spans, source, Reading(limits), _inner)
+        if found is not None:
+            return found
+    return _read(archive, source, limits)
+
+
+def _inner(source: Source, reading: Reading) -> Document:
+    """The document in a torch zip inside another archive, in which there is no third."""
+    return _read(zips.read(source, reading.limits), source, reading.limits)
+
+
+def _names_tensors(records: Iterable[str]) -> bool:
+    """Whether an archive has a record that names tensors, as those of torch's have."""
+    return any(record.endswith((_PICKLE, "model.json")) for record in records) and not any(
+        record.endswith(("/archive_format", "/.data/extern_modules")) for record in records
+    )
+
+
+def _read(archive: Archive, source: Source, limits: Limits) -> Document:
     records = archive.spans
     notes = []
     if not any(span.crc for span in records.values() if span.length):
@@ -144,6 +169,9 @@ def salvage(source: Source, found: Salvage) -> Document:
     """The document in what is whole of a damaged torch zip: `zip.recovery` finds the records."""
     from ckptfix.formats.zip import recovery
 
+    whole = _packed(source, found)
+    if whole is not None:
+        return whole
     records = recovery.records(source, found)
     if not any(name.rpartition("/")[2] in recovery.HEADS for name in records):
         raise DamagedError(
@@ -152,6 +180,19 @@ def salvage(source: Source, found: Salvage) -> Document:
             hint="nothing can be recovered from it; look for another copy",
         )
     return from_records(records, source.name, source.size, found)
+
+
+def _packed(source: Source, found: Salvage) -> Document | None:
+    """What was packed into a sound archive that is no torch zip; None for any other."""
+    from ckptfix.formats import zip_of_files
+
+    try:
+        records = zips.read(source, found.limits).spans
+    except ReadError:
+        return None
+    if _names_tensors(records):
+        return None
+    return zip_of_files.read(records, source, Reading(found.limits), _inner)
 
 
 def from_records(

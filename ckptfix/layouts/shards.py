@@ -191,6 +191,33 @@ def _check_one_model(folder: Place, place: Place) -> None:
         raise _several(folder, [place.base, *others])
 
 
+_KINDS = {
+    ".snapshot_metadata": "torchsnapshot",
+    "saved_model.pb": "TensorFlow (SavedModel)",
+    "manifest.ocdbt": "Orbax (JAX)",
+    "_CHECKPOINT_METADATA": "Orbax (JAX)",
+}
+"""By the name of a file in it: what a folder was written by."""
+
+_BESIDE = re.compile(r"(?i)optim|sched|scaler|rng|random_state|training_args|(?:^|[._-])opt[._-]")
+"""Names of what is saved beside a model."""
+
+
+def _checkpoints(folder: Place) -> list[str]:
+    """The files that are called checkpoints: models first, what is saved beside them last."""
+    named = [name for name in folder.names() if name.lower().endswith(EXTENSIONS)]
+    files = [name for name in named if not name.startswith("._") and folder.below(name).is_file]
+    return sorted(files, key=lambda name: _BESIDE.search(name) is not None)
+
+
+def only_file(folder: Place) -> Place | None:
+    """The only checkpoint in a folder; None where there are others, or it is one shard of many."""
+    found = _checkpoints(folder)
+    if len(found) != 1 or _NUMBERED.fullmatch(found[0]):
+        return None
+    return folder.below(found[0])
+
+
 def missing(folder: Place, reading: Reading) -> ReadError:
     """The error for a folder in which no checkpoint is found: what could be meant instead."""
     if reading.salvages:
@@ -201,10 +228,12 @@ def missing(folder: Place, reading: Reading) -> ReadError:
                 "recover its files one by one; see what is there", shell("ls", files=[folder.name])
             ),
         )
-    found = [name for name in folder.names() if name.lower().endswith(EXTENSIONS)]
-    if len(found) == 1:
-        hint = Hint("give the checkpoint in it", _inspect(folder, found[0]))
-        return ReadError("is a folder without an index", where=folder, hint=hint)
+    kind = next((kind for name, kind in _KINDS.items() if folder.below(name).exists), None)
+    if kind is not None:
+        what = f"is a folder of {kind}, which ckptfix does not read"
+        hint = Hint("load it with that, and save a state dict with torch.save")
+        return UnsupportedError(what, where=folder, hint=hint)
+    found = _checkpoints(folder)
     shards = [name for name in found if _NUMBERED.fullmatch(name)]
     if shards:
         index = _stem(shards[0]) + shard_index.SUFFIX

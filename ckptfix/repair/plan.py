@@ -386,6 +386,7 @@ _REPACKED = {
     "old-container": "packed as torch does today",
     "hidden-call": "left out",
     "left-on-stack": "left out",
+    "metadata-format": "written as pt",
 }
 """Findings that are gone once a checkpoint is written anew, and what becomes of each."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch._weights_only_unpickler import _get_allowed_globals
@@ -21,7 +22,7 @@ import ckptfix
 from ckptfix import door
 from ckptfix.contents.state_dicts import find
 from ckptfix.diagnose.document import diagnose, wasted
-from ckptfix.findings import CODES, Finding
+from ckptfix.findings import CODES, Finding, with_errors
 from ckptfix.known_errors import KNOWN
 from ckptfix.pickles.allowed import is_allowed
 from ckptfix.tree.document import Global
@@ -98,6 +99,11 @@ def of_paddle() -> str:
     return "in.pt"
 
 
+def for_mlx() -> str:
+    safetensors.torch.save_file({"w": torch.ones(2)}, "in.safetensors", {"format": "mlx"})
+    return "in.safetensors"
+
+
 def misnamed() -> str:
     shutil.copy(FIXTURES / "plain.safetensors", "in.pt")
     return "in.pt"
@@ -126,6 +132,7 @@ PRODUCED: dict[str, Any] = {
     "several-saves": with_another_save,
     "wrong-extension": misnamed,
     "no-state-dict": without_tensors,
+    "metadata-format": for_mlx,
     "end-unproven": lambda: FIXTURES / "pieces" / "hf",
     "flat-parameters": lambda: FIXTURES / "pieces" / "fsdp1_local_False_rank_0.pt",
     "ranks-differ": lambda: FIXTURES / "pieces" / "replicas_rank_0.pt",
@@ -141,6 +148,40 @@ ELSEWHERE = {
 """Those that the tests of containers, the journal, `soundness`, `fix` and the judge produce."""
 
 
+class Rebuilt:
+    """A tensor as it is saved from a device that has no storages of its own."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("tag", ["xla:1", "hpu:0", "maia"])
+@pytest.mark.parametrize("kind", ["numpy", "cpu_tensor"])
+def test_a_device_in_a_rebuild_call_is_a_device_tag(kind: str, tag: str) -> None:
+    function = getattr(torch._utils, f"_rebuild_device_tensor_from_{kind}")
+    tensor = torch.arange(3.0)
+    data = tensor.numpy() if kind == "numpy" else tensor
+    torch.save({"w": Rebuilt(function, data, tensor.dtype, tag, False)}, "in.pt")
+    found = findings("in.pt")["device-tag"]
+    assert tag in found.message
+    written = run_as_it_stands(found.command)
+    assert "device-tag" not in findings(written)
+    assert torch.equal(torch.load(written, weights_only=False)["w"], tensor)
+
+
+@pytest.mark.parametrize("form", ["np", "mlx", "tf", "flax"])
+def test_a_format_of_others_is_pt_once_it_is_written_anew(form: str) -> None:
+    texts = {"license": "MIT", "format": form}
+    safetensors.torch.save_file({"w": torch.ones(2)}, "in.safetensors", texts)
+    written = run_as_it_stands(findings("in.safetensors")["metadata-format"].command)
+    with safetensors.safe_open(written, "pt") as opened:
+        assert opened.metadata() == {"license": "MIT", "format": "pt"}
+    assert findings(written) == {}
+
+
 @pytest.mark.parametrize("code", PRODUCED)
 def test_each_code_is_found_where_it_belongs(code: str):
     found = findings(PRODUCED[code]())
@@ -151,7 +192,7 @@ def test_each_code_is_found_where_it_belongs(code: str):
 
 def test_every_code_is_produced_by_a_test():
     of_errors = {known.code for known in KNOWN}
-    assert set(PRODUCED) | ELSEWHERE | of_errors == set(CODES)
+    assert set(PRODUCED) | ELSEWHERE | of_errors == set(with_errors())
 
 
 @pytest.mark.parametrize("name", ["cpu.pt", "legacy.pt", "plain.safetensors"])

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import bz2
 import gzip
 import io
 import json
 import lzma
 import random
-from typing import TYPE_CHECKING
+import struct
+import zipfile
+import zlib
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from ckptfix import door
 from ckptfix.errors import DamagedError, NotACheckpointError, ReadError, UnsupportedError
@@ -38,6 +44,10 @@ IMPOSTORS: dict[str, tuple[bytes, type[ReadError], str, str]] = {
     "page after newlines": (b"\n\r\n  " + PAGE, NotACheckpointError, "HTML page", "head -c"),
     "page in lower case": (b"<html><p>no", NotACheckpointError, "HTML page", "head -c"),
     "XML": (b'<?xml version="1.0"?><Error/>', NotACheckpointError, "HTML page", "head -c"),
+    "S3": (
+        b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>AccessDenied</Code></Error>',
+        NotACheckpointError, r"answer of a storage service \(AccessDenied\)", "head -c",
+    ),
     "JSON": (b'{"error": "Entry not found"}', NotACheckpointError, "JSON text", "head -c"),
     "JSON of many lines": (
         json.dumps({"a": [1, {}]}, indent=2).encode(), NotACheckpointError, "JSON text", "head"
@@ -60,10 +70,61 @@ IMPOSTORS: dict[str, tuple[bytes, type[ReadError], str, str]] = {
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(50), UnsupportedError, "packed with zstd", "unzstd"),
     "numpy": (numpy_file(), NotACheckpointError, "a numpy array", ""),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(99), NotACheckpointError, "an HDF5 file", ""),
+    "ONNX": (b"\x08\x07\x12\x07pytorch\x1a\x031.9:", NotACheckpointError, "an ONNX model", "onnx"),
+    "SavedModel": (b"\x08\x01\x12\xb2\x04\n", NotACheckpointError, "SavedModel", "TensorFlow"),
+    "TFLite": (b"\x1c\0\0\0TFL3" + bytes(9), NotACheckpointError, "TensorFlow Lite", ""),
+    "ExecuTorch": (b"\x38\0\0\0ET12" + bytes(9), NotACheckpointError, "ExecuTorch", "the model"),
+    "Torch7": (
+        struct.pack("<3i", 4, 1, 3) + b"V 1" + struct.pack("<i", 13) + b"nn.Sequential",
+        NotACheckpointError, "Torch7", "torchfile",
+    ),
+    "Torch7, a table": (struct.pack("<5i", 3, 1, 2, 2, 6), NotACheckpointError, "Torch7", ""),
+    "GGML": (b"lmgg" + bytes(28), NotACheckpointError, "GGML", ""),
+    "GGJT": (b"tjgg\x03" + bytes(28), NotACheckpointError, "GGML", ""),
+    "Flax": (b"\x81\xa6params\x82\xa5Dense\x81", NotACheckpointError, "MessagePack", "flax"),
+    "MXNet": (b"\x12\x01" + bytes(22), NotACheckpointError, "MXNet", ""),
+    "Darknet": (struct.pack("<5i", 0, 2, 5, 32013312, 0), NotACheckpointError, "Darknet", ""),
+    "MindSpore": (
+        b"\n\x2b\n\x0cconv1.weight\x12\x1b\x08\x06\x12\x07Float32", NotACheckpointError,
+        "MindSpore", "mindspore.load_checkpoint",
+    ),
+    "TorchSharp": (
+        b"\x02\x0alin.weight\x06\x02\x04\x08" + bytes(128), NotACheckpointError, "TorchSharp", ""
+    ),
+    "llama2.c": (
+        struct.pack("<7i", 288, 768, 6, 6, 6, -32000, 256) + bytes(99), NotACheckpointError,
+        "llama2.c", "",
+    ),
+    "llama2.c of today": (b"24ka\x01" + bytes(99), NotACheckpointError, "llama2.c", ""),
+    "iCloud": (
+        b"bplist00\xd3\x01\x02\x03\x04\x05\x06]NSURLNameKey", NotACheckpointError, "iCloud", "brctl"
+    ),
+    "AppleDouble": (b"\0\x05\x16\x07\0\x02\0\0Mac OS X", NotACheckpointError, "AppleDouble", "._"),
+    "xet": (b"# xet version 0\nfilesize = 9\n", NotACheckpointError, "pointer of git-xet", "xet"),
+    "DVC": (b"outs:\n- md5: a304afb96060aad9\n  size: 9\n", NotACheckpointError, "DVC", "dvc pull"),
+    "annex": (b"/annex/objects/SHA256E-s9--ab.pt\n", NotACheckpointError, "git-annex", "annex get"),
+    "annex, a link": (
+        b"../.git/annex/objects/Xz/4q/SHA256E-s9--ab.pt", NotACheckpointError, "git-annex", "annex"
+    ),
+    "base64": (
+        base64.encodebytes(b"PK\x03\x04" + bytes(range(200))), NotACheckpointError, "in base64",
+        "base64 -d",
+    ),
+    "a program": (b"\x7fELF\x02\x01\x01" + bytes(9), NotACheckpointError, "AOTInductor", "model"),
+    "zlib of joblib": (zlib.compress(bytes(99)), NotACheckpointError, "joblib", "joblib.load"),
+    "joblib": (
+        b"\x80\x04\x8c\x13joblib.numpy_pickle\x94\x8c\x11NumpyArrayWrapper.",
+        NotACheckpointError, "joblib", "joblib.load",
+    ),
+    "lz4": (b"\x04\x22\x4d\x18" + bytes(50), UnsupportedError, "packed with lz4", "unlz4 -k"),
     "GGUF": (b"GGUF\x03\0\0\0" + bytes(99), NotACheckpointError, "a GGUF file", ""),
     "random": (random.Random(1).randbytes(5000), NotACheckpointError, "not a checkpoint", "file "),
     "text": (b"import torch\n\nprint(torch)\n", NotACheckpointError, "not a checkpoint", "file "),
 }  # fmt: skip
+
+
+LITTLE = {"empty", "three bytes", "begins like a zip", "random", "text"}
+"""What says nothing of its kind."""
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
@@ -77,6 +138,51 @@ def test_impostors_are_named_with_a_cure(case: str, name: str, tmp_path: Path) -
     assert caught.value.message.startswith(f"{path}: ")
     assert "\n" not in caught.value.message
     assert hint in str(caught.value.hint)
+
+
+SOUND = [case for case, (_, error, *_) in IMPOSTORS.items() if error is not DamagedError]
+
+
+@pytest.mark.parametrize("case", [case for case in SOUND if case not in LITTLE])
+def test_recover_refuses_them_by_the_same_name(case: str, tmp_path: Path) -> None:
+    data, _, words, _ = IMPOSTORS[case]
+    path = tmp_path / "model.pt"
+    path.write_bytes(data)
+    with pytest.raises(ReadError, match=words):
+        door.salvage(path)
+
+
+def saved(**options: Any) -> bytes:
+    made = io.BytesIO()
+    torch.save(nn.Linear(40, 40).state_dict(), made, **options)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("container", ["zip", "legacy"])
+def test_a_file_that_was_transferred_as_text_is_called_that(container: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    data = saved(_use_new_zipfile_serialization=container == "zip")
+    assert data.count(b"\n") > data.count(b"\r\n")
+    path.write_bytes(data.replace(b"\n", b"\r\n"))
+    with pytest.raises(DamagedError, match="transferred as a text") as caught:
+        door.read(path)
+    assert "binary" in str(caught.value.hint)
+
+
+def test_other_damage_is_not_called_a_transfer(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(saved()[:-900])
+    with pytest.raises(DamagedError) as caught:
+        door.read(path)
+    assert "text" not in caught.value.message
+
+
+def test_the_pickle_of_an_archive_by_itself_is_called_that(tmp_path: Path) -> None:
+    with zipfile.ZipFile(io.BytesIO(saved())) as archive:
+        (tmp_path / "data.pkl").write_bytes(archive.read("archive/data.pkl"))
+    for read in (door.read, door.salvage):
+        with pytest.raises(NotACheckpointError, match="by itself: the tensors lie"):
+            read(tmp_path / "data.pkl")
 
 
 def test_what_is_inside_a_gzip_file_is_named(tmp_path: Path) -> None:

@@ -435,7 +435,7 @@ def layout(root: Any) -> list[Any]:
 def test_what_is_not_torchs_is_named(tmp_path: Path) -> None:
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as archive:
-        archive.writestr("word/document.xml", "<xml/>")
+        archive.writestr("letter/document.xml", "<xml/>")
     (tmp_path / "letter.pt").write_bytes(made.getvalue())
     with pytest.raises(NotACheckpointError, match=r"no data\.pkl in it") as caught:
         door.read(tmp_path / "letter.pt")

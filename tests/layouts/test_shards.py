@@ -265,7 +265,6 @@ def test_several_indexes_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "hint"),
     [
-        (["weights.pt", "config.json"], "ckptfix inspect {}/weights.pt"),
         (["a.pt", "b.safetensors"], "ckptfix inspect {}/a.pt"),
         (
             ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
@@ -274,7 +273,7 @@ def test_several_indexes_are_listed(tmp_path: Path) -> None:
         (["notes.txt"], "ls {}"),
         ([], "ls {}"),
     ],
-    ids=["one", "two", "shards", "none", "empty"],
+    ids=["two", "shards", "none", "empty"],
 )
 def test_a_folder_without_an_index_says_what_could_be_meant(
     tmp_path: Path, names: list[str], hint: str
