@@ -78,9 +78,13 @@ def test_a_file_that_cannot_be_read_is_an_error_of_ckptfix(tmp_path: Path) -> No
         ckptfix.load(written)
 
 
+def kind(given: Any) -> str:
+    return type(given).__name__
+
+
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize(
-    "given", [None, 3, 2.5, [], {"w": 1}, object(), Path, "zero\0byte"], ids=repr
+    "given", [None, 3, 2.5, [], {"w": 1}, object(), Path, "zero\0byte"], ids=kind
 )
 def test_what_is_no_file_is_told_what_is_wanted(load: str, given: Any) -> None:
     with pytest.raises(ArgumentError) as raised:
