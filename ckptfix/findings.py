@@ -171,6 +171,11 @@ CODES: dict[str, Meaning] = {
         "the same checkpoint lies beside it in another container, and differs",
         "remove the one that is out of date",
     ),
+    "files-beside": Meaning(
+        _NOTE,
+        "other checkpoints in the folder: averages, an adapter, an optimizer",
+        "none needed; give the file itself to read it",
+    ),
     "twin-beside": Meaning(
         _NOTE,
         "the same checkpoint lies beside it in another container, and was not compared",

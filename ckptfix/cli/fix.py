@@ -100,7 +100,7 @@ def command(
     _say_keys("may be transposed, which a square weight does not tell", made.unseen)
 
     def done(held: Held) -> str:
-        return _summary(made, held)
+        return _summary(made, held, len(made.left_out) + job.files_left)
 
     return job.finish(
         made.document,
@@ -112,9 +112,9 @@ def command(
     )
 
 
-def _summary(made: Plan, held: Held) -> str:
+def _summary(made: Plan, held: Held, left_out: int) -> str:
     """What was done, in one line. Nothing is ever cast, which is told with the rest."""
-    left = plural(len(made.left_out), "thing") if made.left_out else "nothing"
+    left = plural(left_out, "thing") if left_out else "nothing"
     if not made.cures:
         verb = "could" if _errors_left(made) else "had to"
         copied = plural(held.tensors, "tensor")

@@ -104,6 +104,11 @@ class Job:
         return document
 
     @property
+    def files_left(self) -> int:
+        """How many files around the source stay where they are."""
+        return len(self._around.left_out)
+
+    @property
     def holds_one(self) -> bool:
         """Whether the output holds one state dict and nothing else."""
         return self.output is not None and self.container.tensors_only

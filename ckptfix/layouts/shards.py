@@ -28,13 +28,14 @@ from ckptfix.errors import DamagedError, ReadError, UnsafeError, UnsupportedErro
 from ckptfix.findings import Finding
 from ckptfix.formats import safetensors, shard_index, table
 from ckptfix.formats.reading import Reading, Salvage
-from ckptfix.formats.table import EXTENSIONS
+from ckptfix.formats.table import EXTENSIONS, split_extension
 from ckptfix.hints import Hint, command, shell
+from ckptfix.layouts import companions
 from ckptfix.tree.document import Document, Node, OrderedMap, Tensor, kind
 from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from ckptfix.hints import Command
 
@@ -88,7 +89,20 @@ def of_folder(folder: Place, reading: Reading) -> Document | None:
     found = of_file(document, place, reading)
     whole = document if found is None else replace(found, name=folder.name)
     twins = [note for name in _twins(folder, place) if (note := _twin(whole, folder, place, name))]
-    return replace(whole, notes=(*whole.notes, *twins))
+    notes = (*whole.notes, *twins)
+    return replace(whole, notes=(*notes, *_unread(whole, folder, notes)))
+
+
+def _unread(document: Document, folder: Place, notes: Sequence[Finding]) -> Iterator[Finding]:
+    """A note on the other checkpoints of a folder, of which nothing was said yet."""
+    said = " ".join(note.message for note in notes)
+    names = [
+        one.base
+        for one in companions.of(document, folder).others
+        if split_extension(one.base)[1].lower() in EXTENSIONS and one.base not in said
+    ]
+    if names:
+        yield Finding("files-beside", f"not read, though it lies beside: {listed(names)}")
 
 
 def of_file(document: Document, place: Place, reading: Reading) -> Document | None:

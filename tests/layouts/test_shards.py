@@ -119,7 +119,8 @@ def test_surplus_shards_are_noted(tmp_path: Path, name: str) -> None:
     document = door.read(folder)
     assert list(document.root) == ["a", "b", "c"]
     assert [(note.code, name in note.message) for note in document.notes] == [
-        ("surplus-shard", True)
+        ("surplus-shard", True),
+        ("files-beside", False),
     ]
     assert "pytorch_model" not in document.notes[0].message
 
@@ -470,3 +471,18 @@ def test_a_key_in_two_shards_is_not_guessed(tmp_path: Path) -> None:
         saved_as(tmp_path / f"model-0000{number}-of-00002.safetensors", A)
     with pytest.raises(DamagedError, match="'a' is in 2 files"):
         recover(tmp_path)
+
+
+def test_other_checkpoints_of_the_folder_are_named(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert not door.read(tmp_path).notes
+    for name in ("ema.safetensors", "adapter_model.safetensors"):
+        save_file({"a": torch.zeros(2)}, tmp_path / name)
+    torch.save({"state": {}, "param_groups": []}, tmp_path / "optimizer.pt")
+    (tmp_path / "config.json").write_text("{}")
+    (note,) = door.read(tmp_path).notes
+    assert note.code == "files-beside"
+    names = "adapter_model.safetensors, ema.safetensors, optimizer.pt"
+    assert note.message == f"not read, though it lies beside: {names}"
+    ran = ckptfix_command("fix", tmp_path, tmp_path / "out.pt")
+    assert "1 tensor copied, 4 things left behind" in ran.stdout
