@@ -192,7 +192,7 @@ def _error(
         return twice
     if not whole:
         known(document, best.state)
-    if not whole and (not partly or best.report.refusals):
+    if not whole and (not partly or best.report.refusals or not best.report.matched):
         return _refusal(document, best, wanted)
     about = best.state, best.renaming.keys, best.report, wanted.name
     return meanings.changed(document, *about)

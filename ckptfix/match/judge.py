@@ -132,6 +132,8 @@ def once_repaired(
         made = judge.of(mapping, specs(mapping, repaired=True))
     if wanted.model is not None and made.unexpected:
         made = judge.without(made.unexpected, mapping, made)
+    if mapping and made.fits and not made.matched:
+        made = replace(made, refusals=["nothing matches: is this the right model?"])
     return made, tied
 
 
@@ -211,26 +213,42 @@ class _Judge:
         )
         if not said.ended:
             return replace(listed, refusals=[said.refusal])
-        if said.refusal or said.missing != list(self._specs):
-            return self._as_report(said, listed)
-        return listed  # it takes anything, and nothing of this
+        if not said.refusal and self._took_nothing(said, mapping):
+            what = "the model's own loader takes nothing of it"
+            return replace(listed, refusals=[what]) if listed.loads else listed
+        return self._as_report(said, listed, mapping)
 
-    def _as_report(self, said: Verdict, listed: Report) -> Report:
+    def _took_nothing(self, said: Verdict, mapping: OrderedMap) -> bool:
+        """Whether a model that takes anything took nothing of a file that holds something."""
+        if said.grown or not mapping:
+            return False
+        if said.is_idle or set(mapping) <= set(said.unexpected):
+            return True
+        return bool(self._specs) and set(self._specs) <= set(said.missing)
+
+    def _as_report(self, said: Verdict, listed: Report, mapping: OrderedMap) -> Report:
         loads = not said.refusal
+        missing = [key for key in said.missing if key in self._wanted.specs]
         shapes = [] if loads else [row for row in listed.shape_mismatch if row.key in said.refusal]
         refused = {row.key for row in (*shapes, *listed.kind_mismatch)}
-        parameters = {*said.missing, *refused}.difference(self._wanted.buffers)
-        explained = said.missing or said.unexpected or refused
+        unlike = {*missing, *refused, *said.unexpected}
+        matched = [
+            *(key for key in self._specs if key not in unlike),
+            *(said.grown if loads else ()),
+        ]
+        if loads and not matched:  # it keeps what it takes where no key tells
+            matched = [key for key in mapping if key not in unlike]
+        explained = missing or said.unexpected or refused
         return replace(
             listed,
-            matched=[key for key in self._specs if key not in {*said.missing, *refused}],
-            missing=[] if loads else said.missing,
-            forgiven=said.missing if loads else [],
+            matched=matched,
+            missing=[] if loads else missing,
+            forgiven=missing if loads else [],
             unexpected=[] if loads else said.unexpected,
             shape_mismatch=shapes,
-            random_numel=_numel(self._specs, parameters),
-            absent_numel=_numel(self._specs, {*said.missing, *refused}),
-            buffers=[key for key in said.missing if key in self._wanted.buffers],
+            random_numel=_numel(self._specs, {*missing, *refused}.difference(self._wanted.buffers)),
+            absent_numel=_numel(self._specs, {*missing, *refused}),
+            buffers=[key for key in missing if key in self._wanted.buffers],
             refusals=[] if loads or explained else _lines(said.refusal),
         )
 

@@ -64,6 +64,8 @@ def cause(document: Document, report: Report) -> Cause:
         return _kinds(report.kind_mismatch)
     if report.shape_mismatch:
         return _shapes(report.shape_mismatch, document.name)
+    if not report.matched:
+        return Cause(report.refusals[0], Hint("see what it holds", _inspect_all(document.name)))
     return Cause(
         report.refusals[0],
         Hint(
