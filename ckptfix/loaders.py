@@ -116,6 +116,8 @@ def load_state_dict(
     )
     if found.unused:
         warnings.warn(_left_out(document, model, found), stacklevel=2)
+    if found.report.changes:
+        warnings.warn(_changes(document, found), stacklevel=2)
     return _loaded(document, found.mapping(), map_location, verify)
 
 
@@ -158,6 +160,8 @@ def load_into(
     found = match(document, wanted, select, partly=not strict, drop=_patterns(drop))
     if found.report.refused:
         raise mismatches.error(document, found.state, found.report, wanted.name)
+    if found.report.changes:
+        warnings.warn(_changes(document, found), stacklevel=2)
     loaded = _loaded(document, found.mapping(), "cpu", verify)
     try:
         trial.load(model, loaded, strict=strict)
@@ -174,6 +178,10 @@ def _patterns(drop: str | Sequence[str]) -> Sequence[str]:
 def _left_out(document: Document, model: nn.Module, found: Match) -> str:
     kind = type(model).__name__
     return f"{document.name}: left out what {kind} does not have: {listed(found.unused)}"
+
+
+def _changes(document: Document, found: Match) -> str:
+    return f"{document.name}: values change as torch loads them: {listed(found.report.changes)}"
 
 
 def _materializer(document: Document, map_location: MapLocation) -> materialize.Materializer:

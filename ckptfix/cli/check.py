@@ -24,7 +24,7 @@ from ckptfix.tree.walk import nbytes
 from ckptfix.words import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console
 
@@ -109,11 +109,8 @@ def command(
         "like": like,
     }
     cure = None if report.loads else _cure(document, wanted, meant, problem, given)
-    square = transposes.unseen(report, wanted.specs)
-    if square:
-        what = f"they may be transposed, which square weights do not tell: {listed(square)}"
-        found.append(Finding("unseen-transpose", what, state.path))
-        answer["findings"] = findings.rows(found)
+    found += _about_values(state, wanted, report)
+    answer["findings"] = findings.rows(found)
     beside = [finding for finding in found if finding.code not in _ABOUT_NAMES]
 
     def draw(console: Console) -> None:
@@ -123,6 +120,17 @@ def command(
 
     output.answer({**answer, **_data(state, wanted, report, cure)}, draw)
     return 0 if report.loads else 1
+
+
+def _about_values(state: StateDict, wanted: Target, report: Report) -> Iterator[Finding]:
+    """What loads, and may not be what it was."""
+    square = transposes.unseen(report, wanted.specs)
+    if square:
+        what = f"they may be transposed, which square weights do not tell: {listed(square)}"
+        yield Finding("unseen-transpose", what, state.path)
+    if report.changes:
+        what = f"torch changes values as it loads them: {listed(report.changes)}"
+        yield Finding("values-change", what, state.path)
 
 
 def _cure(

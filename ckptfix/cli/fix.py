@@ -98,6 +98,7 @@ def command(
     for found in _beyond_repair(made.document):
         output.note(f"{found.message}: nothing repairs that")
     _say_written_once(made)
+    _say_keys("whose values change as torch loads them", made.changes)
     if not made.cures and document.container == job.container.name:
         if not job.dry_run:  # nothing is copied, so nothing else reads it
             damage.check_sums(document)
@@ -161,6 +162,7 @@ def _data(made: Plan) -> dict[str, Any]:
         "renamed": dict(made.renamed),
         "dropped": made.dropped,
         "of_another_dtype": made.of_another_dtype,
+        "values_change": made.changes,
         "remaining": _remaining(made),
         "may_be_transposed": made.unseen,
         "written_once": dict(made.written_once),

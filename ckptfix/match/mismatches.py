@@ -14,7 +14,7 @@ from ckptfix.errors import KeyMismatchError
 from ckptfix.hints import Command, Hint, command
 from ckptfix.keys.renaming import prefix_of
 from ckptfix.match.transposes import is_transposed
-from ckptfix.report import META, describe, shape
+from ckptfix.report import EXPANDED, META, describe, kinds_of, shape
 from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
@@ -128,15 +128,18 @@ _COUNTED = ("running_mean", "running_var")
 
 def _kinds(rows: Sequence[Difference]) -> Cause:
     first = rows[0]
-    found, wanted = (spec.kind or "dense" for spec in (first.found, first.wanted))
+    found, wanted = kinds_of(first)
     verb = "is" if len(rows) == 1 else f"and {len(rows) - 1} more are"
     return Cause(
         f"{first.key} {verb} {found}, where the model has it {wanted}: "
         "torch does not copy one into the other",
-        _DENSE.get(found.partition(" ")[0].partition("_")[0], _REBUILD),
+        _WRITABLE
+        if wanted == EXPANDED
+        else _DENSE.get(found.partition(" ")[0].partition("_")[0], _REBUILD),
     )
 
 
+_WRITABLE = "make it x.contiguous() in the model: torch writes to nothing that repeats its elements"
 _REBUILD = "build the model as it was when it was saved"
 _DENSE = {
     "sparse": "save x.to_dense() of it in torch first",

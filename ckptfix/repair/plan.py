@@ -79,6 +79,8 @@ class Plan:
     """Keys whose dtype is not the target's: they are left, and torch casts them."""
     remaining: list[Remaining] = field(default_factory=list)
     """What is still wrong, or may be, and why it is left as it is."""
+    changes: list[str] = field(default_factory=list)
+    """Those of them whose values torch does not merely round, and what becomes of them."""
     unseen: list[str] = field(default_factory=list)
     """Square weights that may be transposed, which does not show."""
 
@@ -392,6 +394,7 @@ def _fitting(
         {old: new for old, new in renamed.items() if new in wanted.specs},
         dropped,
         of_another_dtype=[row.key for row in found.report.dtype_difference],
+        changes=found.report.changes,
         unseen=transposes.unseen(found.report, wanted.specs),
     )
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.serialization import default_restore_location
 
 from ckptfix.contents.tensors import DEVICE_TENSORS, as_tensor, undressed
@@ -285,6 +286,8 @@ _SPECIAL: dict[str, Callable[..., torch.Tensor]] = {
     "torch._utils._rebuild_sparse_tensor": _sparse,
     "torch._utils._rebuild_qtensor": _quantized,
     "torch._utils._rebuild_meta_tensor_no_storage": _without_bytes,
+    "torch.nn.parameter.UninitializedParameter": lambda _, *wants: UninitializedParameter(*wants),
+    "torch.nn.parameter.UninitializedBuffer": lambda _, *wants: UninitializedBuffer(*wants),
     **{f"torch._utils.{function.name}": _cast for function in DEVICE_TENSORS},
 }
 

@@ -72,6 +72,15 @@ def _has_own(module: nn.Module, name: str) -> bool:
     return name in vars(module) or getattr(type(module), name) is not getattr(nn.Module, name)
 
 
+def extra_states_not_taken(model: nn.Module) -> set[str]:
+    """Keys of extra states that modules give, and cannot take: torch refuses them."""
+    return {
+        f"{name}.{_EXTRA}" if name else _EXTRA
+        for name, module in model.named_modules(remove_duplicate=False)
+        if _has_own(module, "get_extra_state") and not _has_own(module, "set_extra_state")
+    }
+
+
 def strict_load(
     model: nn.Module,
     mapping: dict[str, Node],
@@ -315,19 +324,26 @@ def _memory(tensor: torch.Tensor) -> int:
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of the same kind on the meta device; a copy of one that is not of a plain kind."""
     if is_lazy(tensor):
-        kind: Any = (
-            UninitializedParameter if isinstance(tensor, nn.Parameter) else UninitializedBuffer
-        )
-        return kind(tensor.requires_grad, device="meta", dtype=tensor.dtype)  # type: ignore[no-any-return]
+        return _lazy(tensor, "meta")
     if not is_plain(tensor):
         return _copied(tensor)
     return _as_it_was(torch.empty_like(tensor, device="meta"), tensor)
 
 
+def _lazy(tensor: torch.Tensor, device: Any) -> torch.Tensor:
+    """Another parameter or buffer that has no shape yet."""
+    kind: Any = UninitializedParameter if isinstance(tensor, nn.Parameter) else UninitializedBuffer
+    return kind(tensor.requires_grad, device=device, dtype=tensor.dtype)  # type: ignore[no-any-return]
+
+
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of the same class and kind, with the same values in memory of its own."""
-    if is_lazy(tensor) or type(tensor) not in _CLASSES:
+    if is_lazy(tensor):
+        return _lazy(tensor, tensor.device)
+    if type(tensor) not in _CLASSES:
         return copy.deepcopy(tensor)
+    if tensor.is_quantized:  # not all of them can be cloned
+        return _as_it_was(copy.deepcopy(tensor.detach()), tensor)
     return _as_it_was(tensor.detach().clone(), tensor)
 
 

@@ -118,6 +118,7 @@ ELSEWHERE = {
     "optimizer-state", "unseen-transpose", "meta-tensors", "placeholders", "packed-weights",
     "numpy-arrays", "unknown-state", "script-constants", "hidden-call", "container-refused",
     "left-on-stack", "old-container", "checkpoint-in-bytes", "twin-differs", "twin-beside",
+    "values-change",
 }  # fmt: skip
 """Those that the tests of containers, the journal, `soundness`, `fix` and the judge produce."""
 
