@@ -159,7 +159,7 @@ def load_into(
     wanted = targets.of_module(model)
     found = match(document, wanted, select, partly=not strict, drop=_patterns(drop))
     if found.report.refused:
-        raise mismatches.error(document, found.state, found.report, wanted.name)
+        raise mismatches.error(document, found.state, found.report, wanted)
     if found.report.changes:
         warnings.warn(_changes(document, found), stacklevel=2)
     loaded = _loaded(document, found.mapping(), "cpu", verify)
@@ -167,7 +167,7 @@ def load_into(
         trial.load(model, loaded, strict=strict)
     except Exception as error:
         report = replace(found.report, refusals=[f"{type(error).__name__}: {error}"])
-        raise mismatches.error(document, found.state, report, wanted.name) from error
+        raise mismatches.error(document, found.state, report, wanted) from error
     return replace(found.report, left_out=True)
 
 

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import re
+from itertools import count
 from typing import TYPE_CHECKING
 
+from ckptfix.bytes.place import Place
 from ckptfix.errors import DamagedError, NotACheckpointError, UnsupportedError
-from ckptfix.hints import Hint, shell
+from ckptfix.hints import Hint, filtering, shell
 
 if TYPE_CHECKING:
     from ckptfix.bytes.source import Source
     from ckptfix.errors import ReadError
+    from ckptfix.hints import Command
 
 _LFS = b"version https://git-lfs"
 _HTML = re.compile(rb"\s*(<!doctype|<html|<head|<\?xml|<!--)", re.IGNORECASE)
 _JSON = re.compile(rb'\s*([\[{]\s*["\[{\]}]|\{\s*$)')
 _PACKED = {
-    b"\x1f\x8b": ("gzip", ("gunzip", "-k")),
-    b"7z\xbc\xaf\x27\x1c": ("7z", ("7z", "x")),
-    b"BZh": ("bzip2", ("bunzip2", "-k")),
-    b"\xfd7zXZ\x00": ("xz", ("unxz", "-k")),
-    b"\x28\xb5\x2f\xfd": ("zstd", ("unzstd",)),
-    b"Rar!": ("rar", ("unrar", "x")),
+    b"\x1f\x8b": "gzip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"Rar!": "rar",
 }
+_ARCHIVERS = {"7z": "7z", "rar": "unrar"}
 _OTHERS = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras or h5py)",
     b"GGUF": "a GGUF file (llama.cpp)",
@@ -53,12 +57,12 @@ def explain(source: Source) -> ReadError:
             hint=Hint("see what it says", shell("head", "-c", "400", files=[name])),
             code="html",
         )
-    for magic, (kind, program) in _PACKED.items():
+    for magic, kind in _PACKED.items():
         if head.startswith(magic):
             return UnsupportedError(
                 f"is packed with {kind}",
                 where=name,
-                hint=Hint("unpack it first", shell(*program, files=[name])),
+                hint=Hint("unpack it first", unpacking(kind, name)),
                 code="packed",
             )
     if head[257:262] == b"ustar":
@@ -71,6 +75,15 @@ def explain(source: Source) -> ReadError:
             what = f"is {kind}, not a checkpoint of PyTorch"
             return NotACheckpointError(what, where=name, hint=_see(name))
     return _plain(source, head)
+
+
+def unpacking(kind: str, name: str) -> Command:
+    """The command that unpacks a file, whatever its name ends with; it writes over nothing."""
+    if kind in _ARCHIVERS:
+        return shell(_ARCHIVERS[kind], "x", files=[name])
+    names = (f"{name}.unpacked{number or ''}" for number in count())
+    free = next(each for each in names if not Place(each).exists)
+    return filtering(kind, "-dc", reads=name, writes=free)
 
 
 def _plain(source: Source, head: bytes) -> ReadError:

@@ -205,7 +205,7 @@ def _refusal(document: Document, found: Match, wanted: Target) -> KeyMismatchErr
     if error is not None:
         return error
     hint = rules.hint(document, found.state, found.renaming, found.report, wanted)
-    return mismatches.error(document, found.state, found.report, wanted.name, hint)
+    return mismatches.error(document, found.state, found.report, wanted, hint)
 
 
 def _no_names(document: Document, wanted: Target) -> SelectionError:

@@ -109,8 +109,12 @@ def test_values_that_change_are_a_warning_of_their_own(
     assert "t" in ckptfix.check("in.pt", model).altered
 
 
-@pytest.mark.parametrize(("found", "wanted"), [("float32", "float16"), ("int8", "float64"),
-                                               ("bool", "uint8"), ("float32", "complex64")])  # fmt: skip
+WIDER = [
+    ("float32", "float16"), ("int8", "float64"), ("bool", "uint8"), ("float32", "complex64")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "wanted"), WIDER)
 def test_what_is_merely_rounded_or_wider_is_another_dtype_and_no_more(
     found: str, wanted: str
 ) -> None:
