@@ -170,7 +170,10 @@ def _followed(made: Plan, state: StateDict, names: Mapping[str, str]) -> Plan:
     """The plan, whose optimizers go with the parameters that stay, or are left out."""
     found = optimizers.follow(made.document, state, names)
     cures = [Cure("optimizer-state", path, what, "kept") for path, what in found.changed]
-    what = "it cannot be told which of it belongs to which parameter"
+    what = (
+        "it cannot be told which of it belongs to which parameter: nothing names them, and they "
+        "are not told apart by their shapes"
+    )
     cures += [Cure("optimizer-state", path, what, "left out") for path in found.left_out]
     left_out = [*made.left_out, *((path, "the state of an optimizer") for path in found.left_out)]
     return replace(made, document=found.document, cures=[*made.cures, *cures], left_out=left_out)
