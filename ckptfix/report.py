@@ -216,12 +216,17 @@ def without_strict(report: Report) -> list[str]:
     if report.refused:
         return ["strict=False would not help: torch refuses what is marked with ! all the same."]
     told = []
-    if report.random_numel:
+    if report.loads and report.random_numel:
+        told.append(
+            f"{report.random_numel:,} of {report.target_numel:,} elements stay at random: the model's "
+            "own load_state_dict passes over what is not there."
+        )
+    elif report.random_numel:
         told.append(
             f"With strict=False, {report.random_numel:,} of {report.target_numel:,} elements "
             f"would silently stay at random."
         )
-    if report.buffers:
+    if report.buffers and not report.loads:
         told.append(
             f"With strict=False, {listed(report.buffers)} would keep what the model gives them."
         )

@@ -160,12 +160,16 @@ def test_a_model_that_takes_nothing_of_a_file_is_no_success(models: ModuleType, 
             ckptfix.load_state_dict("in.pt", model=make(), strict=strict)
 
 
-def test_what_an_own_loader_passes_over_is_named(models: ModuleType) -> None:
+def test_what_an_own_loader_passes_over_is_named(
+    models: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save({"a.weight": torch.ones(2, 2), "a.bias": torch.ones(2)}, "in.pt")
     report = ckptfix.load_into(models.Own(), "in.pt")
     assert report.matched == ["a.weight", "a.bias"]
     assert report.forgiven == ["b.weight", "b.bias"]
     assert report.share == 0.5
+    assert code_of("check", "in.pt", "--model", "net.py:Own") == 0
+    assert "6 of 12 elements stay at random: the model's own" in capsys.readouterr().out
 
 
 class Traces(nn.Module):
