@@ -218,8 +218,8 @@ def without_strict(report: Report) -> list[str]:
     told = []
     if report.loads and report.random_numel:
         told.append(
-            f"{report.random_numel:,} of {report.target_numel:,} elements stay at random: the model's "
-            "own load_state_dict passes over what is not there."
+            f"{report.random_numel:,} of {report.target_numel:,} elements stay at random: "
+            "the model's own load_state_dict passes over what is not there."
         )
     elif report.random_numel:
         told.append(
