@@ -87,9 +87,9 @@ def load_state_dict(
 
     Args:
         path: a file in any container that ckptfix reads.
-        model: what the keys have to fit; it is not changed. Where it has code of its own for loading,
-            that code is run, and all that the model holds is put back: tensors, attributes, lists,
-            dicts, sets. What such code writes elsewhere stays.
+        model: what the keys have to fit; it is not changed. Where it has code of its own for
+            loading, that code is run, and all that the model holds is put back: tensors,
+            attributes, lists, dicts, sets. What such code writes elsewhere stays.
         select: the path of the state dict inside the checkpoint, where it holds several.
         average: whether to take the averages of the weights (EMA, SWA) instead of the weights.
         drop: keys to leave out, by a pattern of the whole key, such as `*lora_*`, or several.

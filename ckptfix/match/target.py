@@ -77,7 +77,7 @@ def of_module(module: nn.Module, name: str | None = None) -> Target:
     """The target that a model is, wherever it lives."""
     from ckptfix.torch_bridge import overlaps, trial
 
-    state = module.state_dict(keep_vars=True)
+    state = _state_of(module)
     deaf = trial.extra_states_not_taken(module)
     found = {key: _spec(key, value) for key, value in state.items() if key not in deaf}
     named = module.named_buffers(remove_duplicate=False)
@@ -92,6 +92,14 @@ def of_module(module: nn.Module, name: str | None = None) -> Target:
         overlaps=overlaps.of(state),
         empty=_empty(module),
     )
+
+
+def _state_of(module: nn.Module) -> dict[str, Any]:
+    """Its state dict, with its own parameters; an override may know no options."""
+    try:
+        return module.state_dict(keep_vars=True)
+    except TypeError:
+        return module.state_dict()
 
 
 def _empty(module: nn.Module) -> tuple[str, ...]:

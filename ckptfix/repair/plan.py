@@ -390,11 +390,12 @@ def _fitting(
 ) -> Plan:
     path, dropped = found.state.path, found.dropped
     renamed = _changed([found.renaming])
+    taken = {*wanted.specs, *found.report.matched}
     own = [Cure("tied-tensors", path, f"{key} is tied", "untied") for key in untied]
     return Plan(
         _replaced(document, found.state, mapping),
         [*_cures(document, found, wanted), *own],
-        {old: new for old, new in renamed.items() if new in wanted.specs},
+        {old: new for old, new in renamed.items() if new in taken},
         dropped,
         of_another_dtype=[row.key for row in found.report.dtype_difference],
         changes=found.report.changes,

@@ -125,12 +125,14 @@ GROW = {
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("name", GROW)
 def test_a_model_without_keys_that_takes_the_file_gets_all_of_it(
-    models: ModuleType, name: str, prefix: str
+    models: ModuleType, name: str, prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({prefix + key: value for key, value in GROW[name].items()}, "in.pt")
     reference = f"net.py:{name}"
     assert code_of("check", "in.pt", "--model", reference) == (1 if prefix else 0)
     code_of("fix", "in.pt", "out.pt", "--model", reference)
+    if prefix:
+        assert f"{len(GROW[name])} renamed" in capsys.readouterr().out
     state = torch.load("out.pt" if prefix else "in.pt")
     assert unlike(dict(state), GROW[name]) is None
     made = getattr(models, name)()
@@ -222,3 +224,31 @@ def test_to_drop_all_is_refused_by_every_door(pattern: str) -> None:
     for wanted in (None, nn.ReLU()):
         with pytest.raises(CkptfixError, match="nothing would be left"):
             ckptfix.load_state_dict("in.pt", model=wanted, drop=pattern)
+
+
+class Plainly(nn.Linear):
+    """An override that knows no options."""
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        return {"w": self.weight.detach()}
+
+    def load_state_dict(self, state: Any) -> None:  # type: ignore[override]
+        self.weight.data = state["w"]
+
+
+def test_a_model_whose_own_state_dict_takes_no_options() -> None:
+    torch.save({"w": torch.ones(2, 2)}, "in.pt")
+    model = Plainly(2, 2)
+    assert ckptfix.check("in.pt", model).loads
+    weight = model.weight.detach().clone()
+    assert weight.equal(model.weight)
+    ckptfix.load_into(model, "in.pt")
+    assert model.weight.equal(torch.ones(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_scripted_model_is_judged_by_its_keys() -> None:
+    model = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    torch.save(model.state_dict(), "in.pt")
+    assert ckptfix.check("in.pt", model).loads
+    assert ckptfix.load_into(model, "in.pt").loads
