@@ -213,6 +213,8 @@ def kinds_of(row: Difference) -> tuple[str, str]:
 
 def without_strict(report: Report) -> list[str]:
     """What `strict=False` would make of a state dict that does not load, in sentences."""
+    if report.refused and not (report.shape_mismatch or report.kind_mismatch):
+        return ["strict=False would not help with what is marked with !."]
     if report.refused:
         return ["strict=False would not help: torch refuses what is marked with ! all the same."]
     told = []
