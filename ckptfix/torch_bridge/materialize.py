@@ -286,8 +286,12 @@ _SPECIAL: dict[str, Callable[..., torch.Tensor]] = {
     "torch._utils._rebuild_sparse_tensor": _sparse,
     "torch._utils._rebuild_qtensor": _quantized,
     "torch._utils._rebuild_meta_tensor_no_storage": _without_bytes,
-    "torch.nn.parameter.UninitializedParameter": lambda _, *wants: UninitializedParameter(*wants),
-    "torch.nn.parameter.UninitializedBuffer": lambda _, *wants: UninitializedBuffer(*wants),
+    "torch.nn.parameter.UninitializedParameter": lambda _, wants=True: UninitializedParameter(
+        wants is True
+    ),
+    "torch.nn.parameter.UninitializedBuffer": lambda _, wants=False: UninitializedBuffer(
+        wants is True
+    ),
     **{f"torch._utils.{function.name}": _cast for function in DEVICE_TENSORS},
 }
 
