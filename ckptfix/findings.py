@@ -222,6 +222,12 @@ CODES: dict[str, Meaning] = {
     "unexpected-keys": Meaning(
         _NOTE, "keys that the target does not have (`fix`)", "dropped, and named"
     ),
+    "values-change": Meaning(
+        _WARNING,
+        "the model has a dtype that does not hold the values of the file: imaginary parts, "
+        "fractions or large numbers are lost as torch loads them (`check`, `fix`, the loaders)",
+        "build the model with the dtype of the file",
+    ),
     "unseen-transpose": Meaning(
         _NOTE,
         "square weights of layers that keep them as `[in, out]` in one program, and turned round "

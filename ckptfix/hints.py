@@ -28,11 +28,16 @@ class Command(NamedTuple):
     verb: str | None = None
     """The verb of ckptfix; None: the program is another one."""
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    streams: tuple[str, str] | None = None
+    """The file that another program reads, and the one that it writes."""
 
     def __str__(self) -> str:
         """The command as a line of shell, quoted."""
         if self.verb is None:
-            return shlex.join([self.program, *self.arguments])
+            line = shlex.join([self.program, *self.arguments])
+            if self.streams is None:
+                return line
+            return "{} < {} > {}".format(line, *map(shlex.quote, self.streams))
         words = [self.program, self.verb, *map(_as_argument, self.arguments)]
         for name, values in self.options:
             words += _as_option(name, values)
@@ -104,6 +109,11 @@ def command(verb: str, *arguments: str, **options: Option) -> Command:
 def shell(program: str, *words: str, files: Sequence[str] = ()) -> Command:
     """A command of another program, such as `ls` of a folder."""
     return Command(program, (*words, *map(_as_argument, files)))
+
+
+def filtering(program: str, *words: str, reads: str, writes: str) -> Command:
+    """A command of another program that reads one file and writes another, whatever their names."""
+    return Command(program, words, streams=(reads, writes))
 
 
 def _given(options: dict[str, Option]) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -115,7 +115,9 @@ def load_state_dict(
 
     Args:
         path: a file in any container that ckptfix reads: its path, its bytes, or the open file.
-        model: what the keys have to fit; it is not changed.
+        model: what the keys have to fit; it is not changed. Where it has code of its own for
+            loading, that code is run, and all that the model holds is put back: tensors,
+            attributes, lists, dicts, sets. What such code writes elsewhere stays.
         select: the path of the state dict inside the checkpoint, where it holds several.
         average: whether to take the averages of the weights (EMA, SWA) instead of the weights.
         drop: keys to leave out, by a pattern of the whole key, such as `*lora_*`, or several.
@@ -162,6 +164,8 @@ def load_state_dict(
     )
     if found.unused:
         warnings.warn(_left_out(document, model, found), stacklevel=2)
+    if found.report.changes:
+        warnings.warn(_changes(document, found), stacklevel=2)
     loaded, unknown = _loaded(document, found.mapping(), map_location, mmap, verify, strict)
     if unknown:
         warnings.warn(_not_built(document, unknown), stacklevel=2)
@@ -229,7 +233,9 @@ def load_into(
     wanted = targets.of_module(model)
     found = match(document, wanted, select, partly=not strict, drop=_patterns(drop))
     if found.report.refused:
-        raise mismatches.error(document, found.state, found.report, wanted.name)
+        raise mismatches.error(document, found.state, found.report, wanted)
+    if found.report.changes:
+        warnings.warn(_changes(document, found), stacklevel=2)
     mapping = found.mapping()
     if not mmap and _is_large(mapping) and filling.copies(model, mapping):
         _poured(document, model, mapping, verify)
@@ -240,7 +246,7 @@ def load_into(
         filled = filling.fill(model, loaded, strict=strict)
     except Exception as error:
         report = replace(found.report, refusals=[f"{type(error).__name__}: {error}"])
-        raise mismatches.error(document, found.state, report, wanted.name) from error
+        raise mismatches.error(document, found.state, report, wanted) from error
     if filled.on_meta:
         warnings.warn(_without_memory(document, model, filled.on_meta), stacklevel=2)
     report = replace(found.report, left_out=True, **filled._asdict())
@@ -303,6 +309,10 @@ def _left_out(document: Document, model: nn.Module, found: Match) -> str:
 
 def _not_built(document: Document, keys: Sequence[str]) -> str:
     return f"{document.name}: left out what cannot be built without running code: {listed(keys)}"
+
+
+def _changes(document: Document, found: Match) -> str:
+    return f"{document.name}: values change as torch loads them: {listed(found.report.changes)}"
 
 
 def _materializer(

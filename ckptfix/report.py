@@ -36,6 +36,14 @@ ANYTHING = Spec(None, None)
 """What a target wants under the key of an extra state."""
 LAZY = "lazy"
 """The kind of a parameter that takes the shape of what is loaded."""
+EXPANDED = "expanded"
+"""The kind of a tensor of a model, several elements of which are one place in memory."""
+QUANTIZED = {
+    "per_tensor_affine": "quantized",
+    "per_channel_affine": "quantized per channel",
+    "per_channel_affine_float_qparams": "quantized per channel with float zero points",
+}
+"""Kinds of quantized tensors, by what torch calls their scheme."""
 
 
 class Difference(NamedTuple):
@@ -84,6 +92,10 @@ class Report:
     """Elements of the target that would not be loaded: missing ones, other shapes and kinds."""
     passed_over: list[str] = field(default_factory=list)
     """Where averages of the weights stand that fit as well, and were not taken."""
+    ignored: list[str] = field(default_factory=list)
+    """Keys of the state dict that torch passes over: the target has None where they belong."""
+    altered: dict[str, str] = field(default_factory=dict)
+    """Keys of `dtype_difference` whose values are not merely rounded, and what becomes of them."""
     left_out: bool = False
     """Whether the unexpected keys were left out, as `load_into` leaves them out."""
     assigned: int = 0
@@ -114,6 +126,14 @@ class Report:
     def refused(self) -> bool:
         """Whether torch refuses something that is there, with `strict=False` too."""
         return bool(self.shape_mismatch or self.kind_mismatch or self.refusals)
+
+    @property
+    def changes(self) -> list[str]:
+        """What becomes of values that are not merely rounded: `t (float32 to bool: …)`."""
+        rows = ((row, self.altered.get(row.key)) for row in self.dtype_difference)
+        return [
+            f"{it.key} ({it.found.dtype} to {it.wanted.dtype}: {why})" for it, why in rows if why
+        ]
 
     @property
     def identical(self) -> bool:
@@ -157,6 +177,7 @@ def counts(report: Report) -> list[str]:
         "missing and passed over": len(report.forgiven),
         "missing and filled by the model itself": len(report.filled),
         "unexpected": len(report.unexpected),
+        "passed over": len(report.ignored),
         "of another shape": len(report.shape_mismatch),
         "of another kind": len(report.kind_mismatch),
         "of another dtype": len(report.dtype_difference),
@@ -172,12 +193,10 @@ def sections(report: Report) -> list[Section]:
         f"{row.key}: {shape(row.found)}, wanted {shape(row.wanted)}"
         for row in report.shape_mismatch
     ]
-    kinds = [
-        f"{row.key}: {row.found.kind or 'dense'}, wanted {row.wanted.kind or 'dense'}"
-        for row in report.kind_mismatch
-    ]
+    kinds = ["{}: {}, wanted {}".format(row.key, *kinds_of(row)) for row in report.kind_mismatch]
     dtypes = [
         f"{row.key}: {row.found.dtype}, wanted {row.wanted.dtype}"
+        + (f": {report.altered[row.key]}" if row.key in report.altered else "")
         for row in report.dtype_difference
     ]
     found = [
@@ -186,6 +205,7 @@ def sections(report: Report) -> list[Section]:
             "missing, and passed over by the model's own load_state_dict", "-", report.forgiven
         ),
         Section("unexpected: in the file, and not wanted", "+", report.unexpected),
+        Section("passed over: the model has None in their place", "~", report.ignored),
         Section("of another shape", "!", shapes),
         Section("of another kind (torch does not copy one into the other)", "!", kinds),
         Section("of another dtype (torch casts them when it loads)", "~", dtypes),
@@ -195,17 +215,32 @@ def sections(report: Report) -> list[Section]:
     return [section for section in found if section.rows]
 
 
+def kinds_of(row: Difference) -> tuple[str, str]:
+    """What both sides are, with their dtypes where nothing else tells them apart."""
+    found, wanted = (spec.kind or "dense" for spec in (row.found, row.wanted))
+    if found == wanted or (not row.found.kind and row.wanted.kind in QUANTIZED.values()):
+        return f"{found} {row.found.dtype}", f"{wanted} {row.wanted.dtype}"
+    return found, wanted
+
+
 def without_strict(report: Report) -> list[str]:
     """What `strict=False` would make of a state dict that does not load, in sentences."""
+    if report.refused and not (report.shape_mismatch or report.kind_mismatch):
+        return ["strict=False would not help with what is marked with !."]
     if report.refused:
         return ["strict=False would not help: torch refuses what is marked with ! all the same."]
     told = []
-    if report.random_numel:
+    if report.loads and report.random_numel:
+        told.append(
+            f"{report.random_numel:,} of {report.target_numel:,} elements stay at random: "
+            "the model's own load_state_dict passes over what is not there."
+        )
+    elif report.random_numel:
         told.append(
             f"With strict=False, {report.random_numel:,} of {report.target_numel:,} elements "
             f"would silently stay at random."
         )
-    if report.buffers:
+    if report.buffers and not report.loads:
         told.append(
             f"With strict=False, {listed(report.buffers)} would keep what the model gives them."
         )

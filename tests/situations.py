@@ -166,10 +166,53 @@ class Sequence(nn.Sequential):
 class Single(nn.Linear):
     def __init__(self):
         super().__init__(3, 2)
+
+
+class Shared(nn.Module):
+    """Tied through memory: two parameters, and no one object."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.norm = nn.LayerNorm(3)
+        self.head.weight = nn.Parameter(self.embed.weight.data)
+
+
+class Turned(nn.Module):
+    """The decoder is the encoder, turned round."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode = nn.Linear(4, 3), nn.Linear(3, 4)
+        self.decode.weight = nn.Parameter(self.encode.weight.detach().t())
+
+
+class Hole(nn.Module):
+    """A module was there and is None."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm, self.out = nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2)
+        self.norm = None
+
+
+class Checks(nn.Module):
+    """Refuses extra states of other versions."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.counted = nn.Linear(3, 3), 2
+
+    def get_extra_state(self): return {"version": self.counted}
+
+    def set_extra_state(self, state):
+        if state["version"] != 2:
+            raise RuntimeError("another version")
 '''
 NAMES = [
     "Foo", "Conv", "Tied", "Owner", "OnlyModule", "Positions", "Extra", "Renames", "Normed",
     "Half", "Deep", "Encoder", "Recurrent", "Numbers", "Sequence", "Single",
+    "Shared", "Turned", "Hole", "Checks",
 ]  # fmt: skip
 
 
@@ -388,6 +431,36 @@ for each, kind, outcome in (
     ("a number in place of one", lambda t: 1.0, "wrong"),
 ):
     SPOILS.of_state(each, partial(changed, change=kind), outcome)
+
+
+@SPOILS("one of a tie differs")
+def one_of_a_tie_differs(model: nn.Module, path: Path) -> str:
+    state, seen = state_of(model), set()
+    outcome = "right"
+    for key, value in state_of(model).items():
+        if isinstance(value, torch.Tensor) and value.numel():
+            memory = value.untyped_storage().data_ptr()
+            if memory in seen:
+                state[key], outcome = value + 1, "wrong"
+            seen.add(memory)
+    torch.save(state, path)
+    return outcome
+
+
+@SPOILS("an extra state of another version")
+def another_version(model: nn.Module, path: Path) -> str:
+    state = state_of(model)
+    old = "version" in state.get("_extra_state", {})
+    torch.save({**state, "_extra_state": {"version": 1}} if old else state, path)
+    return "wrong" if old else "right"
+
+
+@SPOILS("float4")
+def float4(model: nn.Module, path: Path) -> str:
+    torch.save(
+        changed(state_of(model), lambda t: t.to(torch.uint8).view(torch.float4_e2m1fn_x2)), path
+    )
+    return "wrong"
 
 
 @SPOILS("saved on GPUs")

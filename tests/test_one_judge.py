@@ -681,6 +681,24 @@ def test_a_table_of_queries_is_no_head() -> None:
     assert "only the classifier head differs" in told(state, nn.ModuleDict(wanted)).what
 
 
+@pytest.mark.parametrize("name", ["a", "fc1", "out_proj", "linear_in"])
+def test_a_layer_that_others_follow_is_no_head(name: str) -> None:
+    layers = {name: nn.Linear(4, 4), "z": nn.Linear(4, 3)}
+    state = nn.ModuleDict({**layers, name: nn.Linear(4, 5)}).state_dict()
+    assert "2 shapes differ, the first" in told(state, nn.ModuleDict(layers)).what
+    state = nn.ModuleDict({**layers, "z": nn.Linear(4, 5)}).state_dict()
+    assert "only the classifier head differs" in told(state, nn.ModuleDict(layers)).what
+
+
+@pytest.mark.parametrize("value", [None, [[1.0]], 3, "text"])
+@pytest.mark.parametrize("key", ["running_mean", "weight"])
+def test_what_is_no_tensor_is_called_that(key: str, value: object) -> None:
+    model = nn.BatchNorm1d(2)
+    error = told({**model.state_dict(), key: value}, model)
+    assert f"{key} is no tensor in the file" in error.what
+    assert "resolution" not in str(error)
+
+
 def test_what_strict_false_would_do_is_said_of_parameters_alone() -> None:
     Path("net.py").write_text(
         "import torch\nfrom torch import nn\n"

@@ -268,6 +268,7 @@ class Fix(Written):
     renamed: Annotated[list[Renamed], "state dicts of which keys were renamed"]
     dropped: Annotated[list[str], "keys that the model does not have, or that `--drop` names"]
     of_another_dtype: Annotated[list[str], "keys that torch casts when it loads them"]
+    values_change: Annotated[list[str], "keys whose values change as torch loads them"]
     may_be_transposed: Annotated[list[str], "square weights, which do not tell"]
     copied: Annotated[int | None, "tensors that were written"]
 

@@ -24,7 +24,7 @@ from ckptfix.tree.walk import nbytes
 from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console
 
@@ -129,10 +129,7 @@ def _check(file: str, wanted: Target | None, given: _Given, *, read_data: bool) 
             exit_code=1 if findings.errors(found) else 0,
         )
     compared = _compared(document, wanted, select, given)
-    square = transposes.unseen(compared.report, wanted.specs)
-    if square:
-        what = f"they may be transposed, which square weights do not tell: {listed(square)}"
-        found.append(Finding("unseen-transpose", what, compared.state.path))
+    found += _about_values(compared.state, wanted, compared.report)
     beside = [finding for finding in found if finding.code not in _ABOUT_NAMES]
     loads, errors = compared.report.loads, findings.errors(beside)
 
@@ -165,6 +162,17 @@ def _compared(document: Document, wanted: Target, select: str | None, given: _Gi
     report = judge.as_it_stands(document, meant.state, wanted)
     cure = None if report.loads else _cure(document, wanted, meant, problem, given._asdict())
     return _Compared(meant.state, wanted, report, cure)
+
+
+def _about_values(state: StateDict, wanted: Target, report: Report) -> Iterator[Finding]:
+    """What loads, and may not be what it was."""
+    square = transposes.unseen(report, wanted.specs)
+    if square:
+        what = f"they may be transposed, which square weights do not tell: {listed(square)}"
+        yield Finding("unseen-transpose", what, state.path)
+    if report.changes:
+        what = f"torch changes values as it loads them: {listed(report.changes)}"
+        yield Finding("values-change", what, state.path)
 
 
 def _cure(

@@ -91,6 +91,7 @@ def command(
     for found in _beyond_repair(made.document):
         output.note(f"{found.message}: nothing repairs that")
     _say_written_once(made)
+    _say_keys("whose values change as torch loads them", made.changes)
     if made.cures:
         output.aside(lambda console: _draw(console, made))
     job.list_renamed([(path, renaming.changes) for path, renaming in made.renamings])
@@ -166,6 +167,7 @@ def _data(made: Plan) -> dict[str, Any]:
         "renamed": [rows.renamed(path, way, way.changes) for path, way in made.renamings],
         "dropped": made.dropped,
         "of_another_dtype": made.of_another_dtype,
+        "values_change": made.changes,
         "may_be_transposed": made.unseen,
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckptfix.contents.tensors import as_tensor, disguise, undressed
-from ckptfix.report import META, Spec
+from ckptfix.report import LAZY, META, QUANTIZED, Spec
 from ckptfix.tree.document import Global, Inert, Storage
 
 if TYPE_CHECKING:
@@ -64,9 +64,13 @@ def _quantized(args: Arguments) -> Spec | None:
     if len(args) < 5 or not isinstance(args[0], Storage):
         return None
     scheme = args[4][0] if isinstance(args[4], tuple) and args[4] else None
-    per_channel = isinstance(scheme, Global) and "per_channel" in scheme.name
-    kind = "quantized per channel" if per_channel else "quantized"
-    return Spec(_shape(args[2]), args[0].dtype.name, kind)
+    name = scheme.name if isinstance(scheme, Global) else ""
+    zero = as_tensor(args[4][2]) if isinstance(args[4], tuple) and len(args[4]) > 2 else None
+    if (
+        zero is not None and zero.dtype.is_floating_point
+    ):  # torch writes the other name all the same
+        name = "per_channel_affine_float_qparams"
+    return Spec(_shape(args[2]), args[0].dtype.name, QUANTIZED.get(name, "quantized"))
 
 
 def _nested(args: Arguments) -> Spec:
@@ -91,6 +95,11 @@ def _on_device(args: Arguments) -> Spec | None:
     """`_rebuild_device_tensor_from_…(data, dtype, device, requires_grad)`, which casts."""
     data = as_tensor(args[0]) if args else None
     return None if data is None else Spec(data.shape, _dtype(args[1:2]))
+
+
+def _lazy(_: Arguments) -> Spec:
+    """`UninitializedParameter(requires_grad)`, of a lazy module that never ran."""
+    return Spec(None, None, LAZY)
 
 
 def _dtype(args: Arguments) -> str | None:
@@ -118,5 +127,7 @@ _SPECIAL: dict[Global, Callable[[Arguments], Spec | None]] = {
     Global(_UTILS, "_rebuild_device_tensor_from_cpu_tensor"): _on_device,
     Global(_UTILS, "_rebuild_device_tensor_from_numpy"): _on_device,
     Global(_UTILS, "_rebuild_xla_tensor"): _on_device,
+    Global("torch.nn.parameter", "UninitializedParameter"): _lazy,
+    Global("torch.nn.parameter", "UninitializedBuffer"): _lazy,
     Global("torch.nested._internal.nested_tensor", "_rebuild_njt"): _nested,
 }

@@ -1,9 +1,11 @@
 """What an optimizer keeps, once keys of its model are renamed, dropped, or in another order.
 
 Where it is keyed by name, it follows the names. Nearly always it is keyed by position: by the order
-of the parameters, which a state dict has too, with buffers among them. Position and parameter are
-paired only where their number and the shape of all that is kept for each agree; an optimizer of
-which that cannot be told is left out, by name, since torch would refuse it or mix it up.
+in which parameters were given to it, which is a habit and nowhere on record. Where no parameter
+goes or changes its place, it stays as it is, whatever that order. Else only shapes tell: what is
+kept for a parameter that goes has to have another shape than all that stay, and where the order
+changes, each its own. An optimizer of which that cannot be told is left out, by name, since torch
+would refuse it or give layers what belongs to others.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def follow(document: Document, state: StateDict, names: Mapping[str, str]) -> Fo
             left_out.append(found.path)
         else:
             kept, all_of_them = len(new["state"]), len(found.mapping["state"])
-            changed.append((found.path, f"the state of {kept} of {all_of_them} parameters is kept"))
+            how = "" if _has_names(new) else ", told by their shapes"
+            what = f"the state of {kept} of {all_of_them} parameters is kept{how}"
+            changed.append((found.path, what))
     if not changes:
         return Followed(document, [], [])
     return Followed(_replaced(document, changes), changed, left_out)
@@ -105,12 +109,54 @@ def _followed(
     of_this = next((it for it in (there, remaining) if _is_of(optimizer, rows, it)), None)
     if any(_is_of(optimizer, rows, _parameters(other)) for other in others):
         return None if of_this else optimizer
-    if of_this is not None and kept == list(of_this):
+    new = None if of_this is None else _told_by_shapes(optimizer, rows, there, kept)
+    if new == rows:
         return optimizer
-    if of_this is None or len(groups) != 1:
+    return None if new is None or len(groups) != 1 else _of_positions(optimizer, [new], names)
+
+
+def _has_names(optimizer: Optimizer) -> bool:
+    groups = optimizer["param_groups"]
+    keys = (*optimizer["state"], *(row for group in groups for row in group["params"]))
+    return any(type(key) is str for key in keys) or any("param_names" in it for it in groups)
+
+
+Shape = tuple[int, ...]
+
+
+def _told_by_shapes(
+    optimizer: Optimizer, rows: Sequence[Node], there: Mapping[str, Tensor], kept: Sequence[str]
+) -> list[Node] | None:
+    """The positions of the parameters that stay, in their new order; None: shapes do not tell."""
+    if not optimizer["state"]:  # nothing is kept that could be given to another
+        return list(rows[: len(kept)])
+    shape_of = {key: _shape(tensor.shape, tensor.numel) for key, tensor in there.items()}
+    stay = Counter(shape_of[key] for key in kept)
+    if any(shape_of[key] in stay for key in there if key not in kept):
         return None
-    position = dict(zip(of_this, rows, strict=True))
-    return _of_positions(optimizer, [[position[key] for key in kept]], names)
+    shapes = {row: _shape_kept(optimizer["state"].get(row)) for row in rows}
+    staying = [row for row in rows if shapes[row] in stay]
+    if Counter(shapes[row] for row in staying) != stay:
+        return None
+    if list(kept) == [key for key in there if key in kept]:
+        return staying
+    if len(stay) < len(kept):
+        return None
+    at = {shapes[row]: row for row in staying}
+    return [at[shape_of[key]] for key in kept]
+
+
+def _shape(shape: Shape, numel: int) -> Shape:
+    """The shape of a parameter; of single numbers one, since what is kept for them may have any."""
+    return (1,) if numel == 1 else shape
+
+
+def _shape_kept(kept: Node) -> Shape | None:
+    """The shape of the parameter that something is kept for; None where that does not tell."""
+    found = _shapes(kept)
+    if not found and isinstance(kept, dict) and any(map(as_tensor, kept.values())):
+        return (1,)
+    return found.pop() if len(found) == 1 else None
 
 
 def _is_plain(group: Node) -> bool:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from ckptfix.bytes.span import Span
 from ckptfix.bytes.unpacked import UnpackedSource, inflate
 from ckptfix.errors import DamagedError, UnsafeError
+from ckptfix.formats.not_checkpoints import unpacking
 from ckptfix.formats.reading import Reading, Salvage
-from ckptfix.hints import Hint, shell
+from ckptfix.hints import Hint
 from ckptfix.limits import unpacked_bytes
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _capped(packed: Span) -> Iterator[bytes]:
 
 
 def _yourself(source: Source) -> Hint:
-    return Hint("unpack it yourself if you trust it", shell("gunzip", "-k", files=[source.name]))
+    return Hint("unpack it yourself if you trust it", unpacking(NAME, source.name))
 
 
 def _salvaged(source: Source, found: Salvage) -> UnpackedSource:

@@ -7,14 +7,17 @@ as its head; where a kind has no magic number, several of its fields have to mak
 from __future__ import annotations
 
 import re
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
+from ckptfix.bytes.place import Place
 from ckptfix.errors import DamagedError, NotACheckpointError, UnsupportedError
-from ckptfix.hints import Hint, shell
+from ckptfix.hints import Hint, filtering, shell
 
 if TYPE_CHECKING:
     from ckptfix.bytes.source import Source
     from ckptfix.errors import ReadError
+    from ckptfix.hints import Command
 
 _LFS = b"version https://git-lfs"
 _HTML = re.compile(rb"\s*(<!doctype|<html|<head|<\?xml|<!--)", re.IGNORECASE)
@@ -22,14 +25,15 @@ _REFUSAL = re.compile(rb"<Error>\s*<Code>(\w{1,60})</Code>")
 _JSON = re.compile(rb'\s*([\[{]\s*["\[{\]}]|\{\s*$)')
 _BASE64 = re.compile(rb"(?:[A-Za-z0-9+/]{4}\s{0,2}){16,}")
 _PACKED = {
-    b"\x1f\x8b": ("gzip", ("gunzip", "-k")),
-    b"7z\xbc\xaf\x27\x1c": ("7z", ("7z", "x")),
-    b"BZh": ("bzip2", ("bunzip2", "-k")),
-    b"\xfd7zXZ\x00": ("xz", ("unxz", "-k")),
-    b"\x28\xb5\x2f\xfd": ("zstd", ("unzstd",)),
-    b"\x04\x22\x4d\x18": ("lz4", ("unlz4", "-k")),
-    b"Rar!": ("rar", ("unrar", "x")),
+    b"\x1f\x8b": "gzip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"Rar!": "rar",
 }
+_ARCHIVERS = {"7z": "7z", "rar": "unrar"}
 
 
 class Kind(NamedTuple):
@@ -113,12 +117,12 @@ def named(source: Source) -> ReadError | None:
             hint=Hint("fetch it", shell("git", "lfs", "pull", "--include", files=[name])),
             code="lfs-pointer",
         )
-    for magic, (kind, program) in _PACKED.items():
+    for magic, kind in _PACKED.items():
         if head.startswith(magic):
             return UnsupportedError(
                 f"is packed with {kind}",
                 where=name,
-                hint=Hint("unpack it first", shell(*program, files=[name])),
+                hint=Hint("unpack it first", unpacking(kind, name)),
                 code="packed",
             )
     if head[257:262] == b"ustar":
@@ -131,6 +135,15 @@ def named(source: Source) -> ReadError | None:
             what = f"is {known.what}, not a checkpoint of PyTorch"
             return NotACheckpointError(what, where=name, hint=known.hint or _see(name))
     return _text(head, name) or _without_magic(head, name)
+
+
+def unpacking(kind: str, name: str) -> Command:
+    """The command that unpacks a file, whatever its name ends with; it writes over nothing."""
+    if kind in _ARCHIVERS:
+        return shell(_ARCHIVERS[kind], "x", files=[name])
+    names = (f"{name}.unpacked{number or ''}" for number in count())
+    free = next(each for each in names if not Place(each).exists)
+    return filtering(kind, "-dc", reads=name, writes=free)
 
 
 def _text(head: bytes, name: str) -> ReadError | None:

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 
 from ckptfix.errors import SelectionError
 from ckptfix.hints import Hint, command
+from ckptfix.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 
 def matching(keys: Iterable[str], globs: Sequence[str], where: str) -> set[str]:
-    """The keys that a pattern matches. Raises `SelectionError` for a pattern that matches none."""
+    """The keys that a pattern matches.
+
+    Raises `SelectionError` for a pattern that matches none, and where nothing would be left.
+    """
     found: set[str] = set()
     keys = list(keys)
     for glob in globs:
@@ -28,6 +32,13 @@ def matching(keys: Iterable[str], globs: Sequence[str], where: str) -> set[str]:
                 code="no-such-key",
             )
         found |= of_glob
+    if globs and found.issuperset(keys):
+        raise SelectionError(
+            f"every key matches {listed(map(repr, globs))}: nothing would be left",
+            where=where,
+            hint=Hint("see its keys", command("inspect", where, all=True)),
+            code="no-such-key",
+        )
     return found
 
 

@@ -207,8 +207,10 @@ def _of_transformers(folder: str, reference: str) -> Callable[..., nn.Module]:
 def _build(found: Any, arguments: _Arguments, reference: str, device: str) -> nn.Module:
     import torch
 
+    from ckptfix.torch_bridge.quantizing import no_quantizing
+
     try:
-        with torch.device(device), redirect_stdout(sys.stderr):
+        with torch.device(device), no_quantizing(device), redirect_stdout(sys.stderr):
             model = (
                 found
                 if isinstance(found, torch.nn.Module)

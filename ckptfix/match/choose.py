@@ -202,7 +202,7 @@ def _error(
         return unmade
     if not whole:
         known(document, best.state)
-    if not whole and (not partly or best.report.refusals):
+    if not whole and (not partly or best.report.refusals or not best.report.matched):
         return _refusal(document, best, wanted)
     about = best.renaming.keys, best.report, wanted.name
     error = meanings.changed(document, best.state, *about)
@@ -227,7 +227,7 @@ def _refusal(document: Document, found: Match, wanted: Target) -> KeyMismatchErr
     if error is not None:
         return error
     hint = rules.hint(document, found.state, found.renaming, found.report, wanted)
-    return mismatches.error(document, found.state, found.report, wanted.name, hint)
+    return mismatches.error(document, found.state, found.report, wanted, hint)
 
 
 def _no_names(document: Document, wanted: Target) -> SelectionError:

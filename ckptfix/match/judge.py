@@ -14,8 +14,9 @@ from ckptfix.contents.specs import specs
 from ckptfix.contents.tensors import as_tensor, without_disguise
 from ckptfix.diffs.values import Side, same_values
 from ckptfix.formats.table import SAFETENSORS
-from ckptfix.report import ANYTHING, LAZY, Difference, Report, Spec
+from ckptfix.report import ANYTHING, LAZY, QUANTIZED, Difference, Report, Spec
 from ckptfix.tree.document import OrderedMap
+from ckptfix.tree.dtypes import cast_loss, is_copied
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
 
 
 def compare(
-    found: Mapping[str, Spec], wanted: Mapping[str, Spec], buffers: Collection[str] = ()
+    found: Mapping[str, Spec],
+    wanted: Mapping[str, Spec],
+    buffers: Collection[str] = (),
+    empty: tuple[str, ...] = (),
 ) -> Report:
     """Hold what a state dict has against what a target wants, as torch's strict load does.
 
-    `buffers` are the keys of the target that are no parameters.
+    `buffers` are the keys of the target that are no parameters; `empty` is how keys begin that
+    belong where the target has None for a module.
     """
     common = [key for key in found if key in wanted]
     unlike = [
@@ -47,17 +52,24 @@ def compare(
     matched = [key for key in common if key not in refused]
     missing = [key for key in wanted if key not in found]
     kept = [key for key in missing if key in buffers]
+    casts = [
+        Difference(key, found[key], wanted[key]) for key in matched if _casts(key, found, wanted)
+    ]
+    losses = {row.key: cast_loss(row.found.dtype or "", row.wanted.dtype or "") for row in casts}
+    surplus = [key for key in found if key not in wanted]
     return Report(
         matched,
         missing,
-        [key for key in found if key not in wanted],
+        [key for key in surplus if not key.startswith(empty)],
         shapes,
-        [Difference(key, found[key], wanted[key]) for key in matched if _casts(key, found, wanted)],
+        casts,
         _numel(wanted, wanted),
         _numel(wanted, {*missing, *refused}.difference(buffers)),
         kinds,
         kept,
         absent_numel=_numel(wanted, (*missing, *refused)),
+        ignored=[key for key in surplus if key.startswith(empty)],
+        altered={key: what for key, what in losses.items() if what},
     )
 
 
@@ -67,17 +79,31 @@ def _numel(specs: Mapping[str, Spec], keys: Iterable[str]) -> int:
 
 def _is_taken(found: Spec, wanted: Spec) -> bool:
     """Whether torch copies a tensor of one kind into one of another; a shape is not looked at."""
-    if wanted == ANYTHING or found.kind == wanted.kind:
+    if wanted == ANYTHING:
         return True
-    return not found.kind and wanted.kind in _TAKE_DENSE
+    if wanted.kind == LAZY:
+        return found.kind in ("", LAZY)
+    if wanted.kind in _QUANTIZED:
+        return wanted.dtype in _WHOLE and _is_requantized(found, wanted)
+    if found.kind or wanted.kind:
+        return found.kind == wanted.kind
+    return found.dtype is None or wanted.dtype is None or is_copied(found.dtype, wanted.dtype)
 
 
-_TAKE_DENSE = (LAZY, "quantized")
+def _is_requantized(found: Spec, wanted: Spec) -> bool:
+    if found.kind:
+        return (found.kind, found.dtype) == (wanted.kind, wanted.dtype)
+    return wanted.kind != _QUANTIZED[-1] and found.dtype in ("float32", None)
+
+
+_QUANTIZED = tuple(QUANTIZED.values())
+_WHOLE = ("qint8", "quint8", "qint32")
+"""Dtypes of quantized tensors that torch copies; it has no copy of those with several in a byte."""
 
 
 def _fits(found: Spec, wanted: Spec) -> bool:
     if wanted.shape is None:
-        return not wanted.kind or found.shape is not None
+        return not wanted.kind or found.shape is not None or found.kind == wanted.kind
     if found.shape is None:
         return False
     from_old_torch = not wanted.shape and found.shape == (1,)  # torch 0.3 had no 0-d tensors
@@ -134,6 +160,8 @@ def once_repaired(
         made = judge.of(mapping, specs(mapping, repaired=True))
     if wanted.model is not None and made.unexpected:
         made = judge.without(made.unexpected, mapping, made)
+    if mapping and made.fits and not made.matched:
+        made = replace(made, refusals=["nothing matches: is this the right model?"])
     return made, tied
 
 
@@ -178,7 +206,7 @@ class _Judge:
 
     def of(self, mapping: OrderedMap, found: Mapping[str, Spec]) -> Report:
         """The verdict over a state dict."""
-        listed = compare(found, self._specs, self._wanted.buffers)
+        listed = compare(found, self._specs, self._wanted.buffers, self._wanted.empty)
         if self._wanted.model is not None:
             listed = self._asked(mapping, listed)
         tied = _ties_to_make(listed.missing, self._wanted.ties, mapping)
@@ -222,26 +250,42 @@ class _Judge:
         )
         if not said.ended:
             return replace(listed, refusals=[said.refusal])
-        if said.refusal or said.missing != list(self._specs):
-            return self._as_report(said, listed)
-        return listed  # it takes anything, and nothing of this
+        if not said.refusal and self._took_nothing(said, mapping):
+            what = "the model's own loader takes nothing of it"
+            return replace(listed, refusals=[what]) if listed.loads else listed
+        return self._as_report(said, listed, mapping)
 
-    def _as_report(self, said: Verdict, listed: Report) -> Report:
+    def _took_nothing(self, said: Verdict, mapping: OrderedMap) -> bool:
+        """Whether a model that takes anything took nothing of a file that holds something."""
+        if said.grown or not mapping:
+            return False
+        if said.is_idle or set(mapping) <= set(said.unexpected):
+            return True
+        return bool(self._specs) and set(self._specs) <= set(said.missing)
+
+    def _as_report(self, said: Verdict, listed: Report, mapping: OrderedMap) -> Report:
         loads = not said.refusal
+        missing = [key for key in said.missing if key in self._wanted.specs]
         shapes = [] if loads else [row for row in listed.shape_mismatch if row.key in said.refusal]
         refused = {row.key for row in (*shapes, *listed.kind_mismatch)}
-        parameters = {*said.missing, *refused}.difference(self._wanted.buffers)
-        explained = said.missing or said.unexpected or refused
+        unlike = {*missing, *refused, *said.unexpected}
+        matched = [
+            *(key for key in self._specs if key not in unlike),
+            *(said.grown if loads else ()),
+        ]
+        if loads and not matched:  # it keeps what it takes where no key tells
+            matched = [key for key in mapping if key not in unlike]
+        explained = missing or said.unexpected or refused
         return replace(
             listed,
-            matched=[key for key in self._specs if key not in {*said.missing, *refused}],
-            missing=[] if loads else said.missing,
-            forgiven=said.missing if loads else [],
+            matched=matched,
+            missing=[] if loads else missing,
+            forgiven=missing if loads else [],
             unexpected=[] if loads else said.unexpected,
             shape_mismatch=shapes,
-            random_numel=_numel(self._specs, parameters),
-            absent_numel=_numel(self._specs, {*said.missing, *refused}),
-            buffers=[key for key in said.missing if key in self._wanted.buffers],
+            random_numel=_numel(self._specs, {*missing, *refused}.difference(self._wanted.buffers)),
+            absent_numel=_numel(self._specs, {*missing, *refused}),
+            buffers=[key for key in missing if key in self._wanted.buffers],
             refusals=[] if loads or explained else _lines(said.refusal),
         )
 
@@ -256,6 +300,20 @@ class _Judge:
                         f"{first!r} and {second!r} are one tensor of {self._wanted.name}, "
                         "and two different ones in the file"
                     )
+        if self._wanted.overlaps:
+            yield from self._overwritten(mapping)
+
+    def _overwritten(self, mapping: OrderedMap) -> Iterator[str]:
+        """Tensors of the target that share memory, and would not both have what the file has."""
+        from ckptfix.torch_bridge import overlaps
+
+        tensors = {key: found for key, node in mapping.items() if (found := as_tensor(node))}
+        for overlap in self._wanted.overlaps:
+            for first, second in overlaps.overwritten(overlap, tensors, self._document.byteorder):
+                yield (
+                    f"{first!r} and {second!r} share memory in {self._wanted.name}, "
+                    "and the file has different values for it"
+                )
 
 
 def _lines(refusal: str) -> list[str]:

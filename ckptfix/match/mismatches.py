@@ -14,13 +14,14 @@ from ckptfix.errors import KeyMismatchError
 from ckptfix.hints import Command, Hint, command
 from ckptfix.keys.renaming import prefix_of
 from ckptfix.match.transposes import is_transposed
-from ckptfix.report import META, describe, shape
+from ckptfix.report import EXPANDED, META, describe, kinds_of, shape
 from ckptfix.words import listed, plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ckptfix.contents.state_dicts import StateDict
+    from ckptfix.match.target import Target
     from ckptfix.report import Difference, Report
     from ckptfix.tree.document import Document
 
@@ -33,18 +34,21 @@ class Cause(NamedTuple):
 
 
 def error(
-    document: Document, state: StateDict, report: Report, wanted: str, hint: Hint | None = None
+    document: Document, state: StateDict, report: Report, target: Target, hint: Hint | None = None
 ) -> KeyMismatchError:
     """The refusal of a state dict that does not fit; `hint` knows better what is to be done."""
     where = f"{document.name} ({state.path})" if state.selection else document.name
-    found = cause(document, report)
-    what = f"does not match {wanted}: {found.what}"
+    found = cause(document, report, list(target.specs))
+    what = f"does not match {target.name}: {found.what}"
     details = describe(report)
     return KeyMismatchError(report, what, where=where, hint=hint or found.hint, details=details)
 
 
-def cause(document: Document, report: Report) -> Cause:
-    """The sentence that says it best, of a report of what does not fit."""
+def cause(document: Document, report: Report, order: Sequence[str] = ()) -> Cause:
+    """The sentence that says it best, of a report of what does not fit.
+
+    `order` has the keys of the target as they come.
+    """
     without_bytes = [row for row in report.kind_mismatch if row.found.kind == META]
     if without_bytes:
         return _without_bytes(without_bytes)
@@ -63,7 +67,9 @@ def cause(document: Document, report: Report) -> Cause:
     if report.kind_mismatch:
         return _kinds(report.kind_mismatch)
     if report.shape_mismatch:
-        return _shapes(report.shape_mismatch, document.name)
+        return _shapes(report.shape_mismatch, document.name, order)
+    if not report.matched:
+        return Cause(report.refusals[0], Hint("see what it holds", _inspect_all(document.name)))
     return Cause(
         report.refusals[0],
         Hint(
@@ -126,15 +132,18 @@ _COUNTED = ("running_mean", "running_var")
 
 def _kinds(rows: Sequence[Difference]) -> Cause:
     first = rows[0]
-    found, wanted = (spec.kind or "dense" for spec in (first.found, first.wanted))
+    found, wanted = kinds_of(first)
     verb = "is" if len(rows) == 1 else f"and {len(rows) - 1} more are"
     return Cause(
         f"{first.key} {verb} {found}, where the model has it {wanted}: "
         "torch does not copy one into the other",
-        _DENSE.get(found.partition(" ")[0].partition("_")[0], _REBUILD),
+        _WRITABLE
+        if wanted == EXPANDED
+        else _DENSE.get(found.partition(" ")[0].partition("_")[0], _REBUILD),
     )
 
 
+_WRITABLE = "make it x.contiguous() in the model: torch writes to nothing that repeats its elements"
 _REBUILD = "build the model as it was when it was saved"
 _DENSE = {
     "sparse": "save x.to_dense() of it in torch first",
@@ -163,12 +172,15 @@ def _inspect_all(name: str) -> Command:
     return command("inspect", name, all=True)
 
 
-def _shapes(rows: Sequence[Difference], name: str) -> Cause:
+def _shapes(rows: Sequence[Difference], name: str, order: Sequence[str]) -> Cause:
+    others = [row for row in rows if row.found.shape is None]
+    if others:
+        return _no_tensors(others, name)
     if all(row.is_buffer for row in rows):
         return _resolution(rows)
     sizes = _only_sizes(rows)
     says = any(_says(row.key, (*_POSITIONS, *_VOCABULARIES)) for row in rows)
-    if sizes is not None and not says and not any(_says(row.key, _HEADS) for row in rows):
+    if sizes is not None and not says and not _is_head(rows, order):
         sizes = None
     shown = f"{rows[0].key} {shape(rows[0].found)} vs {shape(rows[0].wanted)}"
     if all(map(is_transposed, rows)):
@@ -207,6 +219,24 @@ def _shapes(rows: Sequence[Difference], name: str) -> Cause:
     )
 
 
+def _no_tensors(rows: Sequence[Difference], name: str) -> Cause:
+    verb, noun = ("is", "a tensor") if len(rows) == 1 else ("are", "tensors")
+    return Cause(
+        f"{listed(row.key for row in rows)} {verb} no {noun.removeprefix('a ')} in the file, where "
+        f"the model has {noun}",
+        Hint("see what it holds", _inspect_all(name)),
+    )
+
+
+def _is_head(rows: Sequence[Difference], order: Sequence[str]) -> bool:
+    """Whether what differs is a head by its name, or by its place: no layer comes after it."""
+    if any(_says(row.key, _HEADS) for row in rows):
+        return True
+    keys = {row.key for row in rows}
+    last = max((at for at, key in enumerate(order) if key in keys), default=len(order))
+    return any(_says(row.key, _PERHAPS) for row in rows) and last + 1 >= len(order)
+
+
 def _resolution(rows: Sequence[Difference]) -> Cause:
     """Buffers alone differ: masks and indices for another size of image, window or text."""
     first, verb = rows[0], "differs" if len(rows) == 1 else "differ"
@@ -227,8 +257,10 @@ def _building(how: str, then: str) -> Hint:
 
 
 _POSITIONS = ("pos", "wpe")
-_HEADS = ("bias", "head", "fc", "class", "cls", "logit", "pred", "score", "out", "last", "linear")
-"""What heads are called; a layer with a bias counts as one, a table of queries does not."""
+_HEADS = ("head", "class", "cls", "logit", "pred", "score")
+"""What heads are called."""
+_PERHAPS = ("bias", "fc", "out", "last", "linear")
+"""What heads are called, and other layers; one with a bias may be one, a table of queries not."""
 _VOCABULARIES = ("emb", "wte", "vocab", "tok", "lm")
 
 

@@ -17,7 +17,7 @@ from ckptfix.contents.state_dicts import choose
 from ckptfix.errors import CkptfixError, ReadError, SelectionError, TargetError
 from ckptfix.hints import Hint, command
 from ckptfix.match import building
-from ckptfix.report import ANYTHING, LAZY, META, Spec
+from ckptfix.report import ANYTHING, EXPANDED, LAZY, META, QUANTIZED, Spec
 from ckptfix.words import listed
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ckptfix.contents.state_dicts import StateDict
     from ckptfix.findings import Finding
+    from ckptfix.torch_bridge.overlaps import Overlap
     from ckptfix.tree.document import Document
 
 
@@ -45,6 +46,10 @@ class Target:
     """The model itself, where it has code of its own that decides what it takes."""
     real: Callable[[], nn.Module] | None = None
     """What builds that model with values, where it is on the meta device."""
+    overlaps: tuple[Overlap, ...] = ()
+    """Tensors of a model that share memory without being one."""
+    empty: tuple[str, ...] = ()
+    """What keys begin with that belong where a model has None for a module."""
     notes: tuple[Finding, ...] = ()
     """What was noticed while it was read, where it is a checkpoint."""
     in_order: bool = False
@@ -78,14 +83,42 @@ def _dicts(mapping: Mapping[str, Any]) -> list[dict[Any, Any]]:
 
 def of_module(module: nn.Module, name: str | None = None) -> Target:
     """The target that a model is, wherever it lives."""
-    from ckptfix.torch_bridge import trial
+    from ckptfix.torch_bridge import overlaps, trial
 
-    found = {key: _spec(key, value) for key, value in module.state_dict().items()}
+    state = _state_of(module)
+    deaf = trial.extra_states_not_taken(module)
+    found = {key: _spec(key, value) for key, value in state.items() if key not in deaf}
     named = module.named_buffers(remove_duplicate=False)
     buffers = frozenset(key for key, _ in named if key in found)
     model = module if trial.decides(module) else None
-    name = name or type(module).__name__
-    return Target(name, found, _ties(module), buffers, model, in_order=True)
+    return Target(
+        name or type(module).__name__,
+        found,
+        overlaps.ties(state),
+        buffers,
+        model,
+        overlaps=overlaps.of(state),
+        empty=_empty(module),
+        in_order=True,
+    )
+
+
+def _state_of(module: nn.Module) -> dict[str, Any]:
+    """Its state dict, with its own parameters; an override may know no options."""
+    try:
+        return module.state_dict(keep_vars=True)
+    except TypeError:
+        return module.state_dict()
+
+
+def _empty(module: nn.Module) -> tuple[str, ...]:
+    """How keys begin that torch passes over, since a module that was there is None."""
+    return tuple(
+        f"{name}.{child}." if name else f"{child}."
+        for name, parent in module.named_modules(remove_duplicate=False)
+        for child, found in parent._modules.items()
+        if found is None
+    )
 
 
 def _spec(key: str, value: Any) -> Spec:
@@ -94,28 +127,23 @@ def _spec(key: str, value: Any) -> Spec:
     from torch.nn.parameter import is_lazy
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+    from ckptfix.torch_bridge import overlaps
+
     if is_lazy(value):
         return Spec(None, None, LAZY)
     if not isinstance(value, torch.Tensor) or key.endswith(_EXTRA):
         return ANYTHING
     kind = "" if value.layout is torch.strided else str(value.layout).removeprefix("torch.")
     if value.is_quantized:
-        is_per_tensor = value.qscheme() is torch.per_tensor_affine
-        kind = "quantized" if is_per_tensor else "quantized per channel"
+        kind = QUANTIZED[str(value.qscheme()).removeprefix("torch.")]
     if value.is_nested:
         return Spec(None, str(value.dtype).removeprefix("torch."), "nested")
     is_wrapper: bool = is_traceable_wrapper_subclass(value)
     if is_wrapper:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if not kind and overlaps.repeats(value):
+        kind = EXPANDED
     return Spec(tuple(value.shape), str(value.dtype).removeprefix("torch."), kind)
-
-
-def _ties(module: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Groups of names that a model has for one parameter or buffer."""
-    groups: dict[int, list[str]] = {}
-    for key, value in module.state_dict(keep_vars=True).items():
-        groups.setdefault(id(value), []).append(key)
-    return tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)
 
 
 def of_document(document: Document, select: str | None = None) -> Target:

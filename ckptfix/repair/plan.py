@@ -88,6 +88,8 @@ class Plan:
     """Keys whose dtype is not the target's: they are left, and torch casts them."""
     remaining: list[Remaining] = field(default_factory=list)
     """What is still wrong, or may be, and why it is left as it is."""
+    changes: list[str] = field(default_factory=list)
+    """Those of them whose values torch does not merely round, and what becomes of them."""
     unseen: list[str] = field(default_factory=list)
     """Square weights that may be transposed, which does not show."""
 
@@ -189,7 +191,10 @@ def _followed(made: Plan, state: StateDict, names: Mapping[str, str]) -> Plan:
     """The plan, whose optimizers go with the parameters that stay, or are left out."""
     found = optimizers.follow(made.document, state, names)
     cures = [Cure("optimizer-state", path, what, "kept") for path, what in found.changed]
-    what = "it cannot be told which of it belongs to which parameter"
+    what = (
+        "it cannot be told which of it belongs to which parameter: nothing names them, and they "
+        "are not told apart by their shapes"
+    )
     cures += [Cure("optimizer-state", path, what, "left out") for path in found.left_out]
     left_out = [*made.left_out, *((path, "the state of an optimizer") for path in found.left_out)]
     return replace(made, document=found.document, cures=[*made.cures, *cures], left_out=left_out)
@@ -406,7 +411,8 @@ def _fitting(
     document: Document, wanted: Target, found: Match, mapping: OrderedMap, untied: list[str]
 ) -> Plan:
     path, dropped = found.state.path, found.dropped
-    kept = {old: new for old, new in found.renaming.keys.items() if new in wanted.specs}
+    taken = {*wanted.specs, *found.report.matched}
+    kept = {old: new for old, new in found.renaming.keys.items() if new in taken}
     renaming = Renaming(kept, found.renaming.rule)
     own = [Cure("tied-tensors", path, f"{key} is tied", "untied") for key in untied]
     return Plan(
@@ -415,6 +421,7 @@ def _fitting(
         [(path, renaming)] if renaming.changed else [],
         dropped,
         of_another_dtype=[row.key for row in found.report.dtype_difference],
+        changes=found.report.changes,
         unseen=transposes.unseen(found.report, wanted.specs),
     )
 

@@ -13,9 +13,11 @@ import mmap
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.serialization import default_restore_location
 
 from ckptfix.bytes.engine import fill
@@ -326,6 +328,11 @@ def _without_bytes(
     )
 
 
+def _lazy(kind: Any, _: Materializer, requires_grad: Node) -> torch.Tensor:
+    """What a lazy module that never ran has in the place of a parameter or a buffer."""
+    return kind(requires_grad is True)  # type: ignore[no-any-return]
+
+
 def _cast(materializer: Materializer, data: Node, dtype: Global, *_: Node) -> torch.Tensor:
     dense = as_tensor(data)
     if dense is None:
@@ -353,6 +360,8 @@ _SPECIAL: dict[str, Callable[..., torch.Tensor]] = {
     "torch._utils._rebuild_sparse_tensor": _sparse,
     "torch._utils._rebuild_qtensor": _quantized,
     "torch._utils._rebuild_meta_tensor_no_storage": _without_bytes,
+    "torch.nn.parameter.UninitializedParameter": partial(_lazy, UninitializedParameter),
+    "torch.nn.parameter.UninitializedBuffer": partial(_lazy, UninitializedBuffer),
     **{f"torch._utils.{function.name}": _cast for function in DEVICE_TENSORS},
 }
 

@@ -7,6 +7,7 @@ and the `Dtype` enum of safetensors 0.8.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -77,6 +78,44 @@ UNTYPED = DType("untyped", 1, "UntypedStorage", None)
 BY_NAME = {row.name: row for row in _ROWS}
 BY_STORAGE = {row.storage: row for row in (*_ROWS, UNTYPED) if row.storage is not None}
 BY_SAFETENSORS = {row.safetensors: row for row in _ROWS if row.safetensors is not None}
+
+
+def is_copied(found: str, wanted: str) -> bool:
+    """Whether torch's `copy_` takes a dense tensor of one dtype into one of another."""
+    if found.startswith(_BITS) or wanted.startswith(_BITS):
+        return found == wanted
+    return not (_BELOW_BYTES.match(found) or _BELOW_BYTES.match(wanted))
+
+
+def cast_loss(found: str, wanted: str) -> str:
+    """What a cast does to values beyond rounding them; empty where it does nothing."""
+    before, after = _family(found), _family(wanted)
+    if before == "complex" and after != "complex":
+        return "the imaginary part goes"
+    if after == "bool" and before != "bool":
+        return "all but 0 becomes 1"
+    if after == "int" and before == "float":
+        return "what follows the point goes"
+    if before == after == "int" and not _holds(wanted, found):
+        return "numbers out of its range become others"
+    return ""
+
+
+_BITS = ("bits", "float4")
+_BELOW_BYTES = re.compile(r"u?int[1-7]$")
+
+
+def _family(name: str) -> str:
+    return next((it for it in ("complex", "bool", "float") if it in name), "int")
+
+
+def _holds(wide: str, narrow: str) -> bool:
+    """Whether one whole-number dtype has all numbers of another."""
+    signed, other = not wide.startswith("u"), not narrow.startswith("u")
+    bits, needed = (int(re.sub(r"\D", "", name) or 0) for name in (wide, narrow))
+    if signed == other:
+        return bits >= needed
+    return signed and bits > needed
 
 
 def swap_bytes(data: bytearray, word: int) -> None:

@@ -145,6 +145,7 @@ ELSEWHERE = {
     "left-on-stack", "old-container", "checkpoint-in-bytes", "twin-differs", "twin-beside",
     "files-beside",
     "tensor-parallel",
+    "values-change",
 }  # fmt: skip
 """Those that the tests of containers, the journal, `soundness`, `fix` and the judge produce."""
 

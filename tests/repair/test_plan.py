@@ -311,6 +311,9 @@ def test_what_the_model_wants_and_the_container_cannot_hold_is_refused(tmp_path:
         def get_extra_state(self) -> dict[str, int]:
             return {"seen": 3}
 
+        def set_extra_state(self, state: object) -> None:
+            assert state == {"seen": 3}
+
     path = saved(tmp_path / "in.pt", nn.DataParallel(Counted(2, 2)).state_dict())
     with pytest.raises(UnsupportedError, match=r"'_extra_state' is a dict of 1") as caught:
         planned(path, Counted(2, 2), tensors_only=True)
