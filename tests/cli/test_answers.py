@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 import zipfile
 from typing import (
     TYPE_CHECKING,
@@ -19,6 +20,7 @@ from typing import (
 
 import pytest
 import torch
+from torch import nn
 
 from ckptfix import cli
 from ckptfix.cli import COMMANDS, answers, output
@@ -49,7 +51,7 @@ RUNS: list[tuple[str, int, list[str]]] = [
     ("check", 0, ["cpu.pt", "cuda.pt", "--like", "cpu.pt"]),
     ("check", 1, ["cpu.pt", "cut.pt", "flipped.pt"]),
     ("check", 1, ["flipped.pt", "--read-data"]),
-    ("check", 1, ["numbers.pt"]),
+    ("check", 1, ["quantized.pt"]),
     ("check", 1, ["dangerous.pt"]),
     ("check", 1, ["refused.pt"]),
     ("check", 1, ["refused.pt", "cpu.pt", "--like", "cpu.pt"]),
@@ -66,7 +68,7 @@ RUNS: list[tuple[str, int, list[str]]] = [
     ("fix", 0, ["swa.pt", "out.pt", "--like", "cpu.pt"]),
     ("fix", 0, ["tied.pt", "out.safetensors"]),
     ("fix", 0, ["dangerous.pt", "out.pt"]),
-    ("fix", 1, ["numbers.pt", "out.pt"]),
+    ("fix", 1, ["quantized.pt", "out.pt"]),
     ("fix", 2, ["page.pt", "out.pt"]),
     ("fix", 2, ["flipped.pt", "out.pt"]),
     ("fix", 2, ["cpu.pt", "out.pt", "--like", "resnet18_dataparallel_cuda.pt"]),
@@ -137,7 +139,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "flipped.pt").write_bytes(data.replace(values, values[:-1] + b"?"))
     (tmp_path / "page.pt").write_text("<!doctype html>")
     (tmp_path / "train.log").write_text(_NO_GPU)
-    torch.save({"epoch": 3}, tmp_path / "numbers.pt")
+    with warnings.catch_warnings(action="ignore"):
+        model = nn.Sequential(nn.Linear(2, 2))
+        torch.save(torch.ao.quantization.quantize_dynamic(model), tmp_path / "quantized.pt")
     torch.save({"w": torch.ones(2), "v": torch.ones(2), "x": _Danger()}, tmp_path / "dangerous.pt")
     own = {"module.w": torch.ones(1), "head.w": torch.ones(1)}
     torch.save({"gen": {"module.v": torch.ones(1)}, "disc": own}, tmp_path / "two.pt")

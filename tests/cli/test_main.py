@@ -520,7 +520,7 @@ def test_bad_input_is_named_in_json_too(tmp_path: Path, what: str) -> None:
 def assert_refused(ran: Any, *words: str) -> None:
     """Exit code 2, nothing on stdout, one line for the error and one for the hint."""
     assert (ran.returncode, ran.stdout) == (2, ""), ran.stderr
-    error, hint = ran.stderr.splitlines()
+    error, hint = (line for line in ran.stderr.splitlines() if not line.startswith("note: "))
     assert error.startswith("error: ")
     assert hint.startswith("hint: ")
     assert len(hint) > 10
