@@ -551,16 +551,12 @@ class Checkpoint:
             ['0.weight', '0.bias']
         """
         from ckptfix.match import choose as chooser
-        from ckptfix.match import judge
         from ckptfix.match import target as targets
         from ckptfix.torch_bridge import arguments
 
         arguments.check(model, None, "checkpoint.check(model)")
         wanted = targets.of_module(model)
-        found, error = chooser.look(self.document, wanted, select)
-        if isinstance(error, SelectionError):
-            raise error
-        return judge.as_it_stands(self.document, found.state, wanted)
+        return chooser.as_it_stands(self.document, wanted, select)[1]
 
     def save(
         self,

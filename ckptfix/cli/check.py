@@ -13,12 +13,12 @@ from ckptfix.diagnose import damage
 from ckptfix.diagnose.document import diagnose
 from ckptfix.door import beside
 from ckptfix.edit import reduce
-from ckptfix.errors import ChangedMeaningError, CkptfixError, DamagedError, SelectionError
+from ckptfix.errors import ChangedMeaningError, CkptfixError, DamagedError
 from ckptfix.findings import Finding
 from ckptfix.formats import embedded
 from ckptfix.hints import Hint
 from ckptfix.match import judge, transposes
-from ckptfix.match.choose import look
+from ckptfix.match.choose import as_it_stands
 from ckptfix.report import Difference, Report, counts, sections, without_strict
 from ckptfix.tree.walk import nbytes
 from ckptfix.words import listed, plural
@@ -156,10 +156,7 @@ class _Compared(NamedTuple):
 
 
 def _compared(document: Document, wanted: Target, select: str | None, given: _Given) -> _Compared:
-    meant, problem = look(document, wanted, select)
-    if isinstance(problem, SelectionError):
-        raise problem
-    report = judge.as_it_stands(document, meant.state, wanted)
+    meant, report, problem = as_it_stands(document, wanted, select)
     cure = None if report.loads else _cure(document, wanted, meant, problem, given._asdict())
     return _Compared(meant.state, wanted, report, cure)
 

@@ -24,6 +24,7 @@ from ckptfix.contents.state_dicts import (
 from ckptfix.door import beside
 from ckptfix.edit import edits
 from ckptfix.errors import (
+    ChangedMeaningError,
     CkptfixError,
     KeyCollisionError,
     KeyMismatchError,
@@ -161,6 +162,22 @@ def look(
     return best._replace(report=report, state=meant), _error(
         document, found, wanted, whole, partly, select
     )
+
+
+def as_it_stands(
+    document: Document, wanted: Target, select: str | None = None
+) -> tuple[Match, Report, CkptfixError | None]:
+    """What `look` gives, and between the two how the state dict compares as it is saved.
+
+    One that torch takes, and that something beside it makes another model of, is refused.
+    """
+    found, error = look(document, wanted, select)
+    if isinstance(error, SelectionError):
+        raise error
+    report = judge.as_it_stands(document, found.state, wanted)
+    if report.loads and isinstance(error, ChangedMeaningError):
+        report = replace(report, refusals=[error.what])
+    return found, report, error
 
 
 def _states(document: Document, wanted: Target, select: str | None) -> list[StateDict]:

@@ -112,6 +112,12 @@ def test_a_dict_beside_that_changes_the_weights_is_told(name: str, prefix: str) 
     assert ran.returncode == 2
     assert "hint: to take the base alone: add --select model" in ran.stderr
     assert told.value.options["select"] == "model"
+    assert not ckptfix.check(net(), "in.pt").loads
+    checked = ckptfix_command("check", "in.pt", "--model", "net.py:net")
+    assert checked.returncode == 1
+    command = shlex.split(checked.stdout.splitlines()[-1])
+    assert "--select" in command
+    assert ckptfix_command(*command[1:]).returncode == 0
     ran = ckptfix_command("fix", "in.pt", "out.pt", "--model", "net.py:net", "--select", "model")
     assert ran.returncode == 0
     assert unlike(dict(torch.load("out.pt")), dict(state)) is None
