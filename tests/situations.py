@@ -293,6 +293,7 @@ def changed(state: State, change: Callable[[torch.Tensor], Any]) -> State:
 PREFIXES = [
     "module.", "module.module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "model.",
     "_forward_module.", "_fsdp_wrapped_module.", "_module.", "net.", "backbone.model.",
+    "_fsdp_wrapped_module._fpw_module.", "_forward_module._original_module.",
 ]  # fmt: skip
 RENAMED: dict[str, Callable[[State], State]] = {
     **{f"prefix {each}": partial(prefixed, prefix=each) for each in PREFIXES},

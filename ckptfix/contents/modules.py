@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptfix.contents.tensors import as_tensor, is_special_tensor
+from ckptfix.contents.tensors import SCRIPT_OBJECT, as_tensor, is_special_tensor
 from ckptfix.errors import UnsafeError
 from ckptfix.tree.document import Global, Inert, Node, OrderedMap, kind
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _SCRIPTED = "__torch__"
 _KEPT = ("_parameters", "_buffers", "_modules")
-_PACKED = "torch.ScriptObject"
 """What quantized modules keep their weights in: an object of TorchScript's own classes."""
 
 
@@ -118,7 +117,7 @@ def _eager(node: Inert) -> _Parts:
         if value is not None and name not in hidden
     ]
     children = [(name, child) for name, child in _named(state["_modules"]) if child is not None]
-    packs = any(isinstance(value, Inert) and value.cls == _PACKED for value in state.values())
+    packs = any(isinstance(value, Inert) and value.cls == SCRIPT_OBJECT for value in state.values())
     return tensors, children, node.cls if packs or _is_quantized(node) else None
 
 

@@ -49,8 +49,19 @@ def is_special_tensor(node: Node) -> bool:
 
 
 def is_packed(node: Node) -> bool:
-    """Whether a node is a tuple with a special tensor in it, as quantized modules save theirs."""
-    return type(node) is tuple and any(is_special_tensor(inner) for _, inner in walk(node))
+    """Whether a node is what quantized modules save in the place of their weights.
+
+    A tuple with a special tensor in it, or an object of TorchScript with any tensor (of LSTMs).
+    """
+    if type(node) is tuple:
+        return any(is_special_tensor(inner) for _, inner in walk(node))
+    if not isinstance(node, Inert) or node.cls != SCRIPT_OBJECT:
+        return False
+    return any(type(inner) is Tensor or is_special_tensor(inner) for _, inner in walk(node.state))
+
+
+SCRIPT_OBJECT = "torch.ScriptObject"
+"""The class of what TorchScript keeps for code of C++."""
 
 
 def special_class(node: Inert) -> str:

@@ -40,7 +40,7 @@ Path = tuple[str, ...]
 """A key by its components, without the names of wrappers."""
 
 _NAMES = ("_flat_param", "flat_param")
-_NO_CHILDREN = wrappers.ANYWHERE | {"_fpw_module"}
+_NO_CHILDREN = wrappers.ANYWHERE
 _ALIGNMENTS = (1, 2, 4, 8, 16)
 """Elements at a multiple of which a parameter may begin: 16 bytes, by dtype; 1: wherever it is."""
 _PADDING = {"float64": "d", "float32": "f", "float16": "e"}

@@ -36,8 +36,10 @@ WRAPPERS: Mapping[str, str] = {
     "_module": "Opacus",
     "_orig_mod": "torch.compile",
     "_fsdp_wrapped_module": "FullyShardedDataParallel",
+    "_fpw_module": "FullyShardedDataParallel of torch 1.11 and 1.12",
     "_checkpoint_wrapped_module": "activation checkpointing",
     "_forward_module": "Lightning Fabric or DeepSpeed",
+    "_original_module": "Lightning Fabric",
 }
 """The components that wrappers add, and the wrapper that adds each."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch import nn
 
 import ckptfix
 from ckptfix import Checkpoint
@@ -15,7 +16,7 @@ from ckptfix.errors import SelectionError, UnsupportedError
 from ckptfix.tree.document import Global, Inert
 from ckptfix.tree.walk import walk
 from tests.conftest import CHECKPOINTS, FIXTURES
-from tests.oracles import done, unlike
+from tests.oracles import ckptfix_command, done, unlike
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,3 +81,17 @@ def test_the_state_dict_that_is_named_becomes_the_root() -> None:
     assert [state.path for state in made.state_dicts] == ["/"]
     with pytest.raises(SelectionError, match="no state dict at 'nope'"):
         ckptfix.open(FIXTURES / "ema.pt").weights_only("nope")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_a_quantized_lstm_packs_are_refused_not_left_out(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM})
+    torch.save(quantized.state_dict(), tmp_path / "in.pt")
+    for out, options in (("out.pt", ["--weights-only"]), ("out.safetensors", [])):
+        ran = ckptfix_command("convert", tmp_path / "in.pt", tmp_path / out, *options)
+        assert ran.returncode == 2
+        assert "_all_weight_values.0.param" in ran.stderr
+        assert not (tmp_path / out).exists()
+    assert ckptfix_command("fix", tmp_path / "in.pt", tmp_path / "all.pt").returncode == 0
+    quantized.load_state_dict(torch.load(tmp_path / "all.pt", weights_only=False))
