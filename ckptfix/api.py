@@ -267,7 +267,7 @@ class Checkpoint:
             ['0.weight']
         """
         state = choose(self.document, select)
-        gone = globs.matching(state.mapping, patterns, self.document.name)
+        gone = globs.dropped(state.mapping, patterns, self.document.name)
         return self._without(state, gone)
 
     def keep(self, *patterns: str, select: str | None = None) -> Checkpoint:

@@ -153,7 +153,7 @@ def load_state_dict(
     if model is None:
         reduce.check_one(document)
         mapping = choose(document, select).mapping
-        gone = globs.matching(mapping, _patterns(drop), document.name)
+        gone = globs.dropped(mapping, _patterns(drop), document.name)
         kept = edits.mapping_without(mapping, gone) if gone else mapping
         loaded, unknown = _loaded(document, kept, map_location, mmap, verify, strict)
         if unknown:
@@ -250,17 +250,7 @@ def load_into(
     if filled.on_meta:
         warnings.warn(_without_memory(document, model, filled.on_meta), stacklevel=2)
     report = replace(found.report, left_out=True, **filled._asdict())
-    report = replace(report, missing=[*report.missing, *unknown])
-    if not report.matched and report.missing:
-        warnings.warn(_nothing_loaded(document, report, wanted.name), stacklevel=2)
-    return report
-
-
-def _nothing_loaded(document: Document, report: Report, wanted: str) -> str:
-    return (
-        f"{document.name}: none of the {len(report.missing):,} keys of {wanted} was loaded: "
-        "is it the right file?"
-    )
+    return replace(report, missing=[*report.missing, *unknown])
 
 
 STAGED = 1 << 30

@@ -176,7 +176,8 @@ def test_a_few_bytes_that_would_fill_a_disk_are_an_error(doors: Doors, tmp_path:
     path.write_bytes(hostile.described(hostile.Layout(shape=(1 << 37,), stride=(0,))))
     found = doors.try_all(path)
     converted = found["verbs"]["convert"]
-    assert (converted["code"], found["left"]) == (2, ["huge.pt"])
+    assert (converted["code"], found["left"]) == (2, ["fixed.pt", "huge.pt"])
+    assert (tmp_path / "fixed.pt").stat().st_size < 10_000  # as few bytes as before
     assert "repeats its elements" in converted["err"]
     assert "hint: write a .pt file instead" in converted["err"]
 

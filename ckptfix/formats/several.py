@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ckptfix.bytes.source import LazySource
 from ckptfix.errors import ReadError
 from ckptfix.findings import Finding
+from ckptfix.formats.zip.layout import LOCAL_MAGIC
 from ckptfix.hints import Hint, adding, shell
 from ckptfix.words import plural
 
@@ -70,18 +71,23 @@ def chosen(source: Source, parts: Sequence[Part], found: Salvage) -> Source:
 
 def after(source: Source, end: int, what: str) -> Finding:
     """The note on bytes behind the end of a checkpoint: another save, or something unknown."""
-    from ckptfix.formats import table
-
     rest = part_of(source, end, source.size)
-    kind = next((name for name in _SAVES if table.is_a(name, rest)), None)
-    if kind is None:
+    if not _is_a_save(rest.head(64)):
         return Finding("trailing-bytes", f"{rest.size} bytes follow the end of {what}")
     message = f"another save follows the end of {what}, at byte {end:,}: it is not read"
     words = (f"if={source.name}", f"of={source.name}.rest", "iflag=skip_bytes", f"skip={end}")
     return Finding("several-saves", message, command=shell("dd", "bs=1M", *words))
 
 
-_SAVES = ("torch_zip", "torch_legacy", "safetensors")
+def _is_a_save(head: bytes) -> bool:
+    """Whether bytes begin as torch's zip, torch's older files or safetensors do."""
+    if head.startswith(LOCAL_MAGIC) or _LEGACY in head[:20]:
+        return True
+    return head[8:9] == b"{" and head[7:8] == b"\0"
+
+
+_LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")
+"""The magic number of torch's older files, as a pickle spells it."""
 
 
 def note_rest(source: Source, end: int, found: Salvage) -> None:

@@ -156,11 +156,6 @@ def recognised(source: Source, reading: Reading, among: Iterable[str] = ORDER) -
     raise not_checkpoints.explain(source)
 
 
-def is_a(name: str, source: Source) -> bool:
-    """Whether bytes are meant to be in one format."""
-    return _module(name).recognises(source)
-
-
 def _by_its_end(source: Source) -> str:
     """The format of a file whose beginning is lost: an archive says what it is at its end."""
     from ckptfix.formats import not_checkpoints

@@ -35,7 +35,6 @@ from ckptfix.errors import (
     UnsupportedError,
 )
 from ckptfix.findings import Finding
-from ckptfix.formats import several
 from ckptfix.formats.reading import Reading
 from ckptfix.formats.table import EXTENSIONS, TORCH_ZIP
 from ckptfix.formats.zip import archive as zips
@@ -114,6 +113,8 @@ def _read(archive: Archive, source: Source, limits: Limits) -> Document:
     if refused is not None:
         notes.append(Finding("container-refused", refused))
     if source.size > archive.end:
+        from ckptfix.formats import several
+
         notes.append(several.after(source, archive.end, "the archive"))
     return from_records(records, source.name, source.size, Reading(limits), tuple(notes))
 

@@ -14,11 +14,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 
-def matching(keys: Iterable[str], globs: Sequence[str], where: str) -> set[str]:
-    """The keys that a pattern matches.
+def dropped(keys: Iterable[str], globs: Sequence[str], where: str) -> set[str]:
+    """The keys that a pattern matches, some being left.
 
     Raises `SelectionError` for a pattern that matches none, and where nothing would be left.
     """
+    keys = list(keys)
+    found = matching(keys, globs, where)
+    if globs and found.issuperset(keys):
+        raise SelectionError(
+            f"every key matches {listed(map(repr, globs))}: nothing would be left",
+            where=where,
+            hint=Hint("see its keys", command("inspect", where, all=True)),
+            code="no-such-key",
+        )
+    return found
+
+
+def matching(keys: Iterable[str], globs: Sequence[str], where: str) -> set[str]:
+    """The keys that a pattern matches. Raises `SelectionError` for one that matches none."""
     found: set[str] = set()
     keys = list(keys)
     for glob in globs:
@@ -32,13 +46,6 @@ def matching(keys: Iterable[str], globs: Sequence[str], where: str) -> set[str]:
                 code="no-such-key",
             )
         found |= of_glob
-    if globs and found.issuperset(keys):
-        raise SelectionError(
-            f"every key matches {listed(map(repr, globs))}: nothing would be left",
-            where=where,
-            hint=Hint("see its keys", command("inspect", where, all=True)),
-            code="no-such-key",
-        )
     return found
 
 

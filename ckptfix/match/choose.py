@@ -195,7 +195,7 @@ def _without(document: Document, states: list[StateDict], drop: Sequence[str]) -
     if not drop:
         return states
     keys = (key for state in states for key in state.mapping)
-    gone = globs.matching(keys, drop, document.name)
+    gone = globs.dropped(keys, drop, document.name)
     return [replace(state, mapping=edits.mapping_without(state.mapping, gone)) for state in states]
 
 

@@ -48,7 +48,9 @@ def changed(
         for key, role in (told | meanings.beside(gone, there)).items()
         if not role.needs_small or _is_small(state, role.subject)
     }
-    found |= meanings.in_layers((key for key in unused if key not in found), taken)
+    rest = {renamed[key]: key for key in unused if key not in found}
+    layers = meanings.in_layers(rest, [renamed[key] for key in taken])
+    found |= {rest[new]: role for new, role in layers.items()}
     if not found:
         return None
     globs = meanings.patterns(found, taken)

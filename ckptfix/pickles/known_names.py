@@ -111,6 +111,7 @@ CALLED_BY_THEM = frozenset(
         *_in("torch.fx.immutable_collections", "immutable_dict immutable_list"),
         *_in("torch.jit._pickle", "build_boollist build_doublelist build_intlist build_tensorlist"),
         *_in("torch.jit._pickle", "build_tensor_from_id restore_type_tag"),
+        "torch.nested._internal.nested_tensor._rebuild_njt",
         "torch.nn.backends.thnn._get_thnn_function_backend",
         "torch.serialization._get_layout",
         *_in("numpy._core.multiarray", "_reconstruct scalar"),

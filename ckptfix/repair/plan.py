@@ -340,7 +340,7 @@ def _without(
 ) -> Plan:
     """Without keys, and then what is certain."""
     states = choose_all(document, [] if select is None else [select])
-    gone = globs.matching((key for state in states for key in state.mapping), drop, document.name)
+    gone = globs.dropped((key for state in states for key in state.mapping), drop, document.name)
     states = [state for state in states if not gone.isdisjoint(state.mapping)]
     smaller = Plan(edits.without(document, states, gone))
     for state in states:

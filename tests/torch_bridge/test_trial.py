@@ -132,7 +132,7 @@ def test_a_model_without_keys_that_takes_the_file_gets_all_of_it(
     assert code_of("check", "in.pt", "--model", reference) == (1 if prefix else 0)
     code_of("fix", "in.pt", "out.pt", "--model", reference)
     if prefix:
-        assert f"{len(GROW[name])} renamed" in capsys.readouterr().out
+        assert f"{plural(len(GROW[name]), 'key')} renamed" in capsys.readouterr().out
     state = torch.load("out.pt" if prefix else "in.pt")
     assert unlike(dict(state), GROW[name]) is None
     made = getattr(models, name)()
