@@ -13,6 +13,7 @@ from torch import nn
 import ckptfix
 from ckptfix.cli import group
 from ckptfix.errors import CkptfixError
+from ckptfix.words import plural
 from tests.oracles import unlike
 
 if TYPE_CHECKING:
