@@ -195,7 +195,8 @@ _Shifts = Callable[[Iterable[str], Iterable[str]], Iterable[Shift]]
 def _surplus(longer: Collection[str], shorter: Collection[str], many: float) -> list[str]:
     """Prefixes without which many keys of one side are keys of the other, most first.
 
-    Where that is so for every key, one prefix settles it.
+    Where that is so for every key, one prefix settles it. There are so many at most that trying
+    them takes no longer than a second or two: thousands of layers called alike tell nothing.
     """
     votes: Counter[str] = Counter()
     lengths = set(map(len, shorter))
@@ -203,7 +204,12 @@ def _surplus(longer: Collection[str], shorter: Collection[str], many: float) -> 
         votes.update(prefix for prefix, rest in _splits(key, lengths) if rest in shorter)
     settled = [prefix for prefix, count in votes.items() if count == len(longer)]
     popular = (prefix for prefix, count in votes.items() if count >= many)
-    return settled or sorted(popular, key=lambda prefix: (-votes[prefix], prefix))
+    most = max(_FEW_WAYS, _MOST_KEYS // max(len(longer), 1))
+    return settled or sorted(popular, key=lambda prefix: (-votes[prefix], prefix))[:most]
+
+
+_FEW_WAYS, _MOST_KEYS = 20, 2_000_000
+"""Prefixes that are tried in any case, and keys at most that are renamed to try others."""
 
 
 def _splits(key: str, lengths: Collection[int]) -> Iterator[tuple[str, str]]:

@@ -52,3 +52,10 @@ def test_a_long_start_that_all_keys_of_a_target_share_is_not_tried_dot_by_dot() 
     start = "a." * (MILLION // 2)
     (way,) = prefixes.ways(["x.w"], [f"{start}w", f"{start}b.w"], exchange=True)
     assert way.label == "unchanged"
+
+
+def test_thousands_of_layers_called_alike_are_no_thousands_of_ways() -> None:
+    keys = [f"layer{at}.weight" for at in range(50_000)]
+    assert len(prefixes.ways(keys, ["weight"])) < 100
+    keys = [f"layer{at}.{name}" for at in range(500) for name in ("weight", "bias")]
+    assert len(prefixes.ways(keys, ["weight", "bias"])) > 500  # of which shapes may leave one
