@@ -27,7 +27,7 @@ from ckptfix.formats.table import (
 )
 from ckptfix.formats.table import read as read_source
 from ckptfix.hints import Command, Hint, command
-from ckptfix.layouts import split, table
+from ckptfix.layouts import in_pieces, split, table
 from ckptfix.limits import DEFAULT, Limits
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def write(
 SHARDS = SAFETENSORS._replace(name="safetensors folder", extensions=())
 """A folder of safetensors files: what stands here is for one of them."""
 
-DCP = TORCH_ZIP._replace(name="DCP folder", extensions=())
+DCP = TORCH_ZIP._replace(name=in_pieces.DCP, extensions=())
 """A folder as torch.distributed.checkpoint writes it: what stands here is for one item."""
 
 TO = {"torch": TORCH_ZIP, "safetensors": SAFETENSORS, "shards": SHARDS, "dcp": DCP}
@@ -295,6 +295,12 @@ def _named(source: Place, container: Writable | None) -> str:
 def taking(document: Document, path: str) -> Command:
     """The command that takes a checkpoint out of the bytes in which a document keeps it."""
     return command("convert", document.name, beside(document, "inner"), select=path)
+
+
+def fixing_for_a_model(document: Document, select: str | None = None) -> Command:
+    """The command that repairs a document for a model, which whoever runs it has to name."""
+    out = beside(document, "fixed")
+    return command("fix", document.name, out, model="FILE.py:NAME", select=select)
 
 
 def beside(document: Document, suffix: str) -> str:

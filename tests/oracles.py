@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ckptfix.cli import group
+from ckptfix.errors import CkptfixError
+
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from ckptfix.errors import CkptfixError
+    from types import ModuleType
 
 
 def ckptfix_command(*arguments: str | Path, cwd: Path | None = None) -> Any:
@@ -26,6 +29,24 @@ def done(*arguments: str | Path, cwd: Path | None = None) -> str:
     ran = ckptfix_command(*arguments, cwd=cwd)
     assert ran.returncode == 0, ran.stderr
     return str(ran.stdout)
+
+
+def code_of(*arguments: str) -> int:
+    """The exit code of a command, in this process."""
+    try:
+        return int(group.main(list(arguments), "ckptfix", standalone_mode=False))
+    except CkptfixError:
+        return 2
+
+
+def module_in(path: Path, name: str) -> ModuleType:
+    """The module that a file is, under a name of its own, so that its classes can be pickled."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def bits(tensor: torch.Tensor) -> bytes:

@@ -8,7 +8,6 @@ torch itself takes from the file.
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import ckptfix
 from ckptfix.cli import group
 from ckptfix.errors import CkptfixError
 from tests import situations
-from tests.oracles import bits, unlike
+from tests.oracles import bits, module_in, unlike
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,12 +55,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """`net.py`, imported, so that a whole model can be pickled too."""
     path = tmp_path_factory.mktemp("models") / "net.py"
     path.write_text(situations.MODELS)
-    spec = importlib.util.spec_from_file_location("never_wrong_models", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["never_wrong_models"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_in(path, "never_wrong_models")
 
 
 def taken(make: Callable[[], nn.Module], state: Any) -> dict[str, Any] | None:

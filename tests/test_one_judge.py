@@ -6,7 +6,6 @@ file. What `fix` writes and what the loaders load has to be taken by it too, or 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from collections import OrderedDict
@@ -21,11 +20,10 @@ from torch import nn
 
 import ckptfix
 from ckptfix import door
-from ckptfix.cli import group
 from ckptfix.errors import CkptfixError, KeyMismatchError
 from ckptfix.match import target as targets
 from ckptfix.repair.plan import plan
-from tests.oracles import ckptfix_command, done, unlike
+from tests.oracles import ckptfix_command, code_of, done, module_in, unlike
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -213,12 +211,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """`net.py` in the current folder, and the module that it is."""
     monkeypatch.chdir(tmp_path)
     Path("net.py").write_text(MODELS)
-    spec = importlib.util.spec_from_file_location("one_judge_models", "net.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_in(Path("net.py"), "one_judge_models")
 
 
 def torch_takes(model: nn.Module, path: str) -> bool:
@@ -231,14 +224,6 @@ def torch_takes(model: nn.Module, path: str) -> bool:
     except Exception:  # noqa: BLE001
         return False
     return True
-
-
-def code_of(*arguments: str) -> int:
-    """The exit code of a command, in this process."""
-    try:
-        return int(group.main(list(arguments), "ckptfix", standalone_mode=False))
-    except CkptfixError:
-        return 2
 
 
 def agree(make: Callable[[], nn.Module], path: str = "in.pt") -> bool:

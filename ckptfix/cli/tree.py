@@ -9,6 +9,7 @@ from ckptfix.contents.state_dicts import StateDict, find
 from ckptfix.contents.tensors import as_tensor
 from ckptfix.edit.counting import held_by
 from ckptfix.keys import wrappers
+from ckptfix.layouts import in_pieces
 from ckptfix.tree.document import Global, Inert, Node, Storage, Tensor, kind
 from ckptfix.tree.walk import children, files, storages
 from ckptfix.words import listed, plural
@@ -50,7 +51,7 @@ def draw(document: Document, width: int, *, everything: bool = False) -> Tree:
     return tree
 
 
-_IN_PIECES = frozenset({"DCP folder", "DCP safetensors folder", "files of ranks"})
+_IN_PIECES = frozenset({in_pieces.DCP, in_pieces.DCP_SAFETENSORS, in_pieces.RANKS})
 """Containers in which a tensor may lie in several files."""
 
 

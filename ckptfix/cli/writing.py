@@ -182,7 +182,8 @@ class Job:
             output.note(f"{self.source}: {_SLICE.format(len(fitted.document.slices))}")
         self._say_dangers(fitted.document)
         left = [*left_out, *fitted.left_out, *self._around.left_out]
-        held = counting.held(fitted.document, self.output.container)
+        asked = not isinstance(done, str) or count is not None or self.container.tensors_only
+        held = counting.held(fitted.document, self.container) if asked else counting.NOBODY_ASKED
         if not isinstance(done, str):
             done = done(held)
         if count is not None:
@@ -250,8 +251,10 @@ class Job:
 
     def _say_dangers(self, document: Document) -> None:
         """Name what is carried along though it would run where OUT is unpickled."""
+        if self.verb == "fix":
+            return  # which says by itself what it does with them
         found = dict.fromkeys(map(name_of, dangers(document.root)))
-        if found and self.verb != "fix":
+        if found:
             fix = command("fix", self.source, door.beside(document, "fixed"))
             output.note(
                 f"carries calls along that would run: {listed(found)}; {fix} leaves them out"

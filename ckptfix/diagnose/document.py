@@ -10,7 +10,7 @@ from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.packed import packed_weights, placeholders, without_bytes
 from ckptfix.contents.state_dicts import StateDict, find, instead, of_models
 from ckptfix.contents.tensors import device_tags
-from ckptfix.door import beside, is_sharded, taking
+from ckptfix.door import beside, fixing_for_a_model, is_sharded, taking
 from ckptfix.edit import flat
 from ckptfix.edit.compacting import compact
 from ckptfix.findings import Finding
@@ -18,6 +18,7 @@ from ckptfix.formats import embedded
 from ckptfix.formats.table import EXTENSIONS, split_extension
 from ckptfix.hints import command, shell
 from ckptfix.keys import wrappers
+from ckptfix.layouts import in_pieces
 from ckptfix.pickles.allowed import is_allowed
 from ckptfix.pickles.dangerous import dangers, name_of, unknown_calls
 from ckptfix.tree.document import Document, Global, Inert, Tensor
@@ -52,7 +53,7 @@ def diagnose(document: Document) -> list[Finding]:
 def _noted(document: Document) -> Iterator[Finding]:
     """What was noticed while reading; where writing the document anew repairs it, the command."""
     anew = command("convert", document.name, beside(document, "repacked"))
-    fix = command("fix", document.name, beside(document, "fixed"), model="FILE.py:NAME")
+    fix = fixing_for_a_model(document)
     commands = {**dict.fromkeys(_ANEW, anew), "tensor-parallel": fix}
     for note in document.notes:
         yield note._replace(command=commands.get(note.code))
@@ -163,7 +164,7 @@ def _ties(state: StateDict) -> Iterator[Finding]:
 
 def _perhaps_tied(document: Document, state: StateDict) -> Iterator[Finding]:
     """Matrices of a DCP folder that are equal by their checksums: DCP loses that they were one."""
-    if document.container != "DCP folder":
+    if document.container != in_pieces.DCP:
         return
     groups: dict[object, list[str]] = {}
     for key, tensor in state.tensors.items():
@@ -186,9 +187,7 @@ def _flat(document: Document, state: StateDict) -> Iterator[Finding]:
     keys = flat.flat_in(state.mapping)
     if keys:
         message = f"parameters lie flat in {listed(keys)}: their shapes are not in the file"
-        out = beside(document, "fixed")
-        select = state.selection
-        fix = command("fix", document.name, out, model="FILE.py:NAME", select=select)
+        fix = fixing_for_a_model(document, state.selection)
         yield Finding("flat-parameters", message, state.path, fix)
 
 

@@ -41,6 +41,10 @@ class Held(NamedTuple):
         return ", ".join(parts)
 
 
+NOBODY_ASKED = Held(0, 0, 0, {})
+"""In the place of a count that nobody reads; nothing is written once there."""
+
+
 def held(document: Document, container: Writable | None = None) -> Held:
     """What a document holds; or, where it fits a container of tensors, what is written of it."""
     if container is not None and container.tensors_only:

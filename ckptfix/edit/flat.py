@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfix.bytes.span import cut
 from ckptfix.contents.state_dicts import Made, StateDict
-from ckptfix.door import beside
+from ckptfix.door import fixing_for_a_model
 from ckptfix.edit.compacting import checked
 from ckptfix.errors import UnsupportedError
-from ckptfix.hints import Hint, command
+from ckptfix.hints import Hint
 from ckptfix.keys import wrappers
 from ckptfix.tree.document import OrderedMap, Storage, Tensor, contiguous_stride
 from ckptfix.words import listed, plural
@@ -40,7 +40,6 @@ Path = tuple[str, ...]
 """A key by its components, without the names of wrappers."""
 
 _NAMES = ("_flat_param", "flat_param")
-_NO_CHILDREN = wrappers.ANYWHERE
 _ALIGNMENTS = (1, 2, 4, 8, 16)
 """Elements at a multiple of which a parameter may begin: 16 bytes, by dtype; 1: wherever it is."""
 _PADDING = {"float64": "d", "float32": "f", "float16": "e"}
@@ -72,12 +71,15 @@ def refuse(document: Document, keys: Sequence[str]) -> UnsupportedError:
     return UnsupportedError(
         f"parameters lie flat in {listed(keys)}: their shapes are not in the files",
         where=document.name,
-        hint=Hint(
-            "say which model it is for, or which checkpoint has its shapes (--like)",
-            command("fix", document.name, beside(document, "fixed"), model="FILE.py:NAME"),
-        ),
+        hint=which_model(document),
         code="flat-parameters",
     )
+
+
+def which_model(document: Document) -> Hint:
+    """The hint that only a target has the shapes."""
+    what = "say which model it is for, or which checkpoint has its shapes (--like)"
+    return Hint(what, fixing_for_a_model(document))
 
 
 def split(state: StateDict, wanted: Wanted) -> StateDict:
@@ -313,7 +315,7 @@ class _Splitting:
 
 def bare(key: str) -> Path:
     """The components of a key without the names that wrappers add anywhere."""
-    return tuple(part for part in key.split(".") if part not in _NO_CHILDREN)
+    return tuple(part for part in key.split(".") if part not in wrappers.ANYWHERE)
 
 
 def _shape(spec: Spec) -> str:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from ckptfix import door
 from ckptfix.contents.state_dicts import StateDict, beside_loose, choose, find, known
 from ckptfix.contents.tensors import as_tensor, is_packed, is_special_tensor, special_class
-from ckptfix.door import beside
 from ckptfix.edit import flat
 from ckptfix.edit.compacting import gathered
 from ckptfix.errors import UnsafeError, UnsupportedError
-from ckptfix.hints import Hint, command
-from ckptfix.layouts import tensor_parallel
+from ckptfix.hints import Hint
+from ckptfix.layouts import in_pieces, tensor_parallel
 from ckptfix.tree.document import (
     Document,
     Inert,
@@ -182,14 +181,11 @@ def fit(document: Document, container: Writable, select: str | None = None) -> F
 def check_joined(document: Document) -> None:
     """Refuse to write what was in pieces and is not put together. Raises `UnsupportedError`."""
     check_one(document)
-    if document.container in _IN_PIECES:
+    if document.container in (in_pieces.DCP, in_pieces.RANKS):
         for state in find(document.root):
             keys = flat.flat_in(state.mapping)
             if keys:
                 raise flat.refuse(document, keys)
-
-
-_IN_PIECES = ("DCP folder", "files of ranks")
 
 
 def check_one(document: Document) -> None:
@@ -199,9 +195,6 @@ def check_one(document: Document) -> None:
             f"holds the slices of {len(document.slices)} ranks of tensor parallelism, and nothing "
             "that says how they are joined",
             where=document.name,
-            hint=Hint(
-                "say which model it is for, or which checkpoint has its shapes (--like)",
-                command("fix", document.name, beside(document, "fixed"), model="FILE.py:NAME"),
-            ),
+            hint=flat.which_model(document),
             code="tensor-parallel",
         )

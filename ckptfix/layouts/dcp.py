@@ -39,7 +39,7 @@ from ckptfix.findings import Finding
 from ckptfix.formats import table
 from ckptfix.formats.reading import Reading
 from ckptfix.hints import Hint, command, shell
-from ckptfix.layouts import dcp_metadata, shards
+from ckptfix.layouts import dcp_metadata, in_pieces, shards
 from ckptfix.layouts.dcp_items import Items
 from ckptfix.pieces import replicas
 from ckptfix.pieces.joining import Joiner, Piece
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from ckptfix.bytes.source import FileSource
     from ckptfix.layouts.dcp_metadata import Item, Metadata, Path, Whole
 
-NAME = "DCP folder"
+NAME = in_pieces.DCP
 
 SUFFIX = ".distcp"
 METADATA = ".metadata"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ckptfix.errors import CkptfixError, DamagedError, UnsafeError
 from ckptfix.findings import Finding
 from ckptfix.hints import Hint, shell
+from ckptfix.layouts import in_pieces
 from ckptfix.tree.document import Document, OrderedMap
 from ckptfix.words import listed
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from ckptfix.formats.reading import Reading
     from ckptfix.pieces.joining import Piece
 
-NAME = "DCP safetensors folder"
+NAME = in_pieces.DCP_SAFETENSORS
 
 _INFO = "DCP_SHARDING_INFO"
 _OWN = frozenset({_INFO, "DCP_VERSION"})

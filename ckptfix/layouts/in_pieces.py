@@ -5,6 +5,11 @@ from __future__ import annotations
 from ckptfix.tree.document import Global, Inert, Node
 from ckptfix.tree.walk import walk
 
+DCP = "DCP folder"
+DCP_SAFETENSORS = "DCP safetensors folder"
+RANKS = "files of ranks"
+"""The containers in which tensors lie in pieces, as documents call them."""
+
 _REBUILD = Global("torch._tensor", "_rebuild_from_type_v2")
 
 

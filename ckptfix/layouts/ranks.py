@@ -13,6 +13,7 @@ from ckptfix.errors import CkptfixError, DamagedError, ReadError, UnsafeError, U
 from ckptfix.findings import Finding
 from ckptfix.formats import table
 from ckptfix.hints import Hint, shell
+from ckptfix.layouts import in_pieces
 from ckptfix.layouts.distributed_tensors import Decoder, Part
 from ckptfix.layouts.in_pieces import kind, piece_in
 from ckptfix.pieces import boxes, replicas
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ckptfix.pieces.boxes import Box
     from ckptfix.tree.document import Document
 
-NAME = "files of ranks"
+NAME = in_pieces.RANKS
 
 _RANK = re.compile(r"(?P<head>.*rank[_-]?)(?P<rank>\d+)(?P<tail>\D*)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?P<head>.*?)(?P<rank>\d+)(?P<tail>\.[^.\d]+)")

@@ -151,7 +151,9 @@ def look(
     Raises `SelectionError` where there is no state dict, or a pattern of `drop` matches no key, and
     `UnsupportedError` as `match` does.
     """
-    original = _states(document, wanted, select)
+    there = find(document.root) if select is None else []
+    asked = of_models(there) if select is None else [choose(document, select)]
+    original = _states(document, wanted, asked)
     states = _without(document, original, drop)
     whole = _whole(document, states, wanted)
     found = _plain(whole) or _nearest(document, states, wanted)
@@ -160,7 +162,7 @@ def look(
     passed_over = [one.place for one in whole if one is not best]
     report = replace(best.report, passed_over=passed_over)
     return best._replace(report=report, state=meant), _error(
-        document, found, wanted, whole, partly, select
+        document, found, wanted, whole, partly, there
     )
 
 
@@ -180,9 +182,8 @@ def as_it_stands(
     return found, report, error
 
 
-def _states(document: Document, wanted: Target, select: str | None) -> list[StateDict]:
-    """Every state dict that could be meant."""
-    states = [choose(document, select)] if select is not None else of_models(find(document.root))
+def _states(document: Document, wanted: Target, states: list[StateDict]) -> list[StateDict]:
+    """Every state dict that could be meant, of some."""
     states = distinct(states) or [choose(document)]  # which says that there is none
     if all(state.role == "loose" for state in states):
         raise _no_names(document, wanted)
@@ -205,7 +206,7 @@ def _error(
     wanted: Target,
     whole: list[Match],
     partly: bool,
-    select: str | None,
+    there: list[StateDict],
 ) -> CkptfixError | None:
     """Why the first of several is not taken; None: it is."""
     best = found[0]
@@ -223,12 +224,10 @@ def _error(
         return _refusal(document, best, wanted)
     about = best.renaming.keys, best.report, wanted.name
     error = meanings.changed(document, best.state, *about)
-    if error is not None or select is not None:
+    if error is not None:
         return error
     others = [
-        state
-        for state in find(document.root)
-        if state.path != best.state.path and state.role not in _APART
+        state for state in there if state.path != best.state.path and state.role not in _APART
     ]
     return meanings.changed_beside(document, best.state, others, *about)
 

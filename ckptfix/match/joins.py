@@ -17,7 +17,7 @@ from ckptfix import door
 from ckptfix.bytes.place import Place
 from ckptfix.contents.state_dicts import Made, find
 from ckptfix.contents.tensors import as_tensor
-from ckptfix.door import beside
+from ckptfix.door import fixing_for_a_model
 from ckptfix.edit import flat
 from ckptfix.errors import DamagedError, UnsafeError, UnsupportedError
 from ckptfix.hints import Hint, command, shell
@@ -69,7 +69,7 @@ def refusal(document: Document, state: StateDict, *, fits: bool) -> UnsupportedE
         where=document.name,
         hint=Hint(
             "name the very model that was trained",
-            command("fix", document.name, beside(document, "fixed"), model="FILE.py:NAME"),
+            fixing_for_a_model(document),
         ),
         code="flat-parameters",
     )

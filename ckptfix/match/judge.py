@@ -14,6 +14,7 @@ from ckptfix.contents.specs import specs
 from ckptfix.contents.tensors import as_tensor, without_disguise
 from ckptfix.diffs.values import Side, same_values
 from ckptfix.formats.table import SAFETENSORS
+from ckptfix.layouts import in_pieces
 from ckptfix.report import ANYTHING, LAZY, QUANTIZED, Difference, Report, Spec
 from ckptfix.tree.document import OrderedMap
 from ckptfix.tree.dtypes import cast_loss, is_copied
@@ -135,13 +136,9 @@ def as_it_stands(
     made = _Judge(document, state, wanted).of(mapping, specs(mapping))
     if state.made and made.fits:
         return replace(made, refusals=[f"it has to be put together: {state.made[0].found}"])
-    if document.container == _RANKS and made.fits:
+    if document.container == in_pieces.RANKS and made.fits:
         return replace(made, refusals=["its tensors are in pieces, which torch does not join"])
     return made
-
-
-_RANKS = "files of ranks"
-"""The container of what torch loads as DTensor or ShardedTensor, a piece a rank."""
 
 
 def once_repaired(

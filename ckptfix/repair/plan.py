@@ -17,12 +17,12 @@ from ckptfix.contents.modules import unwrapped
 from ckptfix.contents.state_dicts import StateDict, choose, choose_all, find, of_models
 from ckptfix.contents.tensors import as_tensor, disguise, is_special_tensor, without_disguise
 from ckptfix.diagnose.document import diagnose
-from ckptfix.door import beside
+from ckptfix.door import fixing_for_a_model
 from ckptfix.edit import averages, edits, masks, optimizers, reduce
 from ckptfix.edit.dangers import Removed, without_dangers
 from ckptfix.errors import KeyCollisionError, UnsupportedError
 from ckptfix.findings import CODES, Severity
-from ckptfix.hints import Hint, command
+from ckptfix.hints import Hint
 from ckptfix.keys import globs, wrappers
 from ckptfix.keys.renaming import Renaming, joined, shared_prefix
 from ckptfix.match import transposes
@@ -365,7 +365,7 @@ def _check_collisions(document: Document, states: Iterable[StateDict]) -> None:
         try:
             wrappers.strip(state.mapping, partial=True)
         except KeyCollisionError as error:
-            fix = command("fix", document.name, beside(document, "fixed"), model="FILE.py:NAME")
+            fix = fixing_for_a_model(document)
             raise error.within(document.name).suggest(
                 Hint("say which model it is for", fix)
             ) from None

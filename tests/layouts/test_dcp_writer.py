@@ -26,7 +26,7 @@ from tests.conftest import FIXTURES
 from tests.dcp_folders import along, as_dicts, consolidated, edit, grid, same, save
 from tests.layouts.test_dcp import model, training
 from tests.pieces.test_joining import numbered
-from tests.sharded import ckptfix_command, contents, done, weights
+from tests.sharded import DYING, ckptfix_command, contents, done, weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -345,20 +345,9 @@ def test_a_failure_at_any_file_leaves_the_old_checkpoint(tmp_path: Path, monkeyp
     assert failures >= 2  # the items and .metadata
 
 
-_KILLED = """
-import os, signal, sys
+_KILLED = f"""
 import ckptfix
-left = int(sys.argv[3])
-def dying(call):
-    def wrapped(*arguments, **keywords):
-        global left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*arguments, **keywords)
-    return wrapped
-for name in ("fsync", "link", "replace", "unlink", "open"):
-    setattr(os, name, dying(getattr(os, name)))
+{DYING}
 ckptfix.open(sys.argv[1]).save(sys.argv[2], to="dcp", force=True)
 """
 

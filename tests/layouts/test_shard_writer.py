@@ -24,7 +24,17 @@ from ckptfix.errors import (
 from ckptfix.layouts import shard_writer
 from ckptfix.layouts import shard_writer as sharding
 from tests.conftest import FIXTURES
-from tests.sharded import INDEX, bits, ckptfix_command, contents, described, done, save, weights
+from tests.sharded import (
+    DYING,
+    INDEX,
+    bits,
+    ckptfix_command,
+    contents,
+    described,
+    done,
+    save,
+    weights,
+)
 
 # --- writing
 
@@ -208,21 +218,10 @@ def test_a_failure_at_any_file_leaves_the_old_checkpoint(tmp_path: Path, monkeyp
     assert failures >= 4  # three shards and the index
 
 
-_KILLED = """
-import sys, os, signal
+_KILLED = f"""
 from ckptfix import door
 from ckptfix.edit import reduce
-left = int(sys.argv[3])
-def dying(call):
-    def wrapped(*arguments, **keywords):
-        global left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*arguments, **keywords)
-    return wrapped
-for name in ("fsync", "link", "replace", "unlink", "open"):
-    setattr(os, name, dying(getattr(os, name)))
+{DYING}
 fitted = reduce.fit(door.read(sys.argv[1]), door.SHARDS)
 door.write(fitted.document, sys.argv[2], force=True, max_shard_size=250)
 """

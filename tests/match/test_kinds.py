@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import ckptfix
-from ckptfix.cli import group
-from ckptfix.errors import CkptfixError, KeyMismatchError
+from ckptfix.errors import KeyMismatchError
 from ckptfix.report import describe
 from ckptfix.tree.dtypes import BY_NAME, cast_loss, is_copied
+from tests.oracles import code_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,13 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def code_of(*arguments: str) -> int:
-    try:
-        return int(group.main(list(arguments), "ckptfix", standalone_mode=False))
-    except CkptfixError:
-        return 2
 
 
 NAMES = [name for name in BY_NAME if not name.startswith(("q", "uint4x", "uint2x"))]

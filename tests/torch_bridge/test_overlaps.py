@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 import ckptfix
-from ckptfix.cli import group
-from ckptfix.errors import CkptfixError, KeyMismatchError
-from tests.oracles import unlike
+from ckptfix.errors import KeyMismatchError
+from tests.oracles import code_of, unlike
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,13 +53,6 @@ PARTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def code_of(*arguments: str) -> int:
-    try:
-        return int(group.main(list(arguments), "ckptfix", standalone_mode=False))
-    except CkptfixError:
-        return 2
 
 
 def built(name: str) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,9 @@ import torch
 from torch import nn
 
 import ckptfix
-from ckptfix.cli import group
 from ckptfix.errors import CkptfixError
 from ckptfix.words import plural
-from tests.oracles import unlike
+from tests.oracles import code_of, module_in, unlike
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -101,19 +99,7 @@ class Forgiving(nn.Module):
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.chdir(tmp_path)
     Path("net.py").write_text(MODELS)
-    spec = importlib.util.spec_from_file_location("trial_models", "net.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def code_of(*arguments: str) -> int:
-    try:
-        return int(group.main(list(arguments), "ckptfix", standalone_mode=False))
-    except CkptfixError:
-        return 2
+    return module_in(Path("net.py"), "trial_models")
 
 
 GROW = {
